@@ -1,0 +1,1 @@
+"""The daemon: loop, cgroups, actuators, journal, servers and the command line."""

@@ -1,0 +1,1 @@
+"""`equipoise demo`: real agents, real tool calls, one report."""

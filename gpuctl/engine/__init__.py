@@ -1,0 +1,1 @@
+"""The embedded engine: llama.cpp under our own scheduling of KV memory."""

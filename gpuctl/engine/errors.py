@@ -1,0 +1,61 @@
+"""Errors of the embedded engine: each is one line that names the thing, its value and the remedy.
+
+EngineError
+├── BindingError      the llama.cpp library is absent, or is not the one the binding was written for
+├── ModelError        a GGUF that is missing, broken or of a kind llama.cpp cannot run
+├── ContextError      a context could not be made, or llama.cpp refused a step
+├── SwapError         a stored copy of KV cannot be used: truncated, corrupt, or the disk is full
+├── ListenError       the HTTP address cannot be had
+└── RequestError      a request is refused; carries the HTTP status and the OpenAI error type
+"""
+
+from __future__ import annotations
+
+
+class EngineError(Exception):
+    """Base of everything the engine raises on purpose."""
+
+
+class BindingError(EngineError):
+    """The pinned llama.cpp library is missing or its layout differs from the one this binding mirrors."""
+
+
+class ModelError(EngineError):
+    """The model file cannot be used."""
+
+
+class ContextError(EngineError):
+    """llama.cpp refused a context or a step."""
+
+
+class SwapError(EngineError):
+    """A stored copy of a session's KV cannot be read back or written."""
+
+
+class ListenError(EngineError):
+    """The address to listen on is taken or not ours to bind."""
+
+
+class RequestError(EngineError):
+    """A request the engine will not serve.
+
+    `status` is the HTTP status, `kind` and `code` the fields of an OpenAI error object, `retry_after_s` the value of
+    Retry-After where the client may try again.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        kind: str = "invalid_request_error",
+        code: str | None = None,
+        param: str | None = None,
+        retry_after_s: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.kind = kind
+        self.code = code
+        self.param = param
+        self.retry_after_s = retry_after_s

@@ -1,0 +1,1 @@
+"""Claude Code hooks: tool-call boundaries told by the agent itself."""

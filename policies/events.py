@@ -1,0 +1,299 @@
+"""Everything that can happen: past facts, each with the time at which it became true.
+
+Owns the closed union `Event`. Sources emit them, `State.apply` is the only consumer that gives them meaning, and the
+journal stores them. An Outcome is an event like any other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from .actions import Decision, Outcome
+from .model import (
+    CgroupId,
+    CostModel,
+    Engine,
+    EngineId,
+    EngineTotals,
+    FinishReason,
+    KvTier,
+    Sandbox,
+    Session,
+    SessionId,
+    Tenant,
+    ToolCallId,
+    ToolCallSource,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TenantDeclared:
+    at_ns: int
+    tenant: Tenant
+
+
+@dataclass(frozen=True, slots=True)
+class SandboxRegistered:
+    at_ns: int
+    sandbox: Sandbox
+
+
+@dataclass(frozen=True, slots=True)
+class SandboxRemoved:
+    at_ns: int
+    cgroup_id: CgroupId
+
+
+@dataclass(frozen=True, slots=True)
+class SandboxSampled:
+    at_ns: int
+    cgroup_id: CgroupId
+    memory_bytes: int
+    peak_bytes: int
+    cpu_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class HostSampled:
+    at_ns: int
+    memory_total_bytes: int
+    memory_available_bytes: int
+    psi_some_ratio: float | None
+    psi_full_ratio: float | None
+    gpu_total_bytes: int | None = None
+    gpu_used_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallStarted:
+    """A tool call begins: exec by an agent (lineage), a wrapper, or a hook."""
+
+    at_ns: int
+    id: ToolCallId
+    sandbox: CgroupId
+    """Of the sandbox that was registered, whichever leaf the process is in."""
+    command: str
+    """argv joined by blanks; may be cut short by the kernel's buffer."""
+    source: ToolCallSource
+    confidence: float
+    pid: int | None = None
+    session: SessionId | None = None
+    """None: the sandbox's own."""
+    soft_bytes: int = 0
+    hard_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallAttributed:
+    """A known tool call is told more exactly what it is (a wrapper or a hook speaks after the kernel did)."""
+
+    at_ns: int
+    id: ToolCallId
+    source: ToolCallSource
+    confidence: float
+    command: str | None = None
+    session: SessionId | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallJoined:
+    """What the kernel saw under the tag `part` belongs to the tool call `whole` that a hook announced."""
+
+    at_ns: int
+    part: ToolCallId
+    whole: ToolCallId
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallMemoryStepped:
+    """Its memory moved by a step since the last such event, or was sampled."""
+
+    at_ns: int
+    id: ToolCallId
+    used_bytes: int
+    peak_bytes: int
+
+
+class BudgetLevel(Enum):
+    SOFT = "soft"
+    HARD = "hard"
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetReached:
+    """SOFT is a notice; at HARD the kernel has stopped `pid` already."""
+
+    at_ns: int
+    id: ToolCallId
+    level: BudgetLevel
+    budget_bytes: int
+    used_bytes: int
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetChanged:
+    at_ns: int
+    id: ToolCallId
+    soft_bytes: int
+    hard_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallEnded:
+    """Its root process exited, or the hook said so. Exactly one of exit_code and signal is set where it is known."""
+
+    at_ns: int
+    id: ToolCallId
+    exit_code: int | None
+    signal: int | None
+    escaped_count: int = 0
+    peak_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessesGone:
+    """The last process of a tool call, escapees included, has exited."""
+
+    at_ns: int
+    id: ToolCallId
+
+
+@dataclass(frozen=True, slots=True)
+class IntentDeclared:
+    """An agent says what its next tool call will need."""
+
+    at_ns: int
+    sandbox: CgroupId
+    kind: str
+    expected_bytes: int | None
+    expected_ns: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineAttached:
+    at_ns: int
+    engine: Engine
+
+
+@dataclass(frozen=True, slots=True)
+class EngineDetached:
+    at_ns: int
+    engine: EngineId
+
+
+@dataclass(frozen=True, slots=True)
+class KvObserved:
+    """The engine's full picture: a session not listed is gone from it."""
+
+    at_ns: int
+    engine: EngineId
+    sessions: tuple[Session, ...]
+    device_used_tokens: int
+    host_used_bytes: int
+    disk_used_bytes: int
+    device_capacity_tokens: int
+    host_capacity_bytes: int
+    running_count: int
+    waiting_count: int
+    totals: EngineTotals
+    cost: CostModel | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TurnStarted:
+    at_ns: int
+    engine: EngineId
+    session: SessionId
+    turn: str
+    prompt_tokens: int
+    cached_tokens: int
+    peer_port: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TurnEnded:
+    at_ns: int
+    engine: EngineId
+    session: SessionId
+    turn: str
+    finish_reason: FinishReason
+    prompt_tokens: int
+    cached_tokens: int
+    recomputed_tokens: int
+    output_tokens: int
+    ttft_ns: int
+    queued_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class SessionMoved:
+    at_ns: int
+    engine: EngineId
+    session: SessionId
+    from_tier: KvTier
+    to_tier: KvTier
+    tokens: int
+    moved_bytes: int
+    duration_ns: int
+    directive: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class TurnPreempted:
+    at_ns: int
+    engine: EngineId
+    session: SessionId
+    turn: str
+    to_tier: KvTier
+    directive: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class DecisionMade:
+    at_ns: int
+    decision: Decision
+
+
+@dataclass(frozen=True, slots=True)
+class OutcomeObserved:
+    at_ns: int
+    outcome: Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class EventsLost:
+    """Events that will never come: a full ring buffer, a full queue."""
+
+    at_ns: int
+    source: str
+    count: int
+
+
+Event = (
+    TenantDeclared
+    | SandboxRegistered
+    | SandboxRemoved
+    | SandboxSampled
+    | HostSampled
+    | ToolCallStarted
+    | ToolCallAttributed
+    | ToolCallJoined
+    | ToolCallMemoryStepped
+    | BudgetReached
+    | BudgetChanged
+    | ToolCallEnded
+    | ProcessesGone
+    | IntentDeclared
+    | EngineAttached
+    | EngineDetached
+    | KvObserved
+    | TurnStarted
+    | TurnEnded
+    | SessionMoved
+    | TurnPreempted
+    | DecisionMade
+    | OutcomeObserved
+    | EventsLost
+)

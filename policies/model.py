@@ -1,0 +1,315 @@
+"""The facts Equipoise reasons about: tenants, sandboxes, tool calls, sessions and the KV they hold.
+
+Owns the vocabulary. Everything here is a frozen value; it has no behaviour beyond arithmetic on its own fields and
+knows nothing of where a fact came from. Times are CLOCK_MONOTONIC nanoseconds of one host.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import NewType
+
+TenantId = NewType("TenantId", str)
+CgroupId = NewType("CgroupId", int)
+"""A cgroup's id in the v2 hierarchy: the inode of its directory. It names a sandbox on either layout."""
+ToolCallId = NewType("ToolCallId", int)
+"""64 bits, the tag the kernel carries in task storage; 0 is never a tool call."""
+SessionId = NewType("SessionId", str)
+EngineId = NewType("EngineId", str)
+DecisionId = NewType("DecisionId", str)
+
+NS_PER_S = 1_000_000_000
+MIB = 1 << 20
+
+
+class ToolCallSource(Enum):
+    """How a tool call's boundaries were found."""
+
+    HOOK = "hook"
+    """The agent said so (BeginToolCall / EndToolCall)."""
+    WRAPPER = "wrapper"
+    """It runs under `equipoise tool -- CMD`."""
+    LINEAGE = "lineage"
+    """The kernel saw the agent exec it."""
+
+
+class ToolCallPhase(Enum):
+    """What a tool call is doing, as far as our own actions go."""
+
+    RUNNING = "running"
+    THROTTLED = "throttled"
+    FROZEN = "frozen"
+    STOPPED = "stopped"
+    """Stopped in the kernel at its hard budget; it waits for a grant or its end."""
+    KILLED = "killed"
+    """We ended it; its end is still to be seen."""
+    ENDED = "ended"
+
+
+class KvTier(Enum):
+    """Where KV is held."""
+
+    DEVICE = "device"
+    HOST = "host"
+    DISK = "disk"
+    NONE = "none"
+    """Dropped: the next turn computes it again."""
+
+
+class SessionPhase(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    IDLE = "idle"
+    HELD = "held"
+
+
+class FinishReason(Enum):
+    STOP = "stop"
+    LENGTH = "length"
+    TOOL_CALLS = "tool_calls"
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+class Verdict(Enum):
+    """What to do with the KV of a session whose agent is in a tool call."""
+
+    KEEP = "keep"
+    SWAP_HOST = "swap"
+    SWAP_DISK = "swap-disk"
+    DROP = "drop"
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    id: TenantId
+    weight: float = 1.0
+    """Share under contention relative to the others; above 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sandbox:
+    """A cgroup in which one agent and its tool calls live."""
+
+    cgroup_id: CgroupId
+    tenant: TenantId
+    name: str
+    path: str
+    """Relative to the root of the hierarchy, without a leading slash."""
+    session: SessionId
+    """The session its agent uses unless it says otherwise."""
+    agent_pid: int | None
+    registered_ns: int
+    memory_bytes: int = 0
+    """Charged to the whole cgroup at the last sample."""
+    peak_bytes: int = 0
+    cpu_ns: int = 0
+
+    @property
+    def label(self) -> str:
+        return f"{self.tenant}/{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class KvMeanwhile:
+    """The KV a session held while one of its tool calls ran."""
+
+    held_bytes: int = 0
+    """The most it held, in any tier, during the call."""
+    idle_byte_seconds: float = 0.0
+    """Integral of the bytes held on the device while no turn of the session ran."""
+    host_byte_seconds: float = 0.0
+    """The same for host RAM: what the swap tier paid."""
+    at_peak_bytes: int = 0
+    """Held, in any tier, when the tool call's memory peaked."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """The tasks that descend from one exec by the agent.
+
+    Invariants: `peak_bytes >= used_bytes`; `end_ns` is set exactly when the phase is ENDED; `end_ns >= start_ns`.
+    """
+
+    id: ToolCallId
+    tenant: TenantId
+    sandbox: CgroupId
+    session: SessionId
+    command: str
+    kind: str
+    """The program that does the work (`pytest`, `cc`, `git`): the key of every estimate."""
+    source: ToolCallSource
+    confidence: float
+    """0..1: that these tasks are one tool call with these boundaries."""
+    start_ns: int
+    pid: int | None = None
+    end_ns: int | None = None
+    phase: ToolCallPhase = ToolCallPhase.RUNNING
+    phase_since_ns: int = 0
+    used_bytes: int = 0
+    peak_bytes: int = 0
+    peak_ns: int = 0
+    soft_bytes: int = 0
+    hard_bytes: int = 0
+    """0: no budget."""
+    overshoot_bytes: int | None = None
+    """Most by which it stood above a hard budget when the kernel stopped it; None: never stopped."""
+    stalled_ns: int = 0
+    """Time it spent stopped, frozen or throttled by us, without the current stretch."""
+    exit_code: int | None = None
+    signal: int | None = None
+    escaped_count: int = 0
+    """Processes that outlived the call's root process."""
+    gone_ns: int | None = None
+    """When the last of its processes ended."""
+    kv: KvMeanwhile = field(default_factory=KvMeanwhile)
+    verdict: Verdict | None = None
+    expected_bytes: int | None = None
+    """Declared by the agent, or None."""
+    expected_ns: int | None = None
+
+    @property
+    def running(self) -> bool:
+        return self.end_ns is None
+
+    def elapsed_ns(self, now_ns: int) -> int:
+        return max(0, (self.end_ns if self.end_ns is not None else now_ns) - self.start_ns)
+
+
+@dataclass(frozen=True, slots=True)
+class CostModel:
+    """Speeds fitted on this machine; 0 where not measured."""
+
+    prefill_seconds_per_token: float = 0.0
+    prefill_seconds_per_token2: float = 0.0
+    decode_step_seconds: float = 0.0
+    decode_seconds_per_sequence: float = 0.0
+    host_bytes_per_second: float = 0.0
+    disk_bytes_per_second: float = 0.0
+
+    def prefill_seconds(self, tokens: int) -> float:
+        """Seconds to compute `tokens` prompt tokens alone."""
+        return tokens * self.prefill_seconds_per_token + tokens * tokens * self.prefill_seconds_per_token2
+
+
+@dataclass(frozen=True, slots=True)
+class EngineTotals:
+    """Running totals since the engine started."""
+
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    cached_tokens: int = 0
+    recomputed_tokens: int = 0
+    swap_out_count: int = 0
+    swap_out_bytes: int = 0
+    swap_out_ns: int = 0
+    swap_in_count: int = 0
+    swap_in_bytes: int = 0
+    swap_in_ns: int = 0
+    preempted_count: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """A serving engine that is, or was, attached."""
+
+    id: EngineId
+    kind: str
+    model: str
+    pid: int
+    bytes_per_token: int
+    device_capacity_tokens: int
+    host_capacity_bytes: int
+    disk_capacity_bytes: int
+    cost: CostModel
+    supported_directives: frozenset[str]
+    attached: bool = True
+    device_used_tokens: int = 0
+    host_used_bytes: int = 0
+    disk_used_bytes: int = 0
+    running_count: int = 0
+    waiting_count: int = 0
+    totals: EngineTotals = field(default_factory=EngineTotals)
+    observed_ns: int = 0
+
+    @property
+    def device_used_ratio(self) -> float:
+        return self.device_used_tokens / self.device_capacity_tokens if self.device_capacity_tokens else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """One agent conversation in an engine, and the KV it holds."""
+
+    id: SessionId
+    tenant: TenantId
+    engine: EngineId
+    phase: SessionPhase
+    tier: KvTier
+    held_tokens: int
+    context_tokens: int
+    host_bytes: int = 0
+    disk_bytes: int = 0
+    retain_until_ns: int = 0
+    shared_tokens: int = 0
+    observed_ns: int = 0
+    last_finish: FinishReason | None = None
+    turn_count: int = 0
+    verdict: Verdict | None = None
+    """What was last asked of the engine for this session."""
+    verdict_ns: int = 0
+
+    def device_tokens(self) -> int:
+        return self.held_tokens if self.tier is KvTier.DEVICE else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """Memory of the machine and its pressure."""
+
+    memory_total_bytes: int = 0
+    memory_available_bytes: int = 0
+    psi_some_ratio: float | None = None
+    """Share of the last 10 s in which some task waited for memory; None: PSI is not available."""
+    psi_full_ratio: float | None = None
+    gpu_total_bytes: int | None = None
+    """None: no GPU was found."""
+    gpu_used_bytes: int | None = None
+    observed_ns: int = 0
+
+    @property
+    def used_ratio(self) -> float:
+        if not self.memory_total_bytes:
+            return 0.0
+        return 1.0 - self.memory_available_bytes / self.memory_total_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Everything the policy may look at, at one instant. Each tuple is sorted by id."""
+
+    now_ns: int
+    host: Host
+    tenants: tuple[Tenant, ...]
+    sandboxes: tuple[Sandbox, ...]
+    tool_calls: tuple[ToolCall, ...]
+    """Those that run, or whose processes are not all gone, or that ended recently."""
+    sessions: tuple[Session, ...]
+    engines: tuple[Engine, ...]
+    pressure_since_ns: int | None = None
+    """Since when the tool-memory pool has been above its pressure mark; None: it is not."""
+
+    def tenant(self, tenant: TenantId) -> Tenant:
+        for known in self.tenants:
+            if known.id == tenant:
+                return known
+        return Tenant(tenant)
+
+    def engine(self, engine: EngineId) -> Engine | None:
+        return next((e for e in self.engines if e.id == engine), None)
+
+    def running_call_of(self, session: SessionId) -> ToolCall | None:
+        """The session's longest-running tool call, or None."""
+        calls = [c for c in self.tool_calls if c.session == session and c.running]
+        return min(calls, key=lambda c: c.start_ns) if calls else None

@@ -1,0 +1,1 @@
+"""`equipoise top`: a Textual application that talks gRPC only."""
