@@ -21,16 +21,18 @@ from .model import (
     Sandbox,
     Session,
     SessionId,
-    Tenant,
     ToolCallId,
     ToolCallSource,
 )
+from .policy import Policy
 
 
 @dataclass(frozen=True, slots=True)
-class TenantDeclared:
+class PolicyApplied:
+    """A policy came into force; its tenants replace the known ones."""
+
     at_ns: int
-    tenant: Tenant
+    policy: Policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +99,12 @@ class ToolCallAttributed:
 
 
 @dataclass(frozen=True, slots=True)
-class ToolCallJoined:
-    """What the kernel saw under the tag `part` belongs to the tool call `whole` that a hook announced."""
+class ToolCallMerged:
+    """The call `id`, announced by a hook, is the one the kernel saw as `into`; from now on both ids mean `into`."""
 
     at_ns: int
-    part: ToolCallId
-    whole: ToolCallId
+    id: ToolCallId
+    into: ToolCallId
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,14 +274,14 @@ class EventsLost:
 
 
 Event = (
-    TenantDeclared
-    | SandboxRegistered
+    SandboxRegistered
     | SandboxRemoved
     | SandboxSampled
     | HostSampled
     | ToolCallStarted
     | ToolCallAttributed
-    | ToolCallJoined
+    | ToolCallMerged
+    | PolicyApplied
     | ToolCallMemoryStepped
     | BudgetReached
     | BudgetChanged

@@ -165,6 +165,8 @@ class ToolCall:
     """When the last of its processes ended."""
     kv: KvMeanwhile = field(default_factory=KvMeanwhile)
     verdict: Verdict | None = None
+    waiting_until_ns: int | None = None
+    """Stopped at its budget and told to wait, at most until then."""
     expected_bytes: int | None = None
     """Declared by the agent, or None."""
     expected_ns: int | None = None
@@ -283,33 +285,3 @@ class Host:
         if not self.memory_total_bytes:
             return 0.0
         return 1.0 - self.memory_available_bytes / self.memory_total_bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """Everything the policy may look at, at one instant. Each tuple is sorted by id."""
-
-    now_ns: int
-    host: Host
-    tenants: tuple[Tenant, ...]
-    sandboxes: tuple[Sandbox, ...]
-    tool_calls: tuple[ToolCall, ...]
-    """Those that run, or whose processes are not all gone, or that ended recently."""
-    sessions: tuple[Session, ...]
-    engines: tuple[Engine, ...]
-    pressure_since_ns: int | None = None
-    """Since when the tool-memory pool has been above its pressure mark; None: it is not."""
-
-    def tenant(self, tenant: TenantId) -> Tenant:
-        for known in self.tenants:
-            if known.id == tenant:
-                return known
-        return Tenant(tenant)
-
-    def engine(self, engine: EngineId) -> Engine | None:
-        return next((e for e in self.engines if e.id == engine), None)
-
-    def running_call_of(self, session: SessionId) -> ToolCall | None:
-        """The session's longest-running tool call, or None."""
-        calls = [c for c in self.tool_calls if c.session == session and c.running]
-        return min(calls, key=lambda c: c.start_ns) if calls else None

@@ -1,0 +1,185 @@
+"""decide(): one snapshot and one policy in, decisions out.
+
+Owns the order of the parts (tool calls first, since a stopped one waits; then KV; then weights) and the making of
+Decision records. Pure: the same snapshot gives the same decisions.
+"""
+
+from __future__ import annotations
+
+from .actions import Action, Candidate, Decision, Drop, Retain, SetTenantWeight, SwapIn, SwapOut
+from .economy import UNIT, Prices, choose, expected_wait_s, prices, running_bytes, standing, weigh
+from .ladder import climb, subject
+from .model import NS_PER_S, DecisionId, Engine, KvTier, Session, SessionPhase, TenantId, ToolCall, Verdict
+from .policy import Policy
+from .snapshot import Snapshot
+
+
+class _Decisions:
+    """Collects decisions of one instant and numbers them."""
+
+    def __init__(self, now_ns: int) -> None:
+        self._now_ns = now_ns
+        self.made: list[Decision] = []
+
+    def add(
+        self,
+        action: Action,
+        tenant: TenantId,
+        subject: str,
+        rule: str,
+        evidence: str,
+        measurement: float,
+        threshold: float,
+        unit: str,
+        candidates: tuple[Candidate, ...] = (),
+        trigger_ns: int | None = None,
+    ) -> None:
+        self.made.append(
+            Decision(
+                id=DecisionId(f"d{self._now_ns:x}-{len(self.made)}"),
+                at_ns=self._now_ns,
+                rule=rule,
+                measurement=measurement,
+                threshold=threshold,
+                unit=unit,
+                action=action,
+                tenant=tenant,
+                subject=subject,
+                evidence=evidence,
+                candidates=candidates,
+                trigger_ns=trigger_ns,
+            )
+        )
+
+
+def decide(snapshot: Snapshot, policy: Policy) -> tuple[Decision, ...]:
+    """What to do now, the most urgent first; usually nothing."""
+    decisions = _Decisions(snapshot.now_ns)
+    for step in climb(snapshot, policy):
+        decisions.add(
+            step.action,
+            step.call.tenant,
+            subject(step.call, snapshot.sandboxes),
+            step.rule,
+            step.evidence,
+            step.measurement,
+            step.threshold,
+            step.unit,
+            step.candidates,
+            step.trigger_ns,
+        )
+    for engine in snapshot.engines:
+        if engine.attached:
+            _place_kv(snapshot, policy, engine, decisions)
+            _tell_weights(snapshot, policy, engine, decisions)
+    return tuple(decisions.made)
+
+
+def _place_kv(snapshot: Snapshot, policy: Policy, engine: Engine, decisions: _Decisions) -> None:
+    """A verdict on every idle session of this engine whose agent is in a tool call, or has just come out of one."""
+    price = prices(snapshot, policy, engine)
+    busy = running_bytes(snapshot, engine)
+    host_free = engine.host_capacity_bytes - engine.host_used_bytes
+    device_free = engine.device_capacity_tokens - engine.device_used_tokens
+    for session in snapshot.sessions:
+        if session.engine != engine.id or session.phase is not SessionPhase.IDLE or session.held_tokens == 0:
+            continue
+        call = snapshot.running_call_of(session.id)
+        if call is None:
+            if _wants_back(snapshot, session) and session.held_tokens <= device_free:
+                device_free -= session.held_tokens
+                _bring_back(snapshot, policy, engine, session, decisions)
+            continue
+        if call.elapsed_ns(snapshot.now_ns) < policy.kv.decide_after_ns:
+            continue
+        wait_s = expected_wait_s(snapshot, call)
+        held = session.held_tokens * engine.bytes_per_token
+        options = weigh(session, engine, wait_s, price, busy, host_free >= held)
+        if not options:
+            continue
+        now = standing(session)
+        chosen = choose(options, now, policy.kv.hysteresis_ratio)
+        dwelling = session.verdict is not None and snapshot.now_ns - session.verdict_ns < policy.kv.dwell_ns
+        if dwelling or not _says_something_new(chosen.verdict, session, snapshot.now_ns):
+            continue
+        if chosen.verdict is Verdict.SWAP_HOST:
+            host_free -= held
+        decisions.add(
+            _kv_action(chosen.verdict, session, engine, snapshot.now_ns, policy),
+            session.tenant,
+            f"{session.id} during {call.kind}",
+            f"{chosen.verdict.value} is the cheapest",
+            _kv_evidence(engine, session, call, wait_s, price),
+            chosen.cost,
+            options[0].cost if chosen is not options[0] else options[-1].cost,
+            UNIT,
+            tuple(Candidate(o.verdict.value, o.cost) for o in sorted(options, key=lambda o: o is not chosen)),
+        )
+
+
+def _kv_evidence(engine: Engine, session: Session, call: ToolCall, wait_s: float, price: Prices) -> str:
+    mib = session.held_tokens * engine.bytes_per_token / (1 << 20)
+    return (
+        f"{call.kind} is {call.phase.value} and expected to take {wait_s:.1f} s more; the session holds {mib:.1f} MiB; "
+        f"device {engine.device_used_ratio:.0%} full with {engine.waiting_count} turns waiting: price "
+        f"{price.device:.2f}; host RAM: price {price.host:.2f}"
+    )
+
+
+def _says_something_new(verdict: Verdict, session: Session, now_ns: int) -> bool:
+    """Whether asking the engine would change anything: it has not been asked, or a retention is about to end."""
+    if verdict is Verdict.KEEP:
+        return session.verdict is not Verdict.KEEP or session.retain_until_ns <= now_ns + NS_PER_S // 2
+    places = {Verdict.SWAP_HOST: KvTier.HOST, Verdict.SWAP_DISK: KvTier.DISK, Verdict.DROP: KvTier.NONE}
+    return session.verdict is not verdict and session.tier is not places[verdict]
+
+
+def _kv_action(verdict: Verdict, session: Session, engine: Engine, now_ns: int, policy: Policy) -> Action:
+    expires_ns = now_ns + policy.kv.directive_ns
+    match verdict:
+        case Verdict.KEEP:
+            return Retain(engine.id, session.id, policy.kv.retain_ns, expires_ns)
+        case Verdict.SWAP_HOST:
+            return SwapOut(engine.id, session.id, KvTier.HOST, expires_ns)
+        case Verdict.SWAP_DISK:
+            return SwapOut(engine.id, session.id, KvTier.DISK, expires_ns)
+        case Verdict.DROP:
+            return Drop(engine.id, session.id, 0, expires_ns)
+
+
+def _wants_back(snapshot: Snapshot, session: Session) -> bool:
+    """A session swapped out by our verdict whose tool call has ended: its next turn is near."""
+    if session.tier not in (KvTier.HOST, KvTier.DISK):
+        return False
+    return session.verdict in (Verdict.SWAP_HOST, Verdict.SWAP_DISK) and any(
+        c.session == session.id and c.end_ns is not None and c.end_ns >= session.verdict_ns for c in snapshot.tool_calls
+    )
+
+
+def _bring_back(snapshot: Snapshot, policy: Policy, engine: Engine, session: Session, decisions: _Decisions) -> None:
+    decisions.add(
+        SwapIn(engine.id, session.id, snapshot.now_ns + policy.kv.directive_ns),
+        session.tenant,
+        str(session.id),
+        "tool call of a swapped session has ended",
+        f"its next turn is near; {session.held_tokens} tokens are in {session.tier.value}",
+        session.held_tokens,
+        engine.device_capacity_tokens - engine.device_used_tokens,
+        "tokens",
+    )
+
+
+def _tell_weights(snapshot: Snapshot, policy: Policy, engine: Engine, decisions: _Decisions) -> None:
+    """The engine orders token service by tenant weight: say each weight once per attachment."""
+    for tenant in snapshot.tenants:
+        if (engine.id, tenant.id, tenant.weight) not in snapshot.weights_told:
+            decisions.add(
+                SetTenantWeight(engine.id, tenant.id, tenant.weight, snapshot.now_ns + policy.kv.directive_ns),
+                tenant.id,
+                str(tenant.id),
+                "engine does not know the tenant's weight",
+                f"weight {tenant.weight:g} by policy {policy.name}",
+                tenant.weight,
+                tenant.weight,
+                "weight",
+            )

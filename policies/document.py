@@ -1,0 +1,232 @@
+"""A policy document (a YAML mapping, already parsed) -> Policy.
+
+Owns the document's grammar: known keys, quantities with units, ranges. Every error carries the path of the field and
+what would be right. Reading files is the daemon's business.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from .model import Tenant, TenantId
+from .policy import Budget, KvPolicy, MemoryPolicy, Policy
+
+API_VERSION = "equipoise/v1"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+_BYTES = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+_BYTES |= {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_TIMES = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9}
+_QUANTITY = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z%]+)")
+
+
+class DocumentError(ValueError):
+    """A document that says something else than a policy. `str()` is one line: "spec.memory.budget.hard: ..."."""
+
+    def __init__(self, path: str, problem: str) -> None:
+        self.path = path
+        super().__init__(f"{path}: {problem}")
+
+
+class _Mapping:
+    """One mapping of the document and the path that leads to it; remembers which keys were asked for."""
+
+    def __init__(self, value: object, path: str) -> None:
+        if value is None:
+            value = {}
+        if not isinstance(value, Mapping):
+            raise DocumentError(path or "document", f"expected a mapping, found {_kind(value)}")
+        for key in value:
+            if not isinstance(key, str):
+                raise DocumentError(path or "document", f"keys are words, found {key!r}")
+        self._value: Mapping[str, object] = value
+        self.path = path
+
+    def at(self, key: str) -> str:
+        return f"{self.path}.{key}" if self.path else key
+
+    def only(self, known: Iterable[str]) -> None:
+        """Raise for the first key that is not known, with the nearest one that is."""
+        known = list(known)
+        for key in self._value:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"; did you mean `{near[0]}`?" if near else f"; known: {', '.join(known)}"
+                raise DocumentError(self.at(key), "unknown key" + hint)
+
+    def get(self, key: str) -> object:
+        return self._value.get(key)
+
+    def mapping(self, key: str) -> _Mapping:
+        return _Mapping(self._value.get(key), self.at(key))
+
+    def items(self) -> list[tuple[str, object]]:
+        return list(self._value.items())
+
+    def quantity_bytes(self, key: str, default: int) -> int:
+        return default if key not in self._value else parse_bytes(self._value[key], self.at(key))
+
+    def quantity_ns(self, key: str, default: int) -> int:
+        return default if key not in self._value else parse_ns(self._value[key], self.at(key))
+
+    def ratio(self, key: str, default: float) -> float:
+        return default if key not in self._value else parse_ratio(self._value[key], self.at(key))
+
+    def text(self, key: str, default: str | None = None) -> str:
+        value = self._value.get(key, default)
+        if not isinstance(value, str):
+            raise DocumentError(self.at(key), f"expected a word, found {_kind(value)}")
+        return value
+
+
+def parse_bytes(value: object, path: str) -> int:
+    """ "512MiB" -> bytes. Raises DocumentError for a bare number, an unknown unit or nothing above 0."""
+    number, unit = _split(value, path, "512MiB")
+    if unit not in _BYTES:
+        raise DocumentError(path, f"unknown unit `{unit}`; use one of {', '.join(_BYTES)}")
+    amount = int(number * _BYTES[unit])
+    if amount <= 0:
+        raise DocumentError(path, "must be above 0")
+    return amount
+
+
+def parse_ns(value: object, path: str) -> int:
+    """ "1.5s" -> nanoseconds. Raises DocumentError for a bare number or an unknown unit."""
+    number, unit = _split(value, path, "10s")
+    if unit not in _TIMES:
+        raise DocumentError(path, f"unknown unit `{unit}`; use one of {', '.join(_TIMES)}")
+    return int(number * _TIMES[unit])
+
+
+def parse_ratio(value: object, path: str) -> float:
+    """ "80%" or 0.8 -> 0.8. Raises DocumentError outside 0..1."""
+    if isinstance(value, str) and value.endswith("%"):
+        number, _ = _split(value, path, "80%")
+        ratio = number / 100
+    elif isinstance(value, float | int) and not isinstance(value, bool):
+        ratio = float(value)
+    else:
+        raise DocumentError(path, f"expected a ratio such as 0.8 or `80%`, found {_kind(value)}")
+    if not 0.0 <= ratio <= 1.0:
+        raise DocumentError(path, f"must be within 0 and 1, found {ratio:g}")
+    return ratio
+
+
+def parse_policy(document: object) -> Policy:
+    """The policy a whole document stands for. Raises DocumentError, never anything else."""
+    top = _Mapping(document, "")
+    top.only(("apiVersion", "kind", "metadata", "spec"))
+    if (version := top.text("apiVersion", "")) != API_VERSION:
+        raise DocumentError("apiVersion", f"must be `{API_VERSION}`, found `{version}`")
+    if (kind := top.text("kind", "")) != "Policy":
+        raise DocumentError("kind", f"must be `Policy`, found `{kind}`")
+    metadata = top.mapping("metadata")
+    metadata.only(("name",))
+    name = metadata.text("name", "")
+    if not NAME.fullmatch(name):
+        raise DocumentError("metadata.name", f"must be letters, digits, `.`, `_` or `-`, at most 64, found `{name}`")
+    spec = top.mapping("spec")
+    spec.only(("mode", "tenants", "memory", "kv"))
+    mode = spec.text("mode", "enforce")
+    if mode not in ("enforce", "observe"):
+        raise DocumentError("spec.mode", f"must be `enforce` or `observe`, found `{mode}`")
+    return Policy(
+        name=name,
+        enforce=mode == "enforce",
+        tenants=_tenants(spec.mapping("tenants")),
+        memory=_memory(spec.mapping("memory")),
+        kv=_kv(spec.mapping("kv")),
+    )
+
+
+def _tenants(tenants: _Mapping) -> tuple[Tenant, ...]:
+    parsed = []
+    for name, _ in tenants.items():
+        if not NAME.fullmatch(name):
+            raise DocumentError(tenants.at(name), "a tenant's name is letters, digits, `.`, `_` or `-`, at most 64")
+        entry = tenants.mapping(name)
+        entry.only(("weight",))
+        weight = entry.get("weight") if entry.get("weight") is not None else 1.0
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight <= 1000:
+            raise DocumentError(entry.at("weight"), f"must be a number above 0 and at most 1000, found {weight!r}")
+        parsed.append(Tenant(TenantId(name), float(weight)))
+    return tuple(sorted(parsed, key=lambda t: t.id)) or Policy().tenants
+
+
+def _budget(entry: _Mapping, default: Budget, extra: tuple[str, ...] = ()) -> Budget:
+    entry.only(("soft", "hard", *extra))
+    hard = entry.quantity_bytes("hard", default.hard_bytes)
+    soft = entry.quantity_bytes("soft", min(default.soft_bytes, hard))
+    if soft > hard:
+        raise DocumentError(entry.at("soft"), "must not be above `hard`")
+    return Budget(soft, hard)
+
+
+def _memory(memory: _Mapping) -> MemoryPolicy:
+    default = MemoryPolicy()
+    memory.only(("toolPool", "budget", "budgets", "maxWait", "pressure", "throttle"))
+    policy = default
+    pool = memory.get("toolPool")
+    if isinstance(pool, float) or (isinstance(pool, str) and pool.endswith("%")):
+        policy = replace(policy, tool_pool_ratio=parse_ratio(pool, memory.at("toolPool")))
+    elif pool is not None:
+        policy = replace(policy, tool_pool_bytes=parse_bytes(pool, memory.at("toolPool")))
+    entry = memory.mapping("budget")
+    budget = _budget(entry, default.budget, ("max", "step"))
+    maximum = entry.quantity_bytes("max", max(default.max_bytes, budget.hard_bytes))
+    if maximum < budget.hard_bytes:
+        raise DocumentError(entry.at("max"), "must not be below `hard`")
+    kinds = memory.mapping("budgets")
+    pressure = memory.mapping("pressure")
+    pressure.only(("above", "below", "for"))
+    above = pressure.ratio("above", default.pressure_above_ratio)
+    below = pressure.ratio("below", min(default.pressure_below_ratio, above))
+    if below > above:
+        raise DocumentError(pressure.at("below"), "must not be above `above`")
+    throttle = memory.mapping("throttle")
+    throttle.only(("cpu", "for"))
+    return replace(
+        policy,
+        budget=budget,
+        kind_budgets=tuple((kind, _budget(kinds.mapping(kind), budget)) for kind, _ in kinds.items()),
+        max_bytes=maximum,
+        step_bytes=entry.quantity_bytes("step", default.step_bytes),
+        wait_ns=memory.quantity_ns("maxWait", default.wait_ns),
+        pressure_above_ratio=above,
+        pressure_below_ratio=below,
+        pressure_for_ns=pressure.quantity_ns("for", default.pressure_for_ns),
+        throttle_cpu_ratio=throttle.ratio("cpu", default.throttle_cpu_ratio),
+        throttle_ns=throttle.quantity_ns("for", default.throttle_ns),
+    )
+
+
+def _kv(kv: _Mapping) -> KvPolicy:
+    default = KvPolicy()
+    kv.only(("decideAfter", "dwell", "hysteresis", "retain", "deadline"))
+    return KvPolicy(
+        decide_after_ns=kv.quantity_ns("decideAfter", default.decide_after_ns),
+        dwell_ns=kv.quantity_ns("dwell", default.dwell_ns),
+        hysteresis_ratio=kv.ratio("hysteresis", default.hysteresis_ratio),
+        retain_ns=kv.quantity_ns("retain", default.retain_ns),
+        directive_ns=kv.quantity_ns("deadline", default.directive_ns),
+    )
+
+
+def _split(value: object, path: str, example: str) -> tuple[float, str]:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        raise DocumentError(path, f"a bare number has no unit; write it as `{example}`")
+    match = _QUANTITY.fullmatch(value.strip()) if isinstance(value, str) else None
+    if match is None:
+        raise DocumentError(path, f"expected a quantity such as `{example}`, found {_kind(value)}")
+    return float(match[1]), match[2]
+
+
+def _kind(value: object) -> str:
+    if value is None:
+        return "nothing"
+    if isinstance(value, str):
+        return f"`{value}`"
+    return f"{value!r}" if isinstance(value, int | float) else f"a {type(value).__name__}"

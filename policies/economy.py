@@ -1,0 +1,145 @@
+"""What KV costs where it is, and what to do with it while its agent runs a tool.
+
+Owns prices and the keep / swap / drop verdict. Every byte pays rent in its tier: price(tier) x bytes x expected wait.
+Moving and recomputing cost what InferCept (Abhyankar et al., ICML 2024) counts as waste: memory held while nothing
+useful is computed with it. With the device at price 1 and the host at price 0 the choice is InferCept's minimum of
+  preserve  T_wait x C          swap  2 T_swap x batch          discard  T_fwd(C) x (C + C_others)
+All costs are in GiB-seconds of device memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .correlate import device_bytes
+from .model import NS_PER_S, Engine, KvTier, Session, SessionPhase, ToolCall, ToolCallPhase, Verdict
+from .policy import Policy
+from .snapshot import Snapshot
+
+GIB = float(1 << 30)
+UNIT = "GiB s"
+PRICE_CAP = 10_000.0
+_ASSUMED_HOST_BYTES_PER_S = 2e9
+_ASSUMED_DISK_BYTES_PER_S = 2e8
+_ASSUMED_PREFILL_S_PER_TOKEN = 5e-3
+"""Used until the engine has reported what it measured."""
+BURST_QUANTILE = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """Rent per byte and second, relative to a device byte at half occupancy."""
+
+    device: float
+    host: float
+    disk: float = 0.05
+    """Disk is bounded by its size, not by competition: a flat small price."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weighed:
+    """One thing that could be done with a session's KV, and what it would cost."""
+
+    verdict: Verdict
+    cost: float
+
+
+def barrier(used_ratio: float) -> float:
+    """Price of a tier by its occupancy: (u / (1-u))^2; 0 when empty, 1 at half, 81 at nine tenths, capped."""
+    if used_ratio <= 0.0:
+        return 0.0
+    if used_ratio >= 1.0:
+        return PRICE_CAP
+    return min(PRICE_CAP, (used_ratio / (1.0 - used_ratio)) ** 2)
+
+
+def predicted_burst_bytes(snapshot: Snapshot) -> int:
+    """RAM that the tool calls now running may still grow by: the 0.9 quantile of their kind's peak, less their use."""
+    total = 0
+    for call in snapshot.tool_calls:
+        if call.running and call.phase is not ToolCallPhase.KILLED:
+            peak = snapshot.estimates.peak_quantile_bytes(call.kind, BURST_QUANTILE)
+            total += max(0, (call.expected_bytes or peak) - call.used_bytes)
+    return total
+
+
+def prices(snapshot: Snapshot, policy: Policy, engine: Engine) -> Prices:
+    """What a byte costs now. Turns that wait for the device make it dearer; PSI makes host RAM dearer."""
+    device = barrier(engine.device_used_ratio) * (1.0 + engine.waiting_count)
+    pool = policy.memory.pool_bytes(snapshot.host.memory_total_bytes)
+    committed = snapshot.tool_used_bytes() + predicted_burst_bytes(snapshot) + engine.host_used_bytes
+    host = barrier(committed / pool) if pool else PRICE_CAP
+    if snapshot.host.psi_some_ratio is not None:
+        host *= 1.0 + 10.0 * snapshot.host.psi_some_ratio
+    return Prices(min(PRICE_CAP, device), min(PRICE_CAP, host))
+
+
+def expected_wait_s(snapshot: Snapshot, call: ToolCall) -> float:
+    """Seconds until the tool call is expected to end, from what is known of its kind and of what the kernel does to it.
+
+    A stopped or frozen call makes no progress: its wait is stretched to at least what it is told to wait.
+    """
+    elapsed_ns = max(0, call.elapsed_ns(snapshot.now_ns) - call.stalled_ns)
+    if call.expected_ns is not None and call.expected_ns > elapsed_ns:
+        wait = (call.expected_ns - elapsed_ns) / NS_PER_S
+    else:
+        wait = snapshot.estimates.mean_residual_s(call.kind, elapsed_ns)
+    if call.phase in (ToolCallPhase.STOPPED, ToolCallPhase.FROZEN):
+        until = call.waiting_until_ns or snapshot.now_ns
+        return wait + max(1.0, (until - snapshot.now_ns) / NS_PER_S)
+    if call.phase is ToolCallPhase.THROTTLED:
+        return 3.0 * wait
+    return wait
+
+
+def weigh(
+    session: Session, engine: Engine, wait_s: float, price: Prices, running_bytes: int, host_room: bool
+) -> list[Weighed]:
+    """Every option for an idle session's KV, the cheapest first. Empty where it holds none.
+
+    Args:
+        wait_s: expected seconds until its next turn.
+        running_bytes: device bytes of the sessions computed now, which a transfer or a recompute delays.
+        host_room: whether the host tier can take it.
+    """
+    held = session.held_tokens * engine.bytes_per_token
+    if held <= 0 or session.tier is KvTier.NONE:
+        return []
+    host_s = held / (engine.cost.host_bytes_per_second or _ASSUMED_HOST_BYTES_PER_S)
+    disk_s = held / (engine.cost.disk_bytes_per_second or _ASSUMED_DISK_BYTES_PER_S)
+    fitted = engine.cost.prefill_seconds(session.context_tokens)
+    recompute_s = fitted or session.context_tokens * _ASSUMED_PREFILL_S_PER_TOKEN
+    options = [Weighed(Verdict.DROP, recompute_s * (held + running_bytes) / GIB)]
+    in_device, in_host = session.tier is KvTier.DEVICE, session.tier is KvTier.HOST
+    if in_device:
+        options.append(Weighed(Verdict.KEEP, price.device * held * wait_s / GIB))
+    if in_host or (in_device and host_room and "swap_out" in engine.supported_directives):
+        trips = 1 if in_host else 2
+        cost = price.host * held * wait_s + trips * host_s * (held + running_bytes)
+        options.append(Weighed(Verdict.SWAP_HOST, cost / GIB))
+    if engine.disk_capacity_bytes > engine.disk_used_bytes + held:
+        trips = 1 if session.tier is KvTier.DISK else 2
+        cost = price.disk * held * wait_s + trips * disk_s * (held + running_bytes)
+        options.append(Weighed(Verdict.SWAP_DISK, cost / GIB))
+    return sorted(options, key=lambda o: (o.cost, o.verdict.value))
+
+
+def standing(session: Session) -> Verdict:
+    """The verdict that the session's present place amounts to."""
+    by_tier = {KvTier.DEVICE: Verdict.KEEP, KvTier.HOST: Verdict.SWAP_HOST, KvTier.DISK: Verdict.SWAP_DISK}
+    return session.verdict or by_tier.get(session.tier, Verdict.DROP)
+
+
+def choose(options: list[Weighed], now: Verdict, hysteresis_ratio: float) -> Weighed:
+    """The cheapest option, unless what is done now is within `hysteresis_ratio` of it. `options` must not be empty."""
+    best = options[0]
+    current = next((o for o in options if o.verdict is now), None)
+    if current is not None and best.cost >= (1.0 - hysteresis_ratio) * current.cost:
+        return current
+    return best
+
+
+def running_bytes(snapshot: Snapshot, engine: Engine) -> int:
+    """Device bytes of the sessions whose turns are computed now."""
+    busy = (s for s in snapshot.sessions if s.engine == engine.id and s.phase is SessionPhase.RUNNING)
+    return sum(device_bytes(s, engine) for s in busy)

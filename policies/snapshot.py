@@ -1,0 +1,42 @@
+"""The picture a policy decides on: everything known, at one instant, frozen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .estimate import Estimates
+from .model import Engine, EngineId, Host, Sandbox, Session, SessionId, Tenant, TenantId, ToolCall
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Everything the policy may look at. Each tuple is sorted by id."""
+
+    now_ns: int
+    host: Host = field(default_factory=Host)
+    tenants: tuple[Tenant, ...] = ()
+    sandboxes: tuple[Sandbox, ...] = ()
+    tool_calls: tuple[ToolCall, ...] = ()
+    """Those that run, or whose processes are not all gone, or that ended within the last minute."""
+    sessions: tuple[Session, ...] = ()
+    engines: tuple[Engine, ...] = ()
+    estimates: Estimates = field(default_factory=Estimates)
+    pressure_since_ns: int | None = None
+    """Since when the tool-memory pool has been above its pressure mark; None: it is not."""
+    weights_told: frozenset[tuple[EngineId, TenantId, float]] = frozenset()
+    """Tenant weights the engines have been asked to use."""
+
+    def weight(self, tenant: TenantId) -> float:
+        return next((t.weight for t in self.tenants if t.id == tenant), 1.0)
+
+    def engine(self, engine: EngineId) -> Engine | None:
+        return next((e for e in self.engines if e.id == engine), None)
+
+    def running_call_of(self, session: SessionId) -> ToolCall | None:
+        """The session's longest-running tool call, or None."""
+        calls = [c for c in self.tool_calls if c.session == session and c.running]
+        return min(calls, key=lambda c: c.start_ns) if calls else None
+
+    def tool_used_bytes(self) -> int:
+        """RAM used by all tool calls, escapees included."""
+        return sum(c.used_bytes for c in self.tool_calls if c.gone_ns is None)
