@@ -1,0 +1,226 @@
+"""Loads the eBPF programs and reports, program by program, what the kernel accepted.
+
+Owns the loaded object, its links and its maps. A refused program is a fact in `ProbeReport`, not a failure, unless
+lineage itself is impossible: then `ProbesUnavailable`. Who is tagged or stopped is decided elsewhere (tool_memory.py).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import secrets
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from . import abi, build
+from .errors import BuildFailed, LibbpfError, ProbesUnavailable
+from .libbpf import BpfLink, BpfObject, library
+
+MIB = 1 << 20
+BTF_PATH = Path("/sys/kernel/btf/vmlinux")
+REQUIRED = ("on_fork", "on_exec", "on_exit", "retag_process")
+"""Without these no tool call can be found or tagged; on_rss_stat alone is optional (lineage without memory)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """Set before load, constant afterwards."""
+
+    step_bytes: int = 4 * MIB
+    """Least change of a tool call's usage that becomes an event."""
+    step_shift: int = 6
+    """Large tool calls report less often: the step is at least usage >> step_shift (6: 1.6 %)."""
+    heartbeat_timeout_ns: int = 3_000_000_000
+    """A heartbeat older than this stops nobody."""
+    report_child_execs: bool = False
+    """Also report the execs inside a tool call."""
+    ring_bytes: int = MIB
+    """Size of the ring buffer: a power of two, at least a page."""
+    tool_slots: int = 2048
+    """Most tool calls and agents alive at once."""
+    full_sum_cpus: int = 8
+    """Up to this many CPUs every page counted is exact; above, exact at steps only (see charge.bpf.h)."""
+
+
+class ProgramState(Enum):
+    ATTACHED = "attached"
+    REFUSED = "refused"
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramReport:
+    name: str
+    section: str
+    state: ProgramState
+    reason: str | None = None
+    """What the kernel or libbpf said, when refused."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeReport:
+    """What runs."""
+
+    backend: str
+    programs: tuple[ProgramReport, ...]
+    exact_counters: bool
+    """Whether per-CPU remainders can be read; if not, usage may be off by 32 pages per CPU and counter."""
+
+    @property
+    def counts_memory(self) -> bool:
+        return any(p.name == "on_rss_stat" and p.state is ProgramState.ATTACHED for p in self.programs)
+
+
+def _checked_object(path: Path | None) -> Path:
+    if path is not None:
+        return path
+    unit = "equipoise"
+    if not build.is_current(unit):
+        try:
+            build.compile_unit(unit)
+        except BuildFailed as error:
+            raise ProbesUnavailable(str(error), "run `make ebpf` after that") from error
+    return build.object_path(unit)
+
+
+def _online_cpu_count() -> int:
+    """Highest CPU number + 1: per-CPU tables are indexed by number."""
+    try:
+        text = Path("/sys/devices/system/cpu/online").read_text()
+        return int(text.strip().split(",")[-1].split("-")[-1]) + 1
+    except (OSError, ValueError):
+        return os.cpu_count() or 1
+
+
+class Probes:
+    """The programs in the kernel. close() detaches all; so does the end of this process, however it ends."""
+
+    def __init__(self, bpf: BpfObject, links: tuple[BpfLink, ...], report: ProbeReport, tag_epoch: int) -> None:
+        self.object = bpf
+        self.report = report
+        self.tag_epoch = tag_epoch
+        """High half of every tag of this load; 31 bits, so that a tag fits a signed 64-bit integer."""
+        self._links = links
+
+    @classmethod
+    def load(cls, tuning: Tuning | None = None, path: Path | None = None) -> Probes:
+        """Compile if needed, load and attach. Raises ProbesUnavailable."""
+        tuning = tuning or Tuning()
+        if os.geteuid() != 0:
+            raise ProbesUnavailable("not root", "run the daemon as root, or with CAP_BPF and CAP_PERFMON")
+        if not BTF_PATH.exists():
+            raise ProbesUnavailable(f"{BTF_PATH} is missing", "use a kernel built with CONFIG_DEBUG_INFO_BTF=y")
+        library()
+        path = _checked_object(path)
+        tunables = abi.Tunables(
+            abi_version=abi.ABI_VERSION,
+            page_shift=os.sysconf("SC_PAGESIZE").bit_length() - 1,
+            cpu_count=_online_cpu_count(),
+            full_sum_cpus=tuning.full_sum_cpus,
+            step_bytes=tuning.step_bytes,
+            step_shift=tuning.step_shift,
+            tag_epoch=secrets.randbits(30) | 1,
+            heartbeat_timeout_ns=tuning.heartbeat_timeout_ns,
+            report_child_execs=tuning.report_child_execs,
+        )
+        refused: dict[str, str] = {}
+        try:
+            bpf = _open(path, tunables, tuning)
+            try:
+                bpf.load()
+            except LibbpfError:
+                bpf.close()
+                refused = _refused_programs(path, tunables, tuning)
+                bpf = _open(path, tunables, tuning, without=refused)
+                bpf.load()
+        except LibbpfError as error:
+            raise ProbesUnavailable(_reason(error), "see `equipoise doctor` for what this kernel accepts") from error
+        links, reports = _attach(bpf, refused)
+        missing = [r for r in reports if r.name in REQUIRED and r.state is ProgramState.REFUSED]
+        if missing:
+            for link in links:
+                link.destroy()
+            bpf.close()
+            raise ProbesUnavailable(
+                f"{missing[0].section} was refused ({missing[0].reason})",
+                "see `equipoise doctor` for what this kernel accepts",
+            )
+        exact = _learn_cpu_offsets(bpf, reports)
+        return cls(bpf, links, ProbeReport("libbpf", reports, exact), tunables.tag_epoch)
+
+    def close(self) -> None:
+        """Safe to call twice."""
+        for link in self._links:
+            link.destroy()
+        self._links = ()
+        self.object.close()
+
+
+def _open(path: Path, tunables: abi.Tunables, tuning: Tuning, without: dict[str, str] | None = None) -> BpfObject:
+    bpf = BpfObject(path)
+    try:
+        rodata = next(a_map for name, a_map in bpf.maps.items() if name.endswith(".rodata"))
+        # Our one variable leads the section; its first field says that this is so and that the layouts agree.
+        version = ctypes.c_uint32.from_buffer_copy(rodata.initial_bytes(4)).value
+        if version != abi.ABI_VERSION:
+            raise ProbesUnavailable(
+                f"{path} has ABI {version}, expected {abi.ABI_VERSION}", "rebuild it with `make ebpf`"
+            )
+        rodata.set_initial_value(tunables)
+        bpf.maps["events"].set_max_entries(tuning.ring_bytes)
+        bpf.maps["tools"].set_max_entries(tuning.tool_slots)
+        bpf.maps["free_slots"].set_max_entries(tuning.tool_slots)
+        for name in without or ():
+            bpf.programs[name].set_autoload(False)
+    except BaseException:
+        bpf.close()
+        raise
+    return bpf
+
+
+def _refused_programs(path: Path, tunables: abi.Tunables, tuning: Tuning) -> dict[str, str]:
+    """Load every program alone to learn which ones the kernel refuses, and why."""
+    refused: dict[str, str] = {}
+    probe = _open(path, tunables, tuning)
+    names = tuple(probe.programs)
+    probe.close()
+    for name in names:
+        bpf = _open(path, tunables, tuning, without={other: "" for other in names if other != name})
+        try:
+            bpf.load()
+        except LibbpfError as error:
+            refused[name] = _reason(error)
+        finally:
+            bpf.close()
+    return refused
+
+
+def _attach(bpf: BpfObject, refused: dict[str, str]) -> tuple[tuple[BpfLink, ...], tuple[ProgramReport, ...]]:
+    links: list[BpfLink] = []
+    reports: list[ProgramReport] = []
+    for name, program in bpf.programs.items():
+        reason = refused.get(name)
+        if reason is None and not program.section.startswith("iter/"):  # iterators are attached when they are run
+            try:
+                links.append(program.attach())
+            except LibbpfError as error:
+                reason = _reason(error)
+        state = ProgramState.REFUSED if reason else ProgramState.ATTACHED
+        reports.append(ProgramReport(name, program.section, state, reason))
+    return tuple(links), tuple(reports)
+
+
+def _learn_cpu_offsets(bpf: BpfObject, reports: tuple[ProgramReport, ...]) -> bool:
+    """Whether every CPU's counters can be read (or the kernel's are not per CPU, before 6.2)."""
+    if any(r.name == "learn_cpus" and r.state is ProgramState.REFUSED for r in reports):
+        return False
+    bpf.programs["learn_cpus"].run_over_tasks(os.getpid())
+    block = abi.Control()
+    return bpf.maps["control"].lookup(ctypes.c_uint32(0), block) and int(block.cpu_offsets_known) > 0
+
+
+def _reason(error: LibbpfError) -> str:
+    """The errno, and the last line of the log that says something of its own."""
+    useful = [line for line in error.log if line.startswith("libbpf:") and "failed" in line]
+    detail = useful[0].removeprefix("libbpf: ") if useful else ""
+    return f"{error.strerror}{': ' + detail if detail else ''}"

@@ -1,0 +1,121 @@
+/* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
+/*
+ * The few kernel types our programs read, kept by hand instead of a generated vmlinux.h (135,000 lines).
+ *
+ * Only the fields named here are used. preserve_access_index makes each access a CO-RE relocation, so the layout below
+ * is irrelevant and the running kernel's BTF decides; a field that is gone makes the program's load fail with its name.
+ */
+#ifndef EQUIPOISE_KERNEL_TYPES_H
+#define EQUIPOISE_KERNEL_TYPES_H
+
+typedef unsigned char __u8;
+typedef unsigned short __u16;
+typedef unsigned int __u32;
+typedef unsigned long long __u64;
+typedef signed char __s8;
+typedef short __s16;
+typedef int __s32;
+typedef long long __s64;
+typedef __u16 __be16;
+typedef __u32 __be32;
+typedef __u32 __wsum;
+typedef __u64 u64;
+typedef __s64 s64;
+typedef __u32 u32;
+typedef __s32 s32;
+typedef _Bool bool;
+enum { false = 0, true = 1 };
+
+#define NULL ((void *)0)
+#define CORE __attribute__((preserve_access_index))
+
+/* uapi/linux/bpf.h: stable numbers, spelled out so that no kernel header is needed to build */
+enum {
+	BPF_MAP_TYPE_HASH = 1,
+	BPF_MAP_TYPE_ARRAY = 2,
+	BPF_MAP_TYPE_PERCPU_ARRAY = 6,
+	BPF_MAP_TYPE_QUEUE = 22,
+	BPF_MAP_TYPE_RINGBUF = 27,
+	BPF_MAP_TYPE_TASK_STORAGE = 29,
+};
+
+enum { BPF_ANY = 0, BPF_NOEXIST = 1 };
+enum { BPF_F_NO_PREALLOC = 1, BPF_F_MMAPABLE = 1024 };
+enum { BPF_LOCAL_STORAGE_GET_F_CREATE = 1 };
+enum { BPF_RB_NO_WAKEUP = 1, BPF_RB_FORCE_WAKEUP = 2, BPF_RB_AVAIL_DATA = 0 };
+
+/* linux/mm_types_task.h; the same numbers since 4.5 */
+enum { MM_FILEPAGES = 0, MM_ANONPAGES = 1, MM_SWAPENTS = 2, MM_SHMEMPAGES = 3, NR_MM_COUNTERS = 4 };
+
+enum { SIGNAL_GROUP_EXIT = 0x4 }; /* linux/sched/signal.h */
+enum { SIGKILL = 9, SIGSTOP = 19 }; /* asm-generic/signal.h */
+
+enum cgroup_subsys_id { memory_cgrp_id = 4 }; /* relocated: the number depends on the kernel's configuration */
+
+typedef struct {
+	int counter;
+} CORE atomic_t;
+
+typedef struct {
+	long counter;
+} CORE atomic_long_t;
+
+struct percpu_counter {
+	s64 count;
+	s32 *counters; /* per-CPU pointer */
+} CORE;
+
+struct mm_struct {
+	unsigned long arg_start;
+	unsigned long arg_end;
+	struct percpu_counter rss_stat[NR_MM_COUNTERS]; /* see core_fixes.bpf.h for kernels before 6.2 */
+} CORE;
+
+struct signal_struct {
+	atomic_t live;
+	int group_exit_code;
+	unsigned int flags;
+} CORE;
+
+struct cgroup_subsys_state;
+
+struct css_set {
+	struct cgroup_subsys_state *subsys[1];
+} CORE;
+
+struct page_counter {
+	atomic_long_t usage;
+	unsigned long watermark;
+} CORE;
+
+struct mem_cgroup {
+	struct page_counter memory;
+} CORE;
+
+struct task_struct {
+	int pid;
+	int tgid;
+	int exit_code;
+	char comm[16];
+	struct mm_struct *mm;
+	struct task_struct *real_parent;
+	struct task_struct *group_leader;
+	struct signal_struct *signal;
+	struct css_set *cgroups;
+} CORE;
+
+struct bpf_array {
+	void *pptrs[1]; /* per-CPU pointer of element 0; an array of open length in the kernel */
+} CORE;
+
+struct linux_binprm {
+	const char *filename;
+} CORE;
+
+struct bpf_iter__task {
+	struct task_struct *task;
+} CORE;
+
+struct pt_regs; /* named by bpf_tracing.h */
+
+#endif

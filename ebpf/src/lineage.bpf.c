@@ -1,0 +1,303 @@
+/* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
+/*
+ * Who belongs to which tool call: tags in task storage, inherited at fork, made at an agent's exec, ended at exit.
+ * Part of equipoise.bpf.c.
+ *
+ * The tag is in the task itself, so a new session (setsid), a double fork or a new parent (init) changes nothing.
+ */
+
+/* A process of the tool call exists now. */
+static __always_inline void add_process(struct tool_record *tool, u64 tag, u32 slot, u32 role,
+					struct task_struct *task, u32 parent_tgid, bool inherits)
+{
+	struct process_record process = {
+		.tag = tag,
+		.mm = (u64)task->mm,
+		.started_ns = bpf_ktime_get_ns(),
+		.slot = slot,
+		.role = role,
+		.parent_tgid = parent_tgid,
+	};
+	u32 tgid = task->tgid;
+
+	if (bpf_map_update_elem(&processes, &tgid, &process, BPF_ANY)) {
+		count_untracked(UNTRACKED_NO_PROCESS);
+		return;
+	}
+	__sync_fetch_and_add(&tool->processes, 1);
+	join_mm(tool, tag, slot, task->mm, inherits);
+}
+
+/*
+ * The tag of the running task, or NULL. A thread that was missed (its process was tagged from outside while the thread
+ * started) is tagged now by its process.
+ */
+static __always_inline struct task_tag *current_tag(struct task_struct *task)
+{
+	struct task_tag *tag = bpf_task_storage_get(&task_tags, task, NULL, 0), late = {};
+	struct process_record *process;
+	u32 tgid = task->tgid;
+
+	if (tag || task->pid == task->tgid)
+		return tag;
+	process = bpf_map_lookup_elem(&processes, &tgid);
+	if (!process)
+		return NULL;
+	late.tag = process->tag;
+	late.slot = process->slot;
+	late.role = process->role;
+	return bpf_task_storage_get(&task_tags, task, &late, BPF_LOCAL_STORAGE_GET_F_CREATE);
+}
+
+SEC("tp_btf/sched_process_fork")
+int BPF_PROG(on_fork, struct task_struct *parent, struct task_struct *child)
+{
+	struct task_tag *tag = current_tag(bpf_get_current_task_btf()), inherited;
+	struct tool_record *tool;
+
+	if (!tag)
+		return 0;
+	inherited = *tag;
+	if (!bpf_task_storage_get(&task_tags, child, &inherited, BPF_LOCAL_STORAGE_GET_F_CREATE)) {
+		count_untracked(UNTRACKED_NO_STORAGE);
+		return 0;
+	}
+	if (child->pid != child->tgid) /* a thread */
+		return 0;
+	tool = tool_of(inherited.tag, inherited.slot);
+	if (tool)
+		add_process(tool, inherited.tag, inherited.slot, inherited.role, child, parent->tgid, true);
+	return 0;
+}
+
+/* A record for a tool call that begins now, or NULL; *slot says where. */
+static __always_inline struct tool_record *new_tool(struct tool_record *agent, u64 agent_tag, u32 tgid, u32 *slot)
+{
+	struct control *block = control_block();
+	struct tool_record *tool;
+
+	if (!block || bpf_map_pop_elem(&free_slots, slot)) {
+		count_untracked(UNTRACKED_NO_SLOT);
+		return NULL;
+	}
+	tool = bpf_map_lookup_elem(&tools, slot);
+	if (!tool)
+		return NULL;
+	__builtin_memset(tool, 0, sizeof(*tool));
+	tool->agent_tag = agent_tag;
+	tool->sandbox_id = agent->sandbox_id;
+	tool->started_ns = bpf_ktime_get_ns();
+	tool->role = ROLE_TOOL;
+	tool->root_tgid = tgid;
+	tool->soft_bytes = agent->child_soft_bytes;
+	tool->hard_bytes = agent->child_hard_bytes;
+	tool->tag = (u64)tunables.tag_epoch << 32 | (u32)(__sync_fetch_and_add(&block->tool_counter, 1) + 1);
+	return tool;
+}
+
+static __always_inline void emit_exec(u32 kind, struct tool_record *tool, u32 slot, struct task_struct *task,
+				      struct linux_binprm *bprm)
+{
+	struct exec_event *event = event_reserve(kind, sizeof(*event));
+	struct mm_struct *mm = task->mm;
+	u64 start, size;
+	long copied;
+
+	if (!event)
+		return;
+	fill_header(&event->header, kind, sizeof(*event), tool, slot, task);
+	event->padding = 0;
+	copied = bpf_probe_read_kernel_str(event->filename, sizeof(event->filename), bprm->filename);
+	event->filename_bytes = copied > 0 ? copied - 1 : 0;
+	event->argv_bytes = event->argv_total_bytes = 0;
+	if (mm) {
+		start = mm->arg_start;
+		size = mm->arg_end - start;
+		event->argv_total_bytes = size;
+		barrier_var(size); /* else the bound is checked on a copy and the verifier sees none on this one */
+		if (size > ARGV_BYTES)
+			size = ARGV_BYTES;
+		if (!bpf_probe_read_user(event->argv, size, (void *)start))
+			event->argv_bytes = size;
+	}
+	event_submit(event, kind == EVENT_TOOL_EXEC);
+}
+
+SEC("tp_btf/sched_process_exec")
+int BPF_PROG(on_exec, struct task_struct *task, int old_pid, struct linux_binprm *bprm)
+{
+	struct process_record *process;
+	struct tool_record *tool, *agent;
+	struct task_tag *tag;
+	u32 tgid = task->tgid, slot;
+
+	process = bpf_map_lookup_elem(&processes, &tgid);
+	if (!process)
+		return 0;
+	tag = bpf_task_storage_get(&task_tags, task, NULL, 0);
+	if (!tag)
+		return 0;
+	leave_mm(process->mm);
+	process->mm = (u64)task->mm;
+	slot = tag->slot;
+	tool = tool_of(tag->tag, slot);
+	if (!tool)
+		return 0;
+
+	/* The registered process may exec (a shell or env that becomes the agent): it stays the agent. */
+	if (tag->role == ROLE_AGENT && tool->root_tgid != tgid) {
+		agent = tool;
+		tool = new_tool(agent, tag->tag, tgid, &slot);
+		if (!tool) {
+			join_mm(agent, tag->tag, tag->slot, task->mm, false);
+			return 0;
+		}
+		__sync_fetch_and_sub(&agent->processes, 1);
+		tool->processes = 1;
+		process->tag = tag->tag = tool->tag;
+		process->slot = tag->slot = slot;
+		process->role = tag->role = ROLE_TOOL;
+		emit_exec(EVENT_TOOL_EXEC, tool, slot, task, bprm);
+	} else if (tunables.report_child_execs) {
+		emit_exec(EVENT_CHILD_EXEC, tool, slot, task, bprm);
+	}
+	__sync_fetch_and_add(&tool->execs, 1);
+	join_mm(tool, tag->tag, slot, task->mm, false);
+	return 0;
+}
+
+static __always_inline void emit_exit(u32 kind, struct tool_record *tool, u32 slot, struct task_struct *task,
+				      u32 processes_left)
+{
+	struct exit_event *event = event_reserve(kind, sizeof(*event));
+	u32 status = wait_status(task);
+
+	if (!event)
+		return;
+	fill_header(&event->header, kind, sizeof(*event), tool, slot, task);
+	event->started_ns = tool->started_ns;
+	event->usage_bytes = tool->usage_bytes;
+	event->peak_bytes = tool->peak_bytes;
+	event->memcg_bytes = tool->memcg_bytes;
+	event->memcg_peak_bytes = tool->memcg_peak_bytes;
+	event->stops = tool->stops_finished;
+	event->exit_code = status >> 8 & 0xff;
+	event->exit_signal = status & 0x7f;
+	event->processes = processes_left;
+	event->padding = 0;
+	event_submit(event, true);
+}
+
+SEC("tp_btf/sched_process_exit")
+int BPF_PROG(on_exit, struct task_struct *task)
+{
+	struct process_record *found, process;
+	struct tool_record *tool;
+	u32 tgid = task->tgid, left;
+
+	if (!last_thread_of_process(task))
+		return 0;
+	found = bpf_map_lookup_elem(&processes, &tgid);
+	if (!found)
+		return 0;
+	process = *found;
+	if (bpf_map_delete_elem(&processes, &tgid)) /* another thread was last, too: see core_fixes.bpf.h */
+		return 0;
+	tool = tool_of(process.tag, process.slot);
+	if (tool)
+		sample_memory_cgroup(tool, task);
+	leave_mm(process.mm);
+	if (!tool)
+		return 0;
+	left = __sync_fetch_and_sub(&tool->processes, 1) - 1;
+	if (tool->root_tgid == tgid)
+		emit_exit(EVENT_TOOL_EXIT, tool, process.slot, task, left);
+	if (!left)
+		emit_exit(EVENT_TOOL_GONE, tool, process.slot, task, left);
+	return 0;
+}
+
+/* Move a process that is already followed from one tool call (or the agent) to another. */
+static __always_inline void move_process(struct process_record *process, struct tool_record *tool, u64 tag, u32 slot,
+					 u32 role)
+{
+	struct tool_record *old = tool_of(process->tag, process->slot);
+	struct mm_record *record = bpf_map_lookup_elem(&mms, &process->mm);
+	s64 private_pages, shared_pages;
+
+	if (old)
+		__sync_fetch_and_sub(&old->processes, 1);
+	__sync_fetch_and_add(&tool->processes, 1);
+	process->tag = tag;
+	process->slot = slot;
+	process->role = role;
+	if (!record || record->users != 1) /* a vfork child: the memory is still its parent's, until it execs */
+		return;
+	private_pages = record->private_pages;
+	shared_pages = record->shared_pages;
+	if (old) {
+		count_shared(old, record, 0);
+		__sync_fetch_and_add(&old->private_bytes, -(private_pages << tunables.page_shift));
+		update_usage(old);
+	}
+	record->tag = tag;
+	record->slot = slot;
+	__sync_fetch_and_add(&tool->private_bytes, private_pages << tunables.page_shift);
+	count_shared(tool, record, shared_pages);
+	update_usage(tool);
+}
+
+/*
+ * Tag a running process from user space: the request names a tgid and a record; reading the iterator does the work, for
+ * every thread. In the kernel rather than by map updates, so that the books keep one writer and what the process already
+ * holds is counted.
+ */
+SEC("iter/task")
+int retag_process(struct bpf_iter__task *ctx)
+{
+	struct task_struct *task = ctx->task;
+	struct retag_request *request;
+	struct process_record *process;
+	struct tool_record *tool;
+	struct task_tag *tag, fresh = {};
+	u32 zero = 0, tgid;
+
+	request = bpf_map_lookup_elem(&retag, &zero);
+	if (!task || !request)
+		return 0;
+	tgid = task->tgid;
+	if (tgid != request->tgid)
+		return 0;
+	tool = tool_of(request->tag, request->slot);
+	if (!tool)
+		return 0;
+	fresh.tag = request->tag;
+	fresh.slot = request->slot;
+	fresh.role = request->role;
+	tag = bpf_task_storage_get(&task_tags, task, &fresh, BPF_LOCAL_STORAGE_GET_F_CREATE);
+	if (!tag) {
+		request->failed_tasks++;
+		return 0;
+	}
+	*tag = fresh;
+	request->tagged_tasks++;
+	if (task->pid != task->tgid)
+		return 0;
+	process = bpf_map_lookup_elem(&processes, &tgid);
+	if (!process)
+		add_process(tool, fresh.tag, fresh.slot, fresh.role, task, task->real_parent->tgid, false);
+	else if (process->tag != fresh.tag)
+		move_process(process, tool, fresh.tag, fresh.slot, fresh.role);
+	return 0;
+}
+
+/* Run once after load: see learn_cpu_offsets(). An iterator because user space can run one whenever it likes. */
+SEC("iter/task")
+int learn_cpus(struct bpf_iter__task *ctx)
+{
+	struct control *block = control_block();
+
+	if (block)
+		block->cpu_offsets_known = learn_cpu_offsets(tunables.cpu_count);
+	return 0;
+}
