@@ -1,0 +1,47 @@
+"""Errors of the daemon: each is one line that names the thing, its value and the remedy.
+
+DaemonError
+├── CgroupError       a cgroup could not be made, joined or changed for a reason that is not "it is gone"
+│   └── LayoutError   this host offers no cgroup layout that we can use
+├── JournalError      the journal cannot be opened, read or written
+├── ListenError       an address or socket cannot be had
+├── GuardianError     the guardian process did not start
+└── CommandError      a command of the CLI cannot be carried out; the message is all that is printed
+
+That a cgroup, process or session is gone is never one of these: it is an outcome (see `cgroups.files.Effect`).
+"""
+
+from __future__ import annotations
+
+
+class DaemonError(Exception):
+    """Base of everything the daemon raises on purpose."""
+
+
+class CgroupError(DaemonError):
+    """A cgroup refused; the message carries path, value and remedy."""
+
+
+class LayoutError(CgroupError):
+    """No cgroup layout here can carry sandboxes."""
+
+    def __init__(self, reason: str, remedy: str) -> None:
+        super().__init__(f"{reason}: {remedy}")
+        self.reason = reason
+        self.remedy = remedy
+
+
+class JournalError(DaemonError):
+    """The journal is damaged, foreign, locked by another daemon, or the disk refuses."""
+
+
+class ListenError(DaemonError):
+    """An address is taken or not ours to bind."""
+
+
+class GuardianError(DaemonError):
+    """The guardian process did not come up; nothing may be held back without it."""
+
+
+class CommandError(DaemonError):
+    """What the user asked for cannot be done."""
