@@ -113,7 +113,7 @@ print("nobody stopped me: gave up at 3 GiB")
 sys.exit(3)
 '''
 
-_SERVE = '''"""A development server that outlives the command that started it. Its port goes to a file; ends by itself."""
+_SERVE = '''"""A development server that outlives the command that started it. Writes its port to a file; ends alone."""
 
 import http.server
 import pathlib
