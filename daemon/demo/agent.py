@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -127,6 +128,11 @@ def run_plan(plan: Plan, conversation: Conversation, runner: ToolRunner, log: Ag
     return accepted
 
 
+def _end_on_signal(number: int, frame: object) -> None:
+    """Unwind like any other end, so that a running tool call is ended too."""
+    raise SystemExit(128 + number)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m equipoise.daemon.demo.agent", description=__doc__)
     parser.add_argument("--plan", required=True, help="name of a plan in plan.py")
@@ -136,6 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--log", required=True, type=Path, help="JSON lines of what was done")
     parser.add_argument("--name", default="agent")
     options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, _end_on_signal)
     tenant = os.environ.get("EQUIPOISE_TENANT", "default")
     session = os.environ.get("EQUIPOISE_SESSION", f"{tenant}/{options.name}")
     identity = Identity(tenant, options.name, session, os.environ.get("EQUIPOISE_SOCKET") or None)

@@ -7,6 +7,7 @@ Owns the picture. Needs matplotlib (extra `demo`), drawn without a display.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,17 +28,30 @@ _SHADES = {
     "bronze": ("#b06a3b", "#dbab86", "#8a4a20"),
 }
 _SPARE_SHADES = (("#4b8b6f", "#96c4ae"), ("#7d5ba6", "#bba6d3"), ("#3f8fb5", "#93c6dd"))
-# How a decision is marked on the lane of its agent: how its action begins (words.py), marker, size, colour, meaning.
+
+
+@dataclass(frozen=True, slots=True)
+class _Mark:
+    """How a decision is marked on the lane of its agent."""
+
+    begins: str
+    """How its action begins in words (see daemon/words.py)."""
+    marker: str
+    size: int
+    colour: str
+    meaning: str
+
+
 _MARKS = (
-    ("kill", "X", 110, _ALARM, "tool call killed"),
-    ("grant", "P", 55, "#1e8449", "granted more memory"),
-    ("wait", "s", 36, "#d68910", "made to wait at its budget"),
-    ("throttle", "D", 34, "#8e44ad", "throttled"),
-    ("freeze", "D", 34, "#5b2c6f", "frozen"),
-    ("swap KV out", "v", 48, "#1f618d", "KV swapped out"),
-    ("swap KV in", "^", 48, "#2e86c1", "KV brought back"),
-    ("drop KV", "x", 34, "#7b241c", "KV dropped"),
-    ("keep KV", "o", 22, "#a6acaf", "KV retained"),
+    _Mark("kill", "X", 110, _ALARM, "tool call killed"),
+    _Mark("grant", "P", 55, "#1e8449", "granted more memory"),
+    _Mark("wait", "s", 36, "#d68910", "made to wait at its budget"),
+    _Mark("throttle", "D", 34, "#8e44ad", "throttled"),
+    _Mark("freeze", "D", 34, "#5b2c6f", "frozen"),
+    _Mark("swap KV out", "v", 48, "#1f618d", "KV swapped out"),
+    _Mark("swap KV in", "^", 48, "#2e86c1", "KV brought back"),
+    _Mark("drop KV", "x", 34, "#7b241c", "KV dropped"),
+    _Mark("keep KV", "o", 22, "#a6acaf", "KV retained"),
 )
 
 
@@ -160,15 +174,14 @@ def _draw_lanes(axis: Axes, report: Report, start_ns: int, labels: Sequence[str]
         lane_label = _lane_of(decision, report, lanes)
         if mark is None or lane_label is None:
             continue
-        marker, size, colour, meaning = mark
-        used[meaning] = axis.scatter(
+        used[mark.meaning] = axis.scatter(
             (decision.at_ns - start_ns) / 1e9,
             lanes[lane_label] + 0.36,
-            marker=marker,
-            s=size,
-            color=colour,
-            linewidths=0.6 if marker != "x" else 1.6,
-            edgecolors=None if marker == "x" else "white",
+            marker=mark.marker,
+            s=mark.size,
+            color=mark.colour,
+            linewidths=0.6 if mark.marker != "x" else 1.6,
+            edgecolors=None if mark.marker == "x" else "white",
             zorder=3,
         )
     axis.set_yticks(list(lanes.values()), list(lanes))
@@ -178,12 +191,8 @@ def _draw_lanes(axis: Axes, report: Report, start_ns: int, labels: Sequence[str]
         axis.legend(used.values(), used.keys(), loc="upper left", bbox_to_anchor=(1.005, 1.02), frameon=False)
 
 
-def _mark(decision: ReportedDecision) -> tuple[str, int, str, str] | None:
-    for begins, *mark in _MARKS:
-        if decision.action.startswith(begins):
-            marker, size, colour, meaning = mark
-            return str(marker), int(size), str(colour), str(meaning)
-    return None
+def _mark(decision: ReportedDecision) -> _Mark | None:
+    return next((mark for mark in _MARKS if decision.action.startswith(mark.begins)), None)
 
 
 def _lane_of(decision: ReportedDecision, report: Report, lanes: dict[str, int]) -> str | None:

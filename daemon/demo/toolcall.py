@@ -104,6 +104,10 @@ class ToolRunner:
             except subprocess.TimeoutExpired:
                 _kill_group(process.pid)
                 code = process.wait()
+            except BaseException:
+                # The agent itself is being ended; its tool call must not outlive it.
+                _kill_group(process.pid)
+                raise
             end_ns = time.monotonic_ns()
             out.seek(0)
             output = out.read(65536).decode(errors="replace")
