@@ -247,10 +247,12 @@ _recent_log: collections.deque[str] = collections.deque(maxlen=20)
 _LOG_LEVEL_ERROR = 4
 
 
-@LOG_CALLBACK
-def _on_log(level: int, text: bytes | None, user_data: object) -> None:
+def _keep_error(level: int, text: bytes | None, user_data: object) -> None:
     if text and level >= _LOG_LEVEL_ERROR:
         _recent_log.append(text.decode("utf-8", "replace").strip())
+
+
+_on_log = LOG_CALLBACK(_keep_error)
 
 
 def last_error() -> str:

@@ -1,0 +1,640 @@
+"""The step loop: one thread that applies what arrived, asks the scheduler for a plan, and carries it out.
+
+Owns: the thread, the turns under way (sampler, text, sink), the totals, and the reports. Everything that touches the
+scheduler, the books or llama.cpp happens on this thread at a step border. Must not: choose (scheduler.py) or speak HTTP
+or gRPC (http.py, client.py); both reach it through `submit`, `cancel`, `direct` and `listen`, safe from any thread.
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import logging
+import os
+import queue
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from .conversation import map_prompt
+from .directives import Directive, Outcome, OutcomeStatus
+from .errors import ContextError, EngineError, RequestError, SwapError
+from .language_model import LanguageModel
+from .ledger import Ledger
+from .reports import (
+    CostFigures,
+    EngineFacts,
+    Occupancy,
+    Report,
+    Reported,
+    SessionKv,
+    SessionMoved,
+    Totals,
+    TurnEnded,
+    TurnPreempted,
+    TurnStarted,
+)
+from .runner import BatchSlice, Runner, Sampler, StepStatus
+from .scheduler import Discard, MoveIn, MoveOut, Scheduler, SchedulerConfig, Slice, StepPlan
+from .sequence import (
+    FinishReason,
+    Session,
+    SessionId,
+    Sink,
+    TextDelta,
+    Tier,
+    TokenLogprob,
+    Turn,
+    TurnAccepted,
+    TurnFinished,
+    TurnId,
+    TurnRefused,
+    TurnRequest,
+)
+from .swapper import HostStore
+from .template import tool_calls_in
+from .text import TextStream
+
+_log = logging.getLogger(__name__)
+
+OCCUPANCY_PERIOD_NS = 200_000_000
+_REMEMBERED_OUTCOMES = 4096
+_IDLE_WAIT_S = 1.0
+
+Listener = Callable[[Reported], None]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    kv_tokens: int
+    """Device tokens over all sessions."""
+    host_bytes: int = 256 << 20
+    default_max_tokens: int = 512
+    """Output limit of a turn that names none."""
+    max_queued_turns: int = 256
+    """Turns waiting for admission; one more is refused with 429."""
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+
+
+@dataclass(slots=True)
+class _Live:
+    """What the engine keeps of a turn beside the scheduler's books."""
+
+    request: TurnRequest
+    turn: Turn
+    sink: Sink
+    sampler: Sampler
+    stream: TextStream
+    output: bytearray
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Submit:
+    turn_id: TurnId
+    request: TurnRequest
+    sink: Sink
+    arrival_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Cancel:
+    turn_id: TurnId
+
+
+@dataclass(frozen=True, slots=True)
+class _Direct:
+    directive: Directive
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    function: Callable[[], None]
+
+
+_Arrival = _Submit | _Cancel | _Direct | _Call
+
+
+class Engine:
+    def __init__(self, model: LanguageModel, runner: Runner, config: EngineConfig) -> None:
+        self.model = model
+        self.config = config
+        self.engine_id = f"embedded-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self.totals = Totals()
+        self.cost = CostFigures()
+        self._runner = runner
+        self._ledger = Ledger(
+            device_capacity_tokens=min(config.kv_tokens, runner.physical_tokens),
+            slot_count=runner.slot_count,
+            bytes_per_token=runner.bytes_per_token,
+            host_capacity_bytes=config.host_bytes,
+        )
+        self._scheduler = Scheduler(config.scheduler, self._ledger, physical_tokens=runner.physical_tokens)
+        self._host = HostStore(runner)
+        self._live: dict[SessionId, _Live] = {}
+        # A session computes one turn at a time; the next ones wait here in order of arrival.
+        self._behind: dict[SessionId, collections.deque[_Submit]] = {}
+        self._inbox: queue.SimpleQueue[_Arrival] = queue.SimpleQueue()
+        self._listeners: list[Listener] = []
+        self._outcomes: collections.OrderedDict[str, Outcome] = collections.OrderedDict()
+        self._turn_numbers = itertools.count(1)
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+        self._occupancy_sent_ns = 0
+        self._occupancy_due = True
+
+    # From any thread
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the loop at the next step border; turns under way end as cancelled. Safe to call twice."""
+        self._stopping.set()
+        self._inbox.put(_Call(lambda: None))
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def submit(self, request: TurnRequest, sink: Sink) -> TurnId:
+        """Queue a turn. `sink` gets TurnAccepted or TurnRefused first, then its text, then TurnFinished."""
+        turn_id = TurnId(f"turn-{next(self._turn_numbers)}")
+        self._inbox.put(_Submit(turn_id, request, sink, time.monotonic_ns()))
+        return turn_id
+
+    def cancel(self, turn_id: TurnId) -> None:
+        """End the turn at the next step border. Safe for a turn that has ended."""
+        self._inbox.put(_Cancel(turn_id))
+
+    def direct(self, directive: Directive) -> None:
+        """Apply a directive at the next step border; its outcomes are reported to the listeners."""
+        self._inbox.put(_Direct(directive))
+
+    def release_holds(self) -> None:
+        """The daemon is gone: every hold it made ends."""
+        self._inbox.put(_Call(self._scheduler.release_holds))
+
+    def listen(self, listener: Listener) -> Callable[[], None]:
+        """Call `listener` on the engine's thread with every report; it must not block. Returns how to stop it."""
+        self._inbox.put(_Call(lambda: self._add_listener(listener)))
+        return lambda: self._inbox.put(_Call(lambda: self._listeners.remove(listener)))
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Run `function` on the engine's thread at the next step border (tests, metrics)."""
+        self._inbox.put(_Call(function))
+
+    def occupancy_now(self, timeout_s: float = 5.0) -> Occupancy:
+        """The books at the next step border. Raises EngineError where the loop does not answer in time."""
+        answer: queue.SimpleQueue[Occupancy] = queue.SimpleQueue()
+        self.call(lambda: answer.put(self._occupancy()))
+        try:
+            return answer.get(timeout=timeout_s)
+        except queue.Empty:
+            raise EngineError(f"the engine did not reach a step border within {timeout_s} s") from None
+
+    def facts(self) -> EngineFacts:
+        return EngineFacts(
+            engine_id=self.engine_id,
+            model=self.model.name,
+            pid=os.getpid(),
+            bytes_per_token=self._ledger.bytes_per_token,
+            device_capacity_tokens=self._ledger.device_capacity_tokens,
+            host_capacity_bytes=self._ledger.host_capacity_bytes,
+            disk_capacity_bytes=self._ledger.disk_capacity_bytes,
+            cost=self.cost,
+        )
+
+    @property
+    def longest_turn_tokens(self) -> int:
+        """Most tokens of one conversation, prompt and output together."""
+        return min(self._runner.slot_tokens, self.config.kv_tokens)
+
+    # The loop
+
+    def _loop(self) -> None:
+        wake_ns: int | None = None
+        while not self._stopping.is_set():
+            self._take_arrivals(wake_ns)
+            plan = self._scheduler.plan(time.monotonic_ns())
+            wake_ns = plan.wake_ns
+            try:
+                self._carry_out(plan)
+            except ContextError as error:
+                self._fail_step(plan, error)
+            if not plan.slices and not plan.moves and self._scheduler.busy():
+                # Nothing can run until something ends by itself (a pin, a hold): do not spin.
+                wake_ns = min(wake_ns or 1 << 63, time.monotonic_ns() + 20_000_000)
+                self._take_arrivals(wake_ns, idle=True)
+            self._report_occupancy()
+        for live in list(self._live.values()):
+            self._finish(live, FinishReason.CANCELLED)
+        for waiting in self._behind.values():
+            for arrival in waiting:
+                arrival.sink(TurnRefused(RequestError("the engine is stopping", status=503, kind="server_error")))
+
+    def _take_arrivals(self, wake_ns: int | None, *, idle: bool = False) -> None:
+        """Handle all that has arrived; block for the next arrival only where there is nothing to compute."""
+        if idle or not self._scheduler.busy():
+            wait_s = _IDLE_WAIT_S
+            if wake_ns is not None:
+                wait_s = min(wait_s, max(0.0, (wake_ns - time.monotonic_ns()) / 1e9))
+            if self._occupancy_due:
+                wait_s = min(wait_s, OCCUPANCY_PERIOD_NS / 1e9)
+            try:
+                self._handle(self._inbox.get(timeout=wait_s))
+            except queue.Empty:
+                return
+        while True:
+            try:
+                self._handle(self._inbox.get_nowait())
+            except queue.Empty:
+                return
+
+    def _handle(self, arrival: _Arrival) -> None:
+        match arrival:
+            case _Submit():
+                self._begin(arrival)
+            case _Cancel(turn_id):
+                self._cancel(turn_id)
+            case _Direct(directive):
+                self._direct(directive)
+            case _Call(function):
+                function()
+
+    # Turns
+
+    def _begin(self, arrival: _Submit) -> None:
+        request = arrival.request
+        session_id = request.session_id
+        if session_id in self._live:
+            self._behind.setdefault(session_id, collections.deque()).append(arrival)
+            return
+        try:
+            live = self._prepare(arrival)
+        except RequestError as error:
+            arrival.sink(TurnRefused(error))
+            self._next_behind(session_id)
+            return
+        self._live[session_id] = live
+        live.sink(TurnAccepted(live.turn.prompt_tokens))
+        self._occupancy_due = True
+
+    def _prepare(self, arrival: _Submit) -> _Live:
+        """Map the prompt onto the session and queue the turn. Raises RequestError, with nothing changed."""
+        request = arrival.request
+        if len(self._scheduler.waiting) >= self.config.max_queued_turns:
+            raise RequestError(
+                f"{len(self._scheduler.waiting)} turns are waiting: try again later",
+                status=429,
+                kind="rate_limit_error",
+                code="queue_full",
+                retry_after_s=2,
+            )
+        session = self._scheduler.sessions.get(request.session_id)
+        if session is None:
+            session = Session(request.session_id, request.tenant_id, ephemeral=request.ephemeral)
+        elif session.tenant_id != request.tenant_id:
+            raise RequestError(
+                f"session {request.session_id} belongs to another tenant", status=403, kind="permission_error"
+            )
+        prompt = map_prompt(self.model, session, request.prompt)
+        room = self.longest_turn_tokens - len(prompt.tokens)
+        if not prompt.tokens:
+            raise RequestError("messages: the prompt is empty", param="messages")
+        if room < 1:
+            raise RequestError(
+                f"the prompt has {len(prompt.tokens)} tokens; at most {self.longest_turn_tokens} fit, output included",
+                code="context_length_exceeded",
+                param="messages",
+            )
+        sampler = self._runner.sampler(request.sampling)
+        self._scheduler.diverged(session, prompt.common_tokens)
+        session.tokens = prompt.tokens
+        turn = Turn(
+            id=arrival.turn_id,
+            session_id=session.id,
+            tenant_id=session.tenant_id,
+            arrival_ns=arrival.arrival_ns,
+            prompt_tokens=len(prompt.tokens),
+            max_output_tokens=min(request.max_tokens or self.config.default_max_tokens, room),
+        )
+        self._scheduler.submit(session, turn)
+        return _Live(request, turn, arrival.sink, sampler, TextStream(request.stop), bytearray())
+
+    def _next_behind(self, session_id: SessionId) -> None:
+        waiting = self._behind.get(session_id)
+        if waiting:
+            arrival = waiting.popleft()
+            if not waiting:
+                del self._behind[session_id]
+            self._begin(arrival)
+
+    def _cancel(self, turn_id: TurnId) -> None:
+        for live in self._live.values():
+            if live.turn.id == turn_id:
+                self._finish(live, FinishReason.CANCELLED)
+                return
+        for session_id, waiting in self._behind.items():
+            kept = collections.deque(a for a in waiting if a.turn_id != turn_id)
+            if len(kept) != len(waiting):
+                self._behind[session_id] = kept
+                return
+
+    def _finish(self, live: _Live, reason: FinishReason, error: str | None = None) -> None:
+        turn, session = live.turn, self._scheduler.sessions[live.turn.session_id]
+        now_ns = time.monotonic_ns()
+        rest = live.stream.flush()
+        live.text += rest
+        if rest:
+            live.sink(TextDelta(rest))
+        if reason is FinishReason.STOP and live.request.may_call_tools and tool_calls_in(live.text)[1]:
+            reason = FinishReason.TOOL_CALLS
+        session.text = _joined(live.request.prompt, live.output)
+        live.sampler.close()
+        del self._live[session.id]
+        completed = reason is not FinishReason.CANCELLED and reason is not FinishReason.ERROR
+        self._scheduler.finish(session.id, now_ns, completed=completed)
+        queued_ns = (turn.admitted_ns or now_ns) - turn.arrival_ns
+        ttft_ns = None if turn.first_token_ns is None else turn.first_token_ns - turn.arrival_ns
+        self.totals.turns_finished += 1
+        live.sink(
+            TurnFinished(
+                reason=reason,
+                prompt_tokens=turn.prompt_tokens,
+                cached_tokens=turn.cached_tokens,
+                recomputed_tokens=turn.recomputed_tokens,
+                output_tokens=turn.output_tokens,
+                queued_ns=queued_ns,
+                ttft_ns=ttft_ns,
+                awaits_tool=live.request.awaits_tool or reason is FinishReason.TOOL_CALLS,
+                error=error,
+            )
+        )
+        told = live.request.awaits_tool and completed
+        self._report(
+            TurnEnded(
+                session_id=session.id,
+                tenant_id=session.tenant_id,
+                turn_id=turn.id,
+                finish_reason=FinishReason.TOOL_CALLS if told else reason,
+                prompt_tokens=turn.prompt_tokens,
+                cached_tokens=turn.cached_tokens,
+                recomputed_tokens=turn.recomputed_tokens,
+                output_tokens=turn.output_tokens,
+                ttft_ns=ttft_ns,
+                queued_ns=queued_ns,
+            )
+        )
+        self._occupancy_due = True
+        self._next_behind(session.id)
+
+    # Carrying out a plan
+
+    def _carry_out(self, plan: StepPlan) -> None:
+        failed: set[SessionId] = set()
+        for move in plan.moves:
+            if isinstance(move, MoveOut):
+                self._move_out(move)
+            elif isinstance(move, MoveIn):
+                if not self._move_in(move):
+                    failed.add(move.session_id)
+            else:
+                self._discard(move)
+        for session_id in plan.admitted:
+            self._report_started(session_id)
+        for preempted in plan.preempted:
+            self.totals.preempted_count += 1
+            session = self._scheduler.sessions[preempted.session_id]
+            turn_id = session.turn.id if session.turn else TurnId("")
+            self._report(
+                TurnPreempted(session.id, session.tenant_id, turn_id, preempted.to_tier, preempted.directive_id)
+            )
+            if preempted.directive_id:
+                self._settle(Outcome(preempted.directive_id, OutcomeStatus.COMPLETED))
+        for outcome in plan.outcomes:
+            self._settle(outcome)
+        slices = [item for item in plan.slices if item.session_id not in failed]
+        if slices:
+            self._step(slices)
+
+    def _step(self, slices: list[Slice]) -> None:
+        batch = []
+        for item in slices:
+            live = self._live[item.session_id]
+            tokens = self._scheduler.sessions[item.session_id].tokens[item.start : item.start + item.count]
+            sampler = live.sampler if item.samples else None
+            batch.append(BatchSlice(item.slot, item.start, tokens, sampler, live.request.sampling.logprobs))
+        result = self._runner.step(batch)
+        self.totals.steps += 1
+        if result.status is StepStatus.NO_ROOM:
+            raise ContextError("llama.cpp finds no room for the step although the books have it")
+        if result.status is StepStatus.ABORTED:
+            self._book_aborted(slices)
+            return
+        now_ns = time.monotonic_ns()
+        for item, sampled in zip(slices, result.sampled, strict=True):
+            self._book(item, item.count)
+            if sampled is not None:
+                self._take_token(self._live[item.session_id], sampled, now_ns)
+
+    def _book(self, item: Slice, count: int) -> None:
+        live = self._live[item.session_id]
+        before = live.turn.recomputed_tokens
+        self._scheduler.computed(item.session_id, item.start, count)
+        self.totals.recomputed_tokens += live.turn.recomputed_tokens - before
+        prompt_part = max(0, min(item.start + count, live.turn.prompt_tokens) - item.start)
+        self.totals.prefill_tokens += prompt_part
+
+    def _book_aborted(self, slices: list[Slice]) -> None:
+        """An interrupted step keeps what llama.cpp had finished; the rest is planned again."""
+        for item in slices:
+            held = self._runner.held_tokens(item.slot)
+            done = min(max(0, held - item.start), item.count)
+            if done == item.count and item.samples:
+                done -= 1  # its logits are gone: compute the last token again
+                self._runner.cut(item.slot, item.start + done)
+            if done:
+                self._book(item, done)
+
+    def _take_token(self, live: _Live, sampled: TokenLogprob | int, now_ns: int) -> None:
+        token = sampled.token if isinstance(sampled, TokenLogprob) else sampled
+        turn = live.turn
+        self._scheduler.sessions[turn.session_id].tokens.append(token)
+        self._scheduler.produced(turn.session_id)
+        self.totals.decode_tokens += 1
+        if turn.first_token_ns is None:
+            turn.first_token_ns = now_ns
+        live.output += self.model.piece(token, special=True)
+        ends = self.model.ends_text(token) and not live.request.ignore_end_of_text
+        text = "" if ends else live.stream.push(self.model.piece(token))
+        live.text += text
+        if text or isinstance(sampled, TokenLogprob):
+            live.sink(TextDelta(text, (sampled,) if isinstance(sampled, TokenLogprob) and not ends else ()))
+        if ends or live.stream.stopped:
+            self._finish(live, FinishReason.STOP)
+        elif turn.output_tokens >= turn.max_output_tokens:
+            self._finish(live, FinishReason.LENGTH)
+
+    def _fail_step(self, plan: StepPlan, error: ContextError) -> None:
+        """llama.cpp refused the step: end its turns with an error, forget their KV, serve the others on."""
+        _log.error("step_failed error=%r turns=%d", str(error), len(plan.slices))
+        for item in plan.slices:
+            live = self._live.get(item.session_id)
+            self._runner.cut(item.slot, 0)
+            self._scheduler.lost(item.session_id)
+            if live is not None:
+                self._finish(live, FinishReason.ERROR, str(error))
+
+    def _move_out(self, move: MoveOut) -> None:
+        session = self._scheduler.sessions[move.session_id]
+        copied = self._host.out(move.session_id, move.slot, move.tokens, move.valid_tokens)
+        self.totals.swap_out_count += 1
+        self.totals.swap_out_bytes += copied.moved_bytes
+        self.totals.swap_out_ns += copied.duration_ns
+        self._moved(session, Tier.DEVICE, move.tier, move.tokens, copied.moved_bytes, copied.duration_ns, move)
+
+    def _move_in(self, move: MoveIn) -> bool:
+        session = self._scheduler.sessions[move.session_id]
+        try:
+            copied = self._host.back(move.session_id, move.slot, move.tokens)
+        except SwapError as error:
+            _log.error("swap_in_failed session=%s error=%r", move.session_id, str(error))
+            self.totals.swap_failures += 1
+            self._host.discard(move.session_id)
+            self._runner.cut(move.slot, 0)
+            self._scheduler.lost(move.session_id)
+            if move.directive_id:
+                self._settle(Outcome(move.directive_id, OutcomeStatus.REJECTED, str(error)))
+            return False
+        self.totals.swap_in_count += 1
+        self.totals.swap_in_bytes += copied.moved_bytes
+        self.totals.swap_in_ns += copied.duration_ns
+        self._moved(session, move.tier, Tier.DEVICE, move.tokens, copied.moved_bytes, copied.duration_ns, move)
+        return True
+
+    def _discard(self, move: Discard) -> None:
+        if move.tier is Tier.HOST:
+            self._host.discard(move.session_id)
+            return
+        if move.slot is None:
+            return
+        dropped = self._runner.held_tokens(move.slot) - move.from_token
+        self._runner.cut(move.slot, move.from_token)
+        session = self._scheduler.sessions.get(move.session_id)
+        if session is not None and move.from_token == 0 and dropped > 0:
+            self._moved(session, Tier.DEVICE, Tier.NONE, dropped, 0, 0, move)
+
+    def _moved(
+        self,
+        session: Session,
+        from_tier: Tier,
+        to_tier: Tier,
+        tokens: int,
+        moved_bytes: int,
+        duration_ns: int,
+        move: MoveOut | MoveIn | Discard,
+    ) -> None:
+        self._occupancy_due = True
+        self._report(
+            SessionMoved(
+                session.id,
+                session.tenant_id,
+                from_tier,
+                to_tier,
+                tokens,
+                moved_bytes,
+                duration_ns,
+                move.directive_id,
+            )
+        )
+        if move.directive_id and not isinstance(move, Discard):
+            self._settle(Outcome(move.directive_id, OutcomeStatus.COMPLETED))
+
+    # Directives and reports
+
+    def _direct(self, directive: Directive) -> None:
+        known = self._outcomes.get(directive.directive_id)
+        outcome = known or self._scheduler.apply(directive, time.monotonic_ns())
+        self._occupancy_due = True
+        self._settle(outcome)
+
+    def _settle(self, outcome: Outcome) -> None:
+        """Remember and report an outcome; a repeated directive is answered with the newest."""
+        self._outcomes[outcome.directive_id] = outcome
+        if len(self._outcomes) > _REMEMBERED_OUTCOMES:
+            self._outcomes.popitem(last=False)
+        self._report(outcome)
+
+    def _add_listener(self, listener: Listener) -> None:
+        self._listeners.append(listener)
+        self._occupancy_due = True
+
+    def _report(self, report: Report) -> None:
+        reported = Reported(time.monotonic_ns(), report)
+        for listener in self._listeners:
+            listener(reported)
+
+    def _report_started(self, session_id: SessionId) -> None:
+        live = self._live.get(session_id)
+        if live is None:
+            return
+        turn = live.turn
+        self.totals.cached_tokens += turn.cached_tokens
+        self._occupancy_due = True
+        self._report(
+            TurnStarted(
+                session_id, turn.tenant_id, turn.id, turn.prompt_tokens, turn.cached_tokens, live.request.peer_port
+            )
+        )
+
+    def _report_occupancy(self) -> None:
+        now_ns = time.monotonic_ns()
+        busy = bool(self._scheduler.running)
+        if not self._listeners or not (self._occupancy_due or busy):
+            return
+        if now_ns - self._occupancy_sent_ns < OCCUPANCY_PERIOD_NS:
+            return
+        self._occupancy_sent_ns = now_ns
+        self._occupancy_due = False
+        self._report(self._occupancy())
+
+    def _occupancy(self) -> Occupancy:
+        ledger = self._ledger
+        sessions = []
+        for session in self._scheduler.sessions.values():
+            holding = ledger.holding(session.id)
+            tier, held = holding.longest()
+            sessions.append(
+                SessionKv(
+                    session_id=session.id,
+                    tenant_id=session.tenant_id,
+                    phase=self._scheduler.phase(session),
+                    tier=tier,
+                    held_tokens=held,
+                    context_tokens=len(session.tokens),
+                    host_bytes=holding.host_tokens * ledger.bytes_per_token,
+                    disk_bytes=holding.disk_tokens * ledger.bytes_per_token,
+                    retain_until_ns=session.pinned_until_ns,
+                )
+            )
+        return Occupancy(
+            sessions=tuple(sessions),
+            device_used_tokens=ledger.device_used_tokens,
+            host_used_bytes=ledger.host_used_bytes,
+            disk_used_bytes=ledger.disk_used_bytes,
+            running_count=len(self._scheduler.running),
+            waiting_count=len(self._scheduler.waiting),
+            device_capacity_tokens=ledger.device_capacity_tokens,
+            host_capacity_bytes=ledger.host_capacity_bytes,
+            totals=replace(self.totals),
+            cost=self.cost,
+        )
+
+
+def _joined(prompt: str, output: bytearray) -> str | None:
+    """The conversation's text after a turn; None where the output is not clean UTF-8."""
+    try:
+        return prompt + output.decode("utf-8")
+    except UnicodeDecodeError:
+        return None

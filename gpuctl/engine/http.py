@@ -1,0 +1,298 @@
+"""The OpenAI-compatible HTTP endpoint, on Starlette and uvicorn.
+
+Owns: routes, headers, limits, and the bridge between the engine's thread and asyncio. Must not: parse the OpenAI format
+(wire.py) nor touch the engine's state except through submit and cancel. A client that goes away cancels its turn.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from . import wire
+from .engine import Engine
+from .errors import RequestError
+from .sequence import (
+    FinishReason,
+    SessionId,
+    TenantId,
+    TextDelta,
+    TokenLogprob,
+    TurnAccepted,
+    TurnEvent,
+    TurnFinished,
+    TurnId,
+    TurnRefused,
+    TurnRequest,
+)
+from .template import ToolCall, tool_calls_in
+
+SESSION_HEADERS = ("x-equipoise-session", "x-dynamo-session-id", "x-session-id")
+TENANT_HEADER = "x-equipoise-tenant"
+AWAITS_TOOL_HEADER = "x-equipoise-awaits-tool"
+DEFAULT_TENANT = TenantId("default")
+_MAX_ID_CHARACTERS = 200
+
+
+@dataclass(frozen=True, slots=True)
+class HttpConfig:
+    max_body_bytes: int = 8 << 20
+    api_keys: Mapping[str, TenantId] = field(default_factory=dict)
+    """Key to tenant. Empty: no key is asked for and the tenant header is believed."""
+
+
+class TurnStream:
+    """The events of one turn, carried from the engine's thread into this event loop."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[TurnEvent] = asyncio.Queue()
+        self._turn_id: TurnId | None = None
+        self._ended = False
+
+    async def open(self, request: TurnRequest) -> TurnAccepted:
+        """Submit the turn. Raises RequestError where the engine refuses it."""
+        self._turn_id = self._engine.submit(request, self._carry)
+        try:
+            first = await self._events.get()
+        except asyncio.CancelledError:
+            self.close()
+            raise
+        if isinstance(first, TurnRefused):
+            self._ended = True
+            raise first.error
+        assert isinstance(first, TurnAccepted)
+        return first
+
+    def _carry(self, event: TurnEvent) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+        except RuntimeError:
+            pass  # the event loop is closed: the process is going down and nobody listens
+
+    async def events(self) -> AsyncIterator[TextDelta | TurnFinished]:
+        while not self._ended:
+            event = await self._events.get()
+            if isinstance(event, TurnFinished):
+                self._ended = True
+            assert isinstance(event, TextDelta | TurnFinished)
+            yield event
+
+    def close(self) -> None:
+        """Cancel the turn unless it has ended."""
+        if not self._ended and self._turn_id is not None:
+            self._engine.cancel(self._turn_id)
+
+
+class Endpoint:
+    """The routes over one engine."""
+
+    def __init__(self, engine: Engine, config: HttpConfig) -> None:
+        self._engine = engine
+        self._config = config
+        self._loaded_at = int(time.time())
+
+    def application(self, on_startup: Any = None) -> Starlette:
+        """The ASGI application. `on_startup`: an async context manager entered while it serves."""
+
+        @asynccontextmanager
+        async def nothing(app: Starlette) -> AsyncIterator[None]:
+            yield
+
+        return Starlette(
+            routes=[
+                Route("/v1/chat/completions", self.chat, methods=["POST"]),
+                Route("/v1/completions", self.completions, methods=["POST"]),
+                Route("/v1/models", self.models),
+                Route("/v1/models/{model}", self.model),
+                Route("/healthz", self.health),
+                Route("/health", self.health),
+            ],
+            exception_handlers={RequestError: _refuse, 404: _not_found, 405: _not_found},
+            lifespan=on_startup or nothing,
+        )
+
+    # Routes
+
+    async def chat(self, request: Request) -> Response:
+        body, caller = await self._read(request)
+        return await self._answer(request, wire.parse_chat(body, caller, self._engine.model))
+
+    async def completions(self, request: Request) -> Response:
+        body, caller = await self._read(request)
+        return await self._answer(request, wire.parse_completion(body, caller))
+
+    async def models(self, request: Request) -> Response:
+        self._tenant(request)
+        return JSONResponse(wire.models_json(self._engine.model, self._loaded_at, self._engine.longest_turn_tokens))
+
+    async def model(self, request: Request) -> Response:
+        self._check_model(request.path_params["model"])
+        listing = wire.models_json(self._engine.model, self._loaded_at, self._engine.longest_turn_tokens)
+        return JSONResponse(listing["data"][0])
+
+    async def health(self, request: Request) -> Response:
+        return PlainTextResponse("ok\n")
+
+    # Reading
+
+    async def _read(self, request: Request) -> tuple[wire.Json, wire.Caller]:
+        tenant_id = self._tenant(request)
+        body = await self._body(request)
+        if (model := body.get("model")) is not None:
+            self._check_model(model)
+        session = next((request.headers[h] for h in SESSION_HEADERS if h in request.headers), None)
+        if session is not None and not 0 < len(session) <= _MAX_ID_CHARACTERS:
+            raise RequestError(f"{SESSION_HEADERS[0]}: give 1 to {_MAX_ID_CHARACTERS} characters")
+        caller = wire.Caller(
+            tenant_id=tenant_id,
+            session_id=SessionId(session) if session else None,
+            peer_port=request.client.port if request.client else None,
+            awaits_tool=request.headers.get(AWAITS_TOOL_HEADER, "").lower() in ("1", "true"),
+        )
+        return body, caller
+
+    async def _body(self, request: Request) -> wire.Json:
+        limit = self._config.max_body_bytes
+        data = bytearray()
+        try:
+            async for part in request.stream():
+                data += part
+                if len(data) > limit:
+                    raise RequestError(f"the body is larger than {limit} bytes", status=413, code="body_too_large")
+        except ClientDisconnect:
+            raise RequestError("the client went away while sending", status=499) from None
+        try:
+            body = json.loads(data.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise RequestError(f"the body is not UTF-8: byte {error.start}") from None
+        except (ValueError, RecursionError) as error:
+            raise RequestError(f"the body is not JSON: {error}") from None
+        if not isinstance(body, dict):
+            raise RequestError("the body is not a JSON object")
+        return body
+
+    def _tenant(self, request: Request) -> TenantId:
+        named = request.headers.get(TENANT_HEADER)
+        if not self._config.api_keys:
+            if named is not None and not 0 < len(named) <= _MAX_ID_CHARACTERS:
+                raise RequestError(f"{TENANT_HEADER}: give 1 to {_MAX_ID_CHARACTERS} characters")
+            return TenantId(named) if named else DEFAULT_TENANT
+        key = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
+        for known, tenant_id in self._config.api_keys.items():
+            if hmac.compare_digest(known.encode(), key.encode()):
+                return tenant_id
+        raise RequestError(
+            "no such API key: send `Authorization: Bearer KEY`",
+            status=401,
+            kind="authentication_error",
+            code="invalid_api_key",
+        )
+
+    def _check_model(self, model: object) -> None:
+        if model not in (self._engine.model.name, "default"):
+            raise RequestError(
+                f"model {model!r}: this engine serves {self._engine.model.name!r} (or `default`)",
+                status=404,
+                code="model_not_found",
+                param="model",
+            )
+
+    # Answering
+
+    async def _answer(self, request: Request, ask: wire.Ask) -> Response:
+        stream = TurnStream(self._engine)
+        await stream.open(ask.turn)
+        answer = wire.Answer(self._engine.model.name, ask.turn.session_id, chat=ask.chat)
+        if ask.stream:
+            return StreamingResponse(
+                self._stream(stream, ask, answer),
+                media_type="text/event-stream",
+                headers={"cache-control": "no-cache"},
+            )
+        return await self._whole(request, stream, ask, answer)
+
+    async def _whole(self, request: Request, stream: TurnStream, ask: wire.Ask, answer: wire.Answer) -> Response:
+        watcher = asyncio.create_task(_cancel_on_disconnect(request, stream))
+        try:
+            text: list[str] = []
+            logprobs: list[TokenLogprob] = []
+            async for event in stream.events():
+                if isinstance(event, TextDelta):
+                    text.append(event.text)
+                    logprobs.extend(event.logprobs)
+                    continue
+                if event.reason is FinishReason.ERROR:
+                    raise RequestError(event.error or "the step failed", status=500, kind="server_error")
+                whole = "".join(text)
+                calls: list[ToolCall] = []
+                if ask.turn.may_call_tools:
+                    whole, calls = tool_calls_in(whole)
+                details = wire.logprobs_json(self._engine.model, logprobs, chat=ask.chat)
+                return JSONResponse(answer.whole(whole, calls, details, event))
+        finally:
+            watcher.cancel()
+            stream.close()
+        raise RequestError("the turn ended without a word", status=500, kind="server_error")
+
+    async def _stream(self, stream: TurnStream, ask: wire.Ask, answer: wire.Answer) -> AsyncIterator[bytes]:
+        try:
+            if ask.chat:
+                yield wire.sse(answer.opening())
+            held: list[str] = []  # where tools may be called the text is held until it is clear it is text
+            async for event in stream.events():
+                if isinstance(event, TextDelta):
+                    if ask.turn.may_call_tools:
+                        held.append(event.text)
+                    elif event.text or event.logprobs:
+                        details = wire.logprobs_json(self._engine.model, event.logprobs, chat=ask.chat)
+                        yield wire.sse(answer.piece(event.text, details))
+                    continue
+                if event.reason is FinishReason.ERROR:
+                    failure = RequestError(event.error or "the step failed", status=500, kind="server_error")
+                    yield wire.sse(wire.error_json(failure))
+                    return
+                if ask.turn.may_call_tools:
+                    text, calls = tool_calls_in("".join(held))
+                    if text:
+                        yield wire.sse(answer.piece(text, None))
+                    if calls:
+                        yield wire.sse(answer.calls(calls))
+                yield wire.sse(answer.closing(event))
+                if ask.stream_usage:
+                    yield wire.sse(answer.usage_chunk(event))
+            yield wire.sse("[DONE]")
+        finally:
+            stream.close()
+
+
+async def _cancel_on_disconnect(request: Request, stream: TurnStream) -> None:
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            stream.close()
+            return
+
+
+async def _refuse(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestError)
+    headers = {} if error.retry_after_s is None else {"retry-after": str(error.retry_after_s)}
+    return JSONResponse(wire.error_json(error), status_code=error.status, headers=headers)
+
+
+async def _not_found(request: Request, error: Exception) -> Response:
+    message = f"{request.method} {request.url.path}: no such route"
+    status = getattr(error, "status_code", 404)
+    return JSONResponse(wire.error_json(RequestError(message, status=status)), status_code=status)

@@ -1,0 +1,143 @@
+"""What the engine tells whoever watches: past facts, one dataclass each.
+
+Owns: the closed set of reports. Must not: import gRPC (client.py translates them).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .directives import Outcome
+from .sequence import FinishReason, SessionId, SessionPhase, TenantId, Tier, TurnId
+
+
+@dataclass(frozen=True, slots=True)
+class CostFigures:
+    """Speeds measured on this machine; 0 where not measured."""
+
+    prefill_seconds_per_token: float = 0.0
+    prefill_seconds_per_token2: float = 0.0
+    decode_step_seconds: float = 0.0
+    decode_seconds_per_sequence: float = 0.0
+    host_bytes_per_second: float = 0.0
+    disk_bytes_per_second: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """Who the engine is; stable for its life."""
+
+    engine_id: str
+    model: str
+    pid: int
+    bytes_per_token: int
+    device_capacity_tokens: int
+    host_capacity_bytes: int
+    disk_capacity_bytes: int
+    cost: CostFigures
+
+
+@dataclass(slots=True)
+class Totals:
+    """Running totals since the engine started."""
+
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    cached_tokens: int = 0
+    recomputed_tokens: int = 0
+    swap_out_count: int = 0
+    swap_out_bytes: int = 0
+    swap_out_ns: int = 0
+    swap_in_count: int = 0
+    swap_in_bytes: int = 0
+    swap_in_ns: int = 0
+    preempted_count: int = 0
+    steps: int = 0
+    turns_finished: int = 0
+    swap_failures: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SessionKv:
+    session_id: SessionId
+    tenant_id: TenantId
+    phase: SessionPhase
+    tier: Tier
+    held_tokens: int
+    context_tokens: int
+    host_bytes: int
+    disk_bytes: int
+    retain_until_ns: int | None
+    shared_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Occupancy:
+    """The full picture: a session not listed is gone."""
+
+    sessions: tuple[SessionKv, ...]
+    device_used_tokens: int
+    host_used_bytes: int
+    disk_used_bytes: int
+    running_count: int
+    waiting_count: int
+    device_capacity_tokens: int
+    host_capacity_bytes: int
+    totals: Totals
+    cost: CostFigures
+
+
+@dataclass(frozen=True, slots=True)
+class TurnStarted:
+    session_id: SessionId
+    tenant_id: TenantId
+    turn_id: TurnId
+    prompt_tokens: int
+    cached_tokens: int
+    peer_port: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class TurnEnded:
+    session_id: SessionId
+    tenant_id: TenantId
+    turn_id: TurnId
+    finish_reason: FinishReason
+    prompt_tokens: int
+    cached_tokens: int
+    recomputed_tokens: int
+    output_tokens: int
+    ttft_ns: int | None
+    queued_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class SessionMoved:
+    session_id: SessionId
+    tenant_id: TenantId
+    from_tier: Tier
+    to_tier: Tier
+    tokens: int
+    moved_bytes: int
+    duration_ns: int
+    directive_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TurnPreempted:
+    session_id: SessionId
+    tenant_id: TenantId
+    turn_id: TurnId
+    to_tier: Tier
+    directive_id: str = ""
+
+
+Report = Occupancy | TurnStarted | TurnEnded | SessionMoved | TurnPreempted | Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class Reported:
+    """A report and when it became true (CLOCK_MONOTONIC)."""
+
+    at_ns: int
+    report: Report

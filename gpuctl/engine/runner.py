@@ -1,0 +1,313 @@
+"""Executes what the scheduler decided: batches through llama.cpp, sampling, and copies of a sequence's KV.
+
+Owns: the llama_context and the samplers. Must not: decide (scheduler.py) or account (ledger.py). One thread only.
+
+`Runner` is the seam: tests drive the scheduler and the engine with a runner that only counts.
+
+Cache modes
+- split (kv_unified=False): each slot has its own cells, so what a sequence computes does not depend on its neighbours'
+  cells and a resumed sequence is bit-exact. The context is divided evenly: a conversation is bounded by its share. Only
+  neighbouring slots are batched together. A partial llama_memory_seq_cp aborts the process, so none is ever made.
+- unified: one pool of cells; any turn may take all of it and prefixes can be shared. A swap can change how neighbours
+  round: their tokens may differ from an undisturbed run, never the swapped sequence's own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from . import llama
+from .errors import ContextError, RequestError, SwapError
+from .language_model import LanguageModel
+from .sequence import SamplingParams, Slot, Token, TokenLogprob
+
+Blob = npt.NDArray[np.uint8]
+CELL_ALIGNMENT = 256  # llama.cpp pads n_ctx to this
+
+
+class ContextMode(enum.Enum):
+    SPLIT = "split"
+    UNIFIED = "unified"
+
+
+class StepStatus(enum.Enum):
+    DONE = "done"
+    NO_ROOM = "no room"
+    ABORTED = "aborted"
+
+
+class Sampler(Protocol):
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class BatchSlice:
+    """Tokens of one slot at consecutive positions from `start`. With a sampler, the next token is drawn."""
+
+    slot: Slot
+    start: int
+    tokens: Sequence[Token]
+    sampler: Sampler | None = None
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    status: StepStatus
+    sampled: tuple[TokenLogprob | Token | None, ...] = ()
+    """One entry per slice: None without a sampler, a TokenLogprob where log probabilities were asked."""
+
+
+class Runner(Protocol):
+    """What the engine needs of a model that computes. Slots are 0 .. slot_count - 1."""
+
+    physical_tokens: int
+    slot_count: int
+    slot_tokens: int
+    bytes_per_token: int
+
+    def sampler(self, params: SamplingParams) -> Sampler: ...
+    def step(self, slices: Sequence[BatchSlice]) -> StepResult: ...
+    def cut(self, slot: Slot, from_token: int) -> None: ...
+    def held_tokens(self, slot: Slot) -> int: ...
+    def save(self, slot: Slot) -> Blob: ...
+    def load(self, slot: Slot, blob: Blob) -> None: ...
+    def interrupt(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class ChainSampler:
+    """llama.cpp's own samplers in a chain; plain greedy needs none and is taken with argmax."""
+
+    def __init__(self, lib: llama.Library, vocab: int, params: SamplingParams) -> None:
+        self._lib = lib
+        self.chain: int = 0
+        plain_greedy = params.temperature <= 0 and params.grammar is None and not params.logit_bias
+        if plain_greedy:
+            return
+        self.chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
+        if params.logit_bias:
+            biases = (llama.LogitBias * len(params.logit_bias))(*(llama.LogitBias(t, b) for t, b in params.logit_bias))
+            size = len(biases)
+            self._add(lib.llama_sampler_init_logit_bias(_vocabulary_size(lib, vocab), size, biases))
+        if params.grammar is not None:
+            grammar = lib.llama_sampler_init_grammar(vocab, params.grammar.encode(), b"root")
+            if not grammar:
+                self.close()
+                raise RequestError("grammar: llama.cpp cannot parse it", param="grammar")
+            self._add(grammar)
+        if params.temperature <= 0:
+            self._add(lib.llama_sampler_init_greedy())
+            return
+        if params.top_k > 0:
+            self._add(lib.llama_sampler_init_top_k(params.top_k))
+        if params.top_p < 1:
+            self._add(lib.llama_sampler_init_top_p(params.top_p, 1))
+        if params.min_p > 0:
+            self._add(lib.llama_sampler_init_min_p(params.min_p, 1))
+        self._add(lib.llama_sampler_init_temp(params.temperature))
+        seed = params.seed if params.seed is not None else random.getrandbits(32)
+        self._add(lib.llama_sampler_init_dist(seed & 0xFFFFFFFF))
+
+    def _add(self, sampler: int) -> None:
+        self._lib.llama_sampler_chain_add(self.chain, sampler)  # the chain owns it from here on
+
+    def close(self) -> None:
+        if self.chain:
+            self._lib.llama_sampler_free(self.chain)
+            self.chain = 0
+
+
+def _vocabulary_size(lib: llama.Library, vocab: int) -> int:
+    return int(lib.llama_vocab_n_tokens(vocab))
+
+
+class LlamaRunner:
+    """The real runner."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        *,
+        kv_tokens: int,
+        slot_count: int,
+        mode: ContextMode,
+        threads: int = 1,
+        step_tokens: int = 512,
+        slot_tokens: int | None = None,
+    ) -> None:
+        """Make a context with room for `kv_tokens`.
+
+        `slot_tokens`: most tokens of one conversation, by default as many as the model was trained for and the room
+        allows. In split mode every slot gets that many cells of its own, so memory is slot_count x slot_tokens.
+        """
+        self._lib = llama.library()
+        self._model = model
+        self.mode = mode
+        self.slot_count = min(slot_count, llama.MAX_SEQUENCES)
+        longest = min(kv_tokens, model.trained_context_tokens)
+        per_slot = _aligned(min(slot_tokens or longest, longest))
+        params = self._lib.llama_context_default_params()
+        params.n_ctx = per_slot * self.slot_count if mode is ContextMode.SPLIT else _aligned(kv_tokens)
+        params.n_seq_max = self.slot_count
+        params.kv_unified = mode is ContextMode.UNIFIED
+        params.n_batch = params.n_ubatch = step_tokens
+        params.n_threads = params.n_threads_batch = threads
+        # Fixed, not "auto": without it V is stored transposed and a blob could not be cut at a token.
+        params.flash_attn_type = llama.FLASH_ATTENTION_ENABLED
+        llama.clear_errors()
+        context = self._lib.llama_init_from_model(model.handle, params)
+        if not context:
+            raise ContextError(
+                f"no context of {params.n_ctx} tokens: {llama.last_error() or 'no reason given'}: lower --kv-tokens"
+            )
+        self._context: int = context
+        self._memory = self._lib.llama_get_memory(context)
+        self.slot_tokens = min(self._lib.llama_n_ctx_seq(context), per_slot, model.trained_context_tokens)
+        self.physical_tokens = self._lib.llama_n_ctx(context)
+        self._abort = llama.AbortFlag()
+        self._lib.llama_set_abort_callback(context, llama.abort_predicate(), self._abort.address)
+        self._vocabulary_size = model.vocabulary_size
+        self._allocate_batch(step_tokens)
+        self.bytes_per_token = self._measure_bytes_per_token()
+
+    def _allocate_batch(self, capacity: int) -> None:
+        self._token = np.zeros(capacity, np.int32)
+        self._pos = np.zeros(capacity, np.int32)
+        self._n_seq = np.ones(capacity, np.int32)
+        self._seq = np.zeros(capacity, np.int32)
+        self._logits = np.zeros(capacity, np.int8)
+        int32 = ctypes.POINTER(ctypes.c_int32)
+        base, width = self._seq.ctypes.data, self._seq.itemsize
+        self._seq_pointers = (int32 * capacity)(
+            *(ctypes.cast(base + index * width, int32) for index in range(capacity))
+        )
+        self._batch = llama.Batch(
+            0,
+            self._token.ctypes.data_as(int32),
+            None,
+            self._pos.ctypes.data_as(int32),
+            self._n_seq.ctypes.data_as(int32),
+            ctypes.cast(self._seq_pointers, ctypes.POINTER(int32)),
+            self._logits.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
+        )
+        self._capacity = capacity
+
+    def _measure_bytes_per_token(self) -> int:
+        """Bytes a saved token takes, and a proof that saving and loading work as this binding believes."""
+        probe = Slot(0)
+        self.step([BatchSlice(probe, 0, [1, 1])])
+        two = self.save(probe)
+        self.step([BatchSlice(probe, 2, [1])])
+        three = self.save(probe)
+        self.cut(probe, 0)
+        self.load(probe, three)
+        if self.held_tokens(probe) != 3:
+            raise ContextError("a saved sequence does not come back whole: unexpected llama.cpp build")
+        self.cut(probe, 0)
+        return three.size - two.size
+
+    def sampler(self, params: SamplingParams) -> ChainSampler:
+        return ChainSampler(self._lib, self._model.vocab_handle, params)
+
+    def step(self, slices: Sequence[BatchSlice]) -> StepResult:
+        """Compute the slices as one batch.
+
+        After NO_ROOM nothing was computed; after ABORTED ask `held_tokens` how far each slot got. Raises ContextError
+        on any other refusal of llama.cpp.
+        """
+        filled = 0
+        outputs: list[int | None] = []
+        for item in slices:
+            end = filled + len(item.tokens)
+            if end > self._capacity:
+                raise ContextError(f"a step of {end} tokens or more: at most {self._capacity}")
+            span = slice(filled, end)
+            self._token[span] = item.tokens
+            self._pos[span] = np.arange(item.start, item.start + len(item.tokens))
+            self._seq[span] = item.slot
+            self._logits[span] = 0
+            if item.sampler is not None:
+                self._logits[end - 1] = 1
+            outputs.append(end - 1 if item.sampler is not None else None)
+            filled = end
+        self._batch.n_tokens = filled
+        code = self._lib.llama_decode(self._context, self._batch)
+        if code == llama.DECODE_NO_ROOM:
+            return StepResult(StepStatus.NO_ROOM)
+        if code == llama.DECODE_ABORTED:
+            self._abort.clear()
+            return StepResult(StepStatus.ABORTED)
+        if code != llama.DECODE_OK:
+            raise ContextError(f"llama_decode answered {code}: {llama.last_error() or 'no reason given'}")
+        sampled = tuple(
+            None if at is None else self._sample(at, item) for at, item in zip(outputs, slices, strict=True)
+        )
+        return StepResult(StepStatus.DONE, sampled)
+
+    def _sample(self, at: int, item: BatchSlice) -> TokenLogprob | Token:
+        sampler: Any = item.sampler
+        row = np.ctypeslib.as_array(self._lib.llama_get_logits_ith(self._context, at), shape=(self._vocabulary_size,))
+        if sampler.chain:
+            token = int(self._lib.llama_sampler_sample(sampler.chain, self._context, at))
+        else:
+            token = int(row.argmax())
+        if item.logprobs is None:
+            return token
+        return _with_logprobs(row, token, item.logprobs)
+
+    def cut(self, slot: Slot, from_token: int) -> None:
+        """Forget the slot's KV from position `from_token` on. 0 empties it. Safe where there is none."""
+        self._lib.llama_memory_seq_rm(self._memory, slot, from_token, -1)
+
+    def held_tokens(self, slot: Slot) -> int:
+        """Tokens llama.cpp itself says the slot holds."""
+        return int(self._lib.llama_memory_seq_pos_max(self._memory, slot)) + 1
+
+    def save(self, slot: Slot) -> Blob:
+        """A copy of the slot's KV in llama.cpp's own format."""
+        size = self._lib.llama_state_seq_get_size(self._context, slot)
+        blob = np.empty(size, np.uint8)
+        written = self._lib.llama_state_seq_get_data(self._context, blob.ctypes.data, size, slot)
+        if written != size:
+            raise SwapError(f"slot {slot}: saved {written} of {size} bytes: {llama.last_error()}")
+        return blob
+
+    def load(self, slot: Slot, blob: Blob) -> None:
+        """Replace the slot's KV by a saved copy. Raises SwapError, with the slot left empty, where it does not fit."""
+        read = self._lib.llama_state_seq_set_data(self._context, blob.ctypes.data, blob.size, slot)
+        if read != blob.size:
+            self.cut(slot, 0)
+            raise SwapError(f"slot {slot}: read {read} of {blob.size} bytes back: {llama.last_error()}")
+
+    def interrupt(self) -> None:
+        """Make the step under way end ABORTED at its next graph node. From any thread; CPU backend."""
+        self._abort.raise_()
+
+    def close(self) -> None:
+        if self._context:
+            self._lib.llama_free(self._context)
+            self._context = 0
+
+
+def _with_logprobs(row: npt.NDArray[np.float32], token: Token, count: int) -> TokenLogprob:
+    """Log-softmax over the raw logits: what the model thinks, before temperature and masks."""
+    logprobs = row - row.max()
+    logprobs -= np.log(np.exp(logprobs).sum())
+    best: list[int] = []
+    if count:
+        best = np.argpartition(logprobs, -count)[-count:].tolist()
+        best.sort(key=lambda t: -logprobs[t])
+    return TokenLogprob(token, float(logprobs[token]), tuple((t, float(logprobs[t])) for t in best))
+
+
+def _aligned(tokens: int) -> int:
+    return -(-tokens // CELL_ALIGNMENT) * CELL_ALIGNMENT

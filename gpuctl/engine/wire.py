@@ -1,0 +1,312 @@
+"""The OpenAI wire format: JSON bodies in, TurnRequests out; turn events in, JSON objects out.
+
+Owns: which fields are understood, their ranges, and the error each bad one gets. Must not: do I/O (http.py does).
+Unknown fields are ignored, as clients send new ones all the time; a known field with a bad value is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import RequestError
+from .language_model import LanguageModel
+from .sequence import (
+    FinishReason,
+    SamplingParams,
+    SessionId,
+    TenantId,
+    TokenLogprob,
+    TurnFinished,
+    TurnRequest,
+)
+from .template import ToolCall
+
+MAX_STOP_STRINGS = 16
+MAX_TOP_LOGPROBS = 20
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks, from the headers."""
+
+    tenant_id: TenantId
+    session_id: SessionId | None
+    """None: the turn belongs to no conversation."""
+    peer_port: int | None
+    awaits_tool: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A parsed request."""
+
+    turn: TurnRequest
+    stream: bool
+    stream_usage: bool
+    chat: bool
+
+
+def parse_chat(body: Json, caller: Caller, model: LanguageModel) -> Ask:
+    """A /v1/chat/completions body. Raises RequestError naming the field."""
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise RequestError("messages: give a list of at least one message", param="messages")
+    for index, message in enumerate(messages):
+        _check_message(index, message)
+    tools = body.get("tools") or []
+    if not isinstance(tools, list) or not all(isinstance(t, Mapping) and "function" in t for t in tools):
+        raise RequestError("tools: give a list of {type: function, function: {...}}", param="tools")
+    if body.get("tool_choice") == "none":
+        tools = []
+    prompt = model.chat_template.render(messages, tools)
+    top = _integer(body, "top_logprobs", 0, 0, MAX_TOP_LOGPROBS)
+    return _ask(body, caller, prompt, chat=True, tools=bool(tools), logprobs=top if body.get("logprobs") else None)
+
+
+def parse_completion(body: Json, caller: Caller) -> Ask:
+    """A /v1/completions body."""
+    prompt = body.get("prompt")
+    if isinstance(prompt, list) and len(prompt) == 1:
+        prompt = prompt[0]
+    if not isinstance(prompt, str) or not prompt:
+        raise RequestError("prompt: give one non-empty string", param="prompt")
+    logprobs = _integer(body, "logprobs", None, 0, MAX_TOP_LOGPROBS)
+    return _ask(body, caller, prompt, chat=False, tools=False, logprobs=logprobs)
+
+
+def _ask(body: Json, caller: Caller, prompt: str, *, chat: bool, tools: bool, logprobs: int | None) -> Ask:
+    if _integer(body, "n", 1, 1, None) != 1:
+        raise RequestError("n: this engine gives one choice a request", param="n")
+    limit = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
+    options = body.get("stream_options")
+    turn = TurnRequest(
+        session_id=caller.session_id or SessionId(f"once-{uuid.uuid4().hex[:16]}"),
+        tenant_id=caller.tenant_id,
+        prompt=prompt,
+        max_tokens=_integer(body, limit, None, 1, None),
+        stop=_stop(body),
+        sampling=SamplingParams(
+            temperature=_number(body, "temperature", 1.0, 0.0, 2.0),
+            top_p=_number(body, "top_p", 1.0, 0.0, 1.0),
+            top_k=_integer(body, "top_k", 0, 0, None) or 0,
+            min_p=_number(body, "min_p", 0.0, 0.0, 1.0),
+            seed=_integer(body, "seed", None, None, None),
+            logit_bias=_logit_bias(body),
+            grammar=_grammar(body),
+            logprobs=logprobs,
+        ),
+        ephemeral=caller.session_id is None,
+        peer_port=caller.peer_port,
+        may_call_tools=tools,
+        awaits_tool=caller.awaits_tool,
+        ignore_end_of_text=body.get("ignore_eos") is True,
+    )
+    return Ask(
+        turn=turn,
+        stream=body.get("stream") is True,
+        stream_usage=isinstance(options, Mapping) and options.get("include_usage") is True,
+        chat=chat,
+    )
+
+
+def _check_message(index: int, message: object) -> None:
+    where = f"messages[{index}]"
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise RequestError(f"{where}: give an object with a role", param=where)
+    content = message.get("content")
+    if content is not None and not isinstance(content, str | list):
+        raise RequestError(f"{where}.content: give a string or a list of text parts", param=where)
+    if isinstance(content, list):
+        for part in content:
+            if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+                raise RequestError(f"{where}.content: this model reads text parts only", param=where)
+
+
+def _number(body: Json, key: str, default: float, low: float, high: float) -> float:
+    value = body.get(key)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise RequestError(f"{key}: {value!r}: give a number from {low:g} to {high:g}", param=key)
+    return float(value)
+
+
+def _integer(body: Json, key: str, default: int | None, low: int | None, high: int | None) -> int | None:
+    value = body.get(key)
+    if value is None or (key == "logprobs" and value is False):
+        return default
+    outside = isinstance(value, bool) or not isinstance(value, int)
+    if outside or (low is not None and value < low) or (high is not None and value > high):
+        span = f"{'' if low is None else low} to {'' if high is None else high}".strip()
+        raise RequestError(f"{key}: {value!r}: give an integer, {span}", param=key)
+    return int(value)
+
+
+def _stop(body: Json) -> tuple[str, ...]:
+    stop = body.get("stop")
+    if stop is None:
+        return ()
+    strings = [stop] if isinstance(stop, str) else stop
+    if not isinstance(strings, list) or not all(isinstance(s, str) for s in strings) or len(strings) > MAX_STOP_STRINGS:
+        raise RequestError(f"stop: give a string or up to {MAX_STOP_STRINGS} of them", param="stop")
+    return tuple(strings)
+
+
+def _logit_bias(body: Json) -> tuple[tuple[int, float], ...]:
+    bias = body.get("logit_bias")
+    if bias is None:
+        return ()
+    try:
+        return tuple((int(token), float(value)) for token, value in bias.items())
+    except (AttributeError, TypeError, ValueError):
+        raise RequestError("logit_bias: give an object of token id to number", param="logit_bias") from None
+
+
+def _grammar(body: Json) -> str | None:
+    grammar = body.get("grammar")
+    if grammar is not None and not isinstance(grammar, str):
+        raise RequestError("grammar: give GBNF text", param="grammar")
+    response_format = body.get("response_format")
+    if isinstance(response_format, Mapping) and response_format.get("type") not in (None, "text"):
+        raise RequestError(
+            f"response_format: {response_format.get('type')!r} is not served yet: give `grammar`",
+            param="response_format",
+        )
+    return grammar
+
+
+# Answers
+
+
+class Answer:
+    """Builds the objects of one answer; all of them carry its id, time and model."""
+
+    def __init__(self, model_name: str, session_id: SessionId, *, chat: bool) -> None:
+        self._chat = chat
+        self._base = {
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex[:24]}",
+            "created": int(time.time()),
+            "model": model_name,
+        }
+        self._session_id = session_id
+
+    def whole(self, text: str, calls: Sequence[ToolCall], logprobs: Json | None, end: TurnFinished) -> Json:
+        reason = _finish(end.reason)
+        if self._chat:
+            message: Json = {"role": "assistant", "content": text}
+            if calls:
+                message["content"] = text or None
+                message["tool_calls"] = [_call(call) for call in calls]
+            choice: Json = {"index": 0, "message": message, "finish_reason": reason, "logprobs": logprobs}
+            kind = "chat.completion"
+        else:
+            choice = {"index": 0, "text": text, "finish_reason": reason, "logprobs": logprobs}
+            kind = "text_completion"
+        return {**self._base, "object": kind, "choices": [choice], "usage": usage(end), "equipoise": self._own(end)}
+
+    def opening(self) -> Json:
+        return self._chunk({"role": "assistant", "content": ""} if self._chat else None, None, "")
+
+    def piece(self, text: str, logprobs: Json | None) -> Json:
+        return self._chunk({"content": text}, None, text, logprobs)
+
+    def calls(self, calls: Sequence[ToolCall]) -> Json:
+        return self._chunk({"tool_calls": [{"index": i, **_call(c)} for i, c in enumerate(calls)]}, None, "")
+
+    def closing(self, end: TurnFinished) -> Json:
+        chunk = self._chunk({}, _finish(end.reason), "")
+        chunk["equipoise"] = self._own(end)
+        return chunk
+
+    def usage_chunk(self, end: TurnFinished) -> Json:
+        return {**self._chunk({}, None, ""), "choices": [], "usage": usage(end)}
+
+    def _chunk(self, delta: Json | None, reason: str | None, text: str, logprobs: Json | None = None) -> Json:
+        choice: Json = {"index": 0, "finish_reason": reason, "logprobs": logprobs}
+        if self._chat:
+            choice["delta"] = delta or {}
+        else:
+            choice["text"] = text
+        kind = "chat.completion.chunk" if self._chat else "text_completion"
+        return {**self._base, "object": kind, "choices": [choice]}
+
+    def _own(self, end: TurnFinished) -> Json:
+        return {
+            "session": self._session_id,
+            "recomputed_tokens": end.recomputed_tokens,
+            "queued_ms": round(end.queued_ns / 1e6, 3),
+            "ttft_ms": None if end.ttft_ns is None else round(end.ttft_ns / 1e6, 3),
+        }
+
+
+def usage(end: TurnFinished) -> Json:
+    return {
+        "prompt_tokens": end.prompt_tokens,
+        "completion_tokens": end.output_tokens,
+        "total_tokens": end.prompt_tokens + end.output_tokens,
+        "prompt_tokens_details": {"cached_tokens": end.cached_tokens},
+    }
+
+
+def logprobs_json(model: LanguageModel, tokens: Sequence[TokenLogprob], *, chat: bool) -> Json | None:
+    if not tokens:
+        return None
+
+    def entry(token: int, logprob: float) -> Json:
+        piece = model.piece(token, special=True)
+        return {"token": piece.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(piece)}
+
+    if chat:
+        return {
+            "content": [{**entry(t.token, t.logprob), "top_logprobs": [entry(*pair) for pair in t.top]} for t in tokens]
+        }
+    return {
+        "tokens": [entry(t.token, t.logprob)["token"] for t in tokens],
+        "token_logprobs": [t.logprob for t in tokens],
+        "top_logprobs": [{entry(*pair)["token"]: pair[1] for pair in t.top} for t in tokens],
+        "text_offset": [],
+    }
+
+
+def error_json(error: RequestError) -> Json:
+    return {"error": {"message": str(error), "type": error.kind, "param": error.param, "code": error.code}}
+
+
+def models_json(model: LanguageModel, loaded_at: int, context_tokens: int) -> Json:
+    entry = {
+        "id": model.name,
+        "object": "model",
+        "created": loaded_at,
+        "owned_by": "equipoise",
+        "context_length": context_tokens,
+    }
+    return {"object": "list", "data": [entry]}
+
+
+def sse(data: Json | str) -> bytes:
+    text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    return f"data: {text}\n\n".encode()
+
+
+def _call(call: ToolCall) -> Json:
+    return {
+        "id": f"call_{uuid.uuid4().hex[:24]}",
+        "type": "function",
+        "function": {"name": call.name, "arguments": call.arguments},
+    }
+
+
+def _finish(reason: FinishReason) -> str:
+    return {
+        FinishReason.STOP: "stop",
+        FinishReason.LENGTH: "length",
+        FinishReason.TOOL_CALLS: "tool_calls",
+        FinishReason.CANCELLED: "stop",
+        FinishReason.ERROR: "error",
+    }[reason]
