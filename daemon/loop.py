@@ -88,7 +88,7 @@ class Loop:
             self._wake.clear()
             try:
                 self.turn()
-            except Exception as error:  # noqa: BLE001 - a bug in one turn must not leave calls stopped for good
+            except Exception as error:
                 log.warning("turn_failed", error=repr(error))
                 await asyncio.sleep(self._tick_s)
 

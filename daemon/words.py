@@ -25,7 +25,7 @@ from ..policies.actions import (
 from ..policies.model import MIB, NS_PER_S, ToolCallId
 
 
-def of_action(action: Action) -> str:
+def of_action(action: Action) -> str:  # noqa: PLR0912 - one arm per action of a closed union
     """What is done, without its subject: "grant 640 MiB"."""
     match action:
         case Throttle():

@@ -100,7 +100,10 @@ class ToolCallAttributed:
 
 @dataclass(frozen=True, slots=True)
 class ToolCallMerged:
-    """The call `id`, announced by a hook, is the one the kernel saw as `into`; from now on both ids mean `into`."""
+    """The calls `id` and `into` are one, known as `into` from now on.
+
+    A hook announced `id` before the kernel saw `into`; or `id` is the wrapper that started `into`.
+    """
 
     at_ns: int
     id: ToolCallId
@@ -152,6 +155,9 @@ class ToolCallEnded:
     signal: int | None
     escaped_count: int = 0
     peak_bytes: int | None = None
+    """Resident memory of its processes, by lineage."""
+    memcg_peak_bytes: int | None = None
+    """High-water mark of its own memory cgroup, page cache included; None where it had none."""
 
 
 @dataclass(frozen=True, slots=True)

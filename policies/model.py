@@ -165,6 +165,9 @@ class ToolCall:
     """When the last of its processes ended."""
     kv: KvMeanwhile = field(default_factory=KvMeanwhile)
     verdict: Verdict | None = None
+    stopped_ns: int | None = None
+    """Since when the kernel holds processes of it stopped at its hard budget. Its phase says STOPPED while it runs;
+    an escapee can be stopped after the call has ended, and is answered all the same."""
     waiting_until_ns: int | None = None
     """Stopped at its budget and told to wait, at most until then."""
     expected_bytes: int | None = None

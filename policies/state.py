@@ -84,6 +84,7 @@ REMEMBER_NS = 60 * NS_PER_S
 """How long a finished tool call stays in the picture."""
 _RANK = {ToolCallSource.LINEAGE: 0, ToolCallSource.HOOK: 1, ToolCallSource.WRAPPER: 2}
 _STALLED = (ToolCallPhase.STOPPED, ToolCallPhase.FROZEN, ToolCallPhase.THROTTLED)
+_HELD_BACK = (ToolCallPhase.FROZEN, ToolCallPhase.THROTTLED)
 _UNDONE = (OutcomeStatus.EXPIRED, OutcomeStatus.REJECTED, OutcomeStatus.FAILED)
 
 
@@ -108,6 +109,8 @@ class State:
         self.late_count = 0
         """Events about something that is not, or no longer, known."""
         self._aliases: dict[ToolCallId, ToolCallId] = {}
+        self._wrappers: set[ToolCallId] = set()
+        """Aliases with processes of their own: what the kernel says of those is not about the call they wrap."""
         self._accrued_ns: dict[ToolCallId, int] = {}
         self._intents: dict[tuple[CgroupId, str], IntentDeclared] = {}
         self._decisions: dict[DecisionId, Decision] = {}
@@ -127,6 +130,7 @@ class State:
                 self.sandboxes[event.sandbox.cgroup_id] = event.sandbox
             case SandboxRemoved():
                 self.sandboxes.pop(event.cgroup_id, None)
+                self._intents = {key: i for key, i in self._intents.items() if key[0] != event.cgroup_id}
             case SandboxSampled():
                 self._sandbox_sampled(event)
             case HostSampled():
@@ -147,12 +151,14 @@ class State:
             case ToolCallEnded():
                 self._ended(event)
             case ProcessesGone():
-                if call := self._known(event.id):
-                    self._put(replace(call, gone_ns=event.at_ns, used_bytes=0))
+                if event.id not in self._wrappers and (call := self._known(event.id)):
+                    self._put(replace(call, gone_ns=event.at_ns, used_bytes=0, stopped_ns=None))
             case IntentDeclared():
                 self._intents[(event.sandbox, event.kind)] = event
             case EngineAttached():
+                self._accrue_all(event.at_ns)
                 self.engines[event.engine.id] = event.engine
+                self._weights = {told for told in self._weights if told[0] != event.engine.id}
             case EngineDetached():
                 self._engine_detached(event)
             case KvObserved():
@@ -200,6 +206,8 @@ class State:
             assert call.peak_bytes >= call.used_bytes, f"{call.id:x}: peak below use"
             assert (call.end_ns is not None) == (call.phase is ToolCallPhase.ENDED), f"{call.id:x}: phase, end"
             assert call.end_ns is None or call.end_ns >= call.start_ns, f"{call.id:x}: ends before it starts"
+            assert call.gone_ns is None or call.used_bytes == 0, f"{call.id:x}: gone and uses memory"
+            assert call.phase is not ToolCallPhase.STOPPED or call.stopped_ns is not None, f"{call.id:x}: stopped when?"
         for session in self.sessions.values():
             assert session.engine in self.engines, f"{session.id}: its engine is unknown"
             assert session.held_tokens <= session.context_tokens, f"{session.id}: holds more than its context"
@@ -265,29 +273,40 @@ class State:
         announced, seen = self._known(event.id), self._known(event.into)
         if announced is None or seen is None or announced.id == seen.id:
             return
+        told = announced if _RANK[announced.source] >= _RANK[seen.source] else seen
+        # KV is charged from the earlier start on, to the session of whoever knows it best.
+        first = announced if announced.start_ns <= seen.start_ns else seen
+        charged = first if first.session == told.session else told
+        charged_ns = self._accrued_ns.get(charged.id, charged.start_ns)
+        self._accrued_ns.pop(announced.id, None)
+        if seen.running:
+            self._accrued_ns[seen.id] = charged_ns
         del self.tool_calls[announced.id]
-        start_ns = self._accrued_ns.pop(announced.id, announced.start_ns)
-        self._accrued_ns[seen.id] = min(start_ns, self._accrued_ns.get(seen.id, start_ns))
         self._aliases[announced.id] = seen.id
         for alias, target in self._aliases.items():
             if target == announced.id:
                 self._aliases[alias] = seen.id
+        if announced.pid is not None:
+            self._wrappers.add(announced.id)
         self._put(
             replace(
                 seen,
-                source=announced.source,
+                source=told.source,
                 confidence=max(seen.confidence, announced.confidence),
-                command=announced.command,
-                kind=announced.kind,
-                session=announced.session,
-                start_ns=min(seen.start_ns, announced.start_ns),
-                kv=announced.kv,
-                expected_bytes=announced.expected_bytes,
-                expected_ns=announced.expected_ns,
+                command=told.command,
+                kind=told.kind,
+                session=told.session,
+                start_ns=first.start_ns,
+                kv=charged.kv,
+                verdict=charged.verdict,
+                expected_bytes=told.expected_bytes or seen.expected_bytes,
+                expected_ns=told.expected_ns or seen.expected_ns,
             )
         )
 
     def _memory_stepped(self, event: ToolCallMemoryStepped) -> None:
+        if event.id in self._wrappers:
+            return  # a wrapper's own few MiB: its call is measured under the id it was merged into
         call = self._known(event.id)
         if call is None:
             return
@@ -298,17 +317,29 @@ class State:
         self._put(replace(call, used_bytes=event.used_bytes if call.gone_ns is None else 0))
 
     def _budget_reached(self, event: BudgetReached) -> None:
+        if event.id in self._wrappers:
+            return
         self._memory_stepped(ToolCallMemoryStepped(event.at_ns, event.id, event.used_bytes, event.used_bytes))
         call = self.tool_calls.get(self.resolve(event.id))
-        if call is None or event.level is not BudgetLevel.HARD or call.phase is ToolCallPhase.KILLED:
+        if call is None or event.level is not BudgetLevel.HARD:
+            return
+        if call.phase is ToolCallPhase.KILLED or call.gone_ns is not None:
             return
         overshoot = max(0, event.used_bytes - event.budget_bytes)
-        call = replace(call, overshoot_bytes=max(overshoot, call.overshoot_bytes or 0))
+        call = replace(
+            call,
+            overshoot_bytes=max(overshoot, call.overshoot_bytes or 0),
+            hard_bytes=call.hard_bytes or event.budget_bytes,
+            stopped_ns=call.stopped_ns if call.stopped_ns is not None else event.at_ns,
+        )
         # An escapee can reach the budget after its call has ended: it is stopped all the same, the call stays ended.
-        self._put(self._to_phase(call, ToolCallPhase.STOPPED, event.at_ns) if call.running else call)
+        self._put(self._to_phase(call, ToolCallPhase.STOPPED, event.at_ns))
 
     def _to_phase(self, call: ToolCall, phase: ToolCallPhase, at_ns: int) -> ToolCall:
+        """The call in its new phase. Nothing follows the end, and nothing but the end follows a kill."""
         if call.phase is phase or not call.running:
+            return call
+        if call.phase is ToolCallPhase.KILLED and phase is not ToolCallPhase.ENDED:
             return call
         stalled = max(0, at_ns - call.phase_since_ns) if call.phase in _STALLED else 0
         return replace(
@@ -316,31 +347,37 @@ class State:
         )
 
     def _ended(self, event: ToolCallEnded) -> None:
+        if event.id in self._wrappers:
+            return
         call = self._known(event.id)
         if call is None or not call.running:
             return
         self._accrue(call, event.at_ns)
+        self._accrued_ns.pop(call.id, None)
         call = self.tool_calls[call.id]
         peak_bytes = max(call.peak_bytes, event.peak_bytes or 0)
         end_ns = max(event.at_ns, call.start_ns)
         was_killed = call.phase is ToolCallPhase.KILLED
-        call = self._to_phase(call, ToolCallPhase.ENDED, end_ns)
+        gone_ns = call.gone_ns if event.escaped_count or call.gone_ns is not None else end_ns
+        if not call.peak_ns:  # too short for a step: the end is when its peak was seen
+            kv = replace(call.kv, at_peak_bytes=self._held_bytes(call.session))
+            call = replace(call, peak_ns=end_ns, kv=kv)
         if call.verdict is None and call.kv.held_bytes:
             call = replace(call, verdict=Verdict.KEEP)  # nothing was asked of the engine: it kept what it held
+        call = self._to_phase(call, ToolCallPhase.ENDED, end_ns)
         self._put(
             replace(
                 call,
                 end_ns=end_ns,
                 peak_bytes=peak_bytes,
-                peak_ns=call.peak_ns or end_ns,
                 exit_code=event.exit_code,
                 signal=event.signal,
                 escaped_count=event.escaped_count,
-                gone_ns=call.gone_ns if event.escaped_count else (call.gone_ns or end_ns),
-                used_bytes=call.used_bytes if event.escaped_count else 0,
+                gone_ns=gone_ns,
+                used_bytes=call.used_bytes if gone_ns is None else 0,
+                stopped_ns=call.stopped_ns if gone_ns is None else None,
             )
         )
-        self._accrued_ns.pop(call.id, None)
         if not was_killed:  # a killed call says how long it was let live, not how long it would have taken
             worked_ns = max(1, end_ns - call.start_ns - call.stalled_ns)
             self.estimates = self.estimates.observe(call.kind, worked_ns, peak_bytes)
@@ -432,6 +469,8 @@ class State:
             known = self.sessions.get(session.id, session)
             seen[session.id] = replace(  # what the engine does not report, we remember
                 session,
+                engine=event.engine,
+                context_tokens=max(session.context_tokens, session.held_tokens),
                 last_finish=known.last_finish,
                 turn_count=known.turn_count,
                 verdict=known.verdict,
@@ -473,6 +512,7 @@ class State:
                 if known := self.sessions.get(session):
                     self.sessions[session] = replace(known, verdict=Verdict.KEEP, verdict_ns=decision.at_ns)
             case SetTenantWeight(engine=engine, tenant=tenant, weight=weight):
+                self._weights = {told for told in self._weights if told[:2] != (engine, tenant)}
                 self._weights.add((engine, tenant, weight))
             case Wait(tool_call=tool_call, expires_ns=expires_ns):
                 if call := self._known(tool_call):
@@ -494,41 +534,62 @@ class State:
         if outcome.status in (OutcomeStatus.COMPLETED, OutcomeStatus.CLIPPED):
             self._took_effect(decision.action, outcome.at_ns)
         elif outcome.status in _UNDONE:
-            self._did_not_hold(decision.action, outcome.at_ns)
+            self._did_not_hold(decision, outcome.at_ns)
 
     def _took_effect(self, action: Action, at_ns: int) -> None:
         match action:
             case Throttle(tool_call=tool_call):
-                self._phase(tool_call, ToolCallPhase.THROTTLED, at_ns)
+                self._hold_back(tool_call, ToolCallPhase.THROTTLED, at_ns)
             case Freeze(tool_call=tool_call):
-                self._phase(tool_call, ToolCallPhase.FROZEN, at_ns)
+                self._hold_back(tool_call, ToolCallPhase.FROZEN, at_ns)
             case Thaw(tool_call=tool_call):
-                self._phase(tool_call, ToolCallPhase.RUNNING, at_ns)
+                self._let_go(tool_call, at_ns)
             case Grant(tool_call=tool_call, soft_bytes=soft, hard_bytes=hard):
-                self._phase(tool_call, ToolCallPhase.RUNNING, at_ns)
+                self._answered(tool_call, ToolCallPhase.RUNNING, at_ns)
                 self.apply(BudgetChanged(at_ns, tool_call, soft, hard))
             case Kill(tool_call=tool_call):
-                self._phase(tool_call, ToolCallPhase.KILLED, at_ns)
+                self._answered(tool_call, ToolCallPhase.KILLED, at_ns)
             case _:
                 pass  # engines report the effect themselves
 
-    def _did_not_hold(self, action: Action, at_ns: int) -> None:
-        match action:
+    def _did_not_hold(self, decision: Decision, at_ns: int) -> None:
+        match decision.action:
             case Throttle(tool_call=tool_call) | Freeze(tool_call=tool_call):
-                call = self.tool_calls.get(self.resolve(tool_call))
-                if call is not None and call.phase in (ToolCallPhase.THROTTLED, ToolCallPhase.FROZEN):
-                    self._put(self._to_phase(call, ToolCallPhase.RUNNING, at_ns))
+                self._let_go(tool_call, at_ns)
             case SwapOut(session=session) | Retain(session=session) | Drop(session=session) | SwapIn(session=session):
-                if known := self.sessions.get(session):
-                    self.sessions[session] = replace(known, verdict=None)
+                self._take_back_verdict(session, decision.at_ns)
             case SetTenantWeight(engine=engine, tenant=tenant, weight=weight):
                 self._weights.discard((engine, tenant, weight))
             case _:
                 pass
 
-    def _phase(self, tool_call: ToolCallId, phase: ToolCallPhase, at_ns: int) -> None:
-        if call := self._known(tool_call):
+    def _take_back_verdict(self, session_id: SessionId, decided_ns: int) -> None:
+        """The engine did not follow. The time of asking stays, so that it is not asked again before the dwell is over.
+
+        A late answer to an older question changes nothing.
+        """
+        session = self.sessions.get(session_id)
+        if session is None or session.verdict_ns != decided_ns:
+            return
+        self.sessions[session_id] = replace(session, verdict=None)
+        for call in [c for c in self.tool_calls.values() if c.session == session_id and c.running]:
+            self._put(replace(call, verdict=None))
+
+    def _hold_back(self, tool_call: ToolCallId, phase: ToolCallPhase, at_ns: int) -> None:
+        """Throttled or frozen, unless the kernel has stopped it meanwhile: a stopped call must stay one to be answered."""
+        call = self._known(tool_call)
+        if call is not None and call.phase in (ToolCallPhase.RUNNING, *_HELD_BACK):
             self._put(self._to_phase(call, phase, at_ns))
+
+    def _let_go(self, tool_call: ToolCallId, at_ns: int) -> None:
+        call = self._known(tool_call)
+        if call is not None and call.phase in _HELD_BACK:
+            self._put(self._to_phase(call, ToolCallPhase.RUNNING, at_ns))
+
+    def _answered(self, tool_call: ToolCallId, phase: ToolCallPhase, at_ns: int) -> None:
+        """A call that stood at its budget was granted more, or ended."""
+        if call := self._known(tool_call):
+            self._put(replace(self._to_phase(call, phase, at_ns), stopped_ns=None, waiting_until_ns=None))
 
     # -- time
 
@@ -543,6 +604,7 @@ class State:
             self._accrued_ns.pop(key, None)
         if old:
             self._aliases = {alias: to for alias, to in self._aliases.items() if to in self.tool_calls}
+            self._wrappers &= self._aliases.keys()
         for decision in [d for d in self._decisions.values() if now_ns - d.at_ns > REMEMBER_NS]:
             del self._decisions[decision.id]
 
@@ -552,7 +614,7 @@ class State:
         mark = self.policy.memory.pressure_above_ratio
         if self._pressure_since_ns is not None:
             mark = self.policy.memory.pressure_below_ratio
-        if pool and used >= mark * pool:
-            self._pressure_since_ns = self._pressure_since_ns or now_ns
-        else:
+        if not pool or used < mark * pool:
             self._pressure_since_ns = None
+        elif self._pressure_since_ns is None:
+            self._pressure_since_ns = now_ns

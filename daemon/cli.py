@@ -1,0 +1,337 @@
+"""The command line: `equipoise COMMAND`. Owns parsing and printing; the work is done elsewhere.
+
+Every command that fails prints one line, "equipoise: what: remedy", on standard error and exits with a code other
+than 0. This module and service.py are the composition root: they alone may import from every folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from .. import __version__
+from . import client
+from .errors import DaemonError
+
+Command = Callable[[argparse.Namespace], int]
+
+# (module, what it needs). Each offers add_parser(subparsers), which sets `run`; imported when asked for, so that
+# `equipoise version` does not pay for the dashboard.
+_ELSEWHERE = {
+    "doctor": ("equipoise.daemon.doctor", ""),
+    "top": ("equipoise.tui.app", ""),
+    "hooks": ("equipoise.integrations.claude_code.command", ""),
+    "demo": ("equipoise.daemon.demo.command", "equipoise[demo]"),
+    "engine": ("equipoise.gpuctl.engine.__main__", "equipoise[engine]"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point. Answers the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        arguments = _parser(argv).parse_args(argv)
+        run: Command = arguments.run
+        return run(arguments)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except DaemonError as error:
+        print(f"equipoise: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="equipoise",
+        description="Resource controller and observability daemon for hosts that run AI agents beside their model.",
+        epilog="examples:\n"
+        "  equipoise daemon --engine embedded            start the daemon with a model of its own\n"
+        "  equipoise run --tenant default --name ada -- my-agent\n"
+        "  equipoise top                                 watch\n"
+        "  equipoise explain                             what was decided, and why\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_daemon(commands)
+    _add_run(commands)
+    _add_tool(commands)
+    _add_ps(commands)
+    _add_explain(commands)
+    _add_policy(commands)
+    _add_release(commands)
+    _add_version(commands)
+    asked = next((word for word in argv if not word.startswith("-")), None)
+    for name, (module, needs) in _ELSEWHERE.items():
+        if name == asked or asked is None:
+            _add_elsewhere(commands, name, module, needs)
+    return parser
+
+
+def _add_elsewhere(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, module: str, needs: str
+) -> None:
+    try:
+        importlib.import_module(module).add_parser(commands)
+    except ModuleNotFoundError as error:
+        if not needs or (error.name or "").startswith("equipoise"):
+            raise
+        raise DaemonError(f"{name} needs the package {error.name}: pip install '{needs}'") from error
+
+
+def _add(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, run: Command, text: str, *examples: str
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        epilog="examples:\n" + "\n".join(f"  {line}" for line in examples) if examples else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    if name not in ("version", "policy", "daemon"):
+        client.add_socket_argument(parser)
+    return parser
+
+
+# -- daemon
+
+
+def _add_daemon(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _add(
+        commands,
+        "daemon",
+        _daemon,
+        "run the daemon in the foreground",
+        "equipoise daemon",
+        "equipoise daemon --policy policy.yaml --engine embedded --engine-listen 127.0.0.1:8800",
+    )
+    parser.add_argument("--state-dir", type=Path, help="socket, journal (default: /run/equipoise as root, else "
+                        "$XDG_RUNTIME_DIR/equipoise)")  # fmt: skip
+    parser.add_argument("--journal", type=Path, help="SQLite journal (default: STATE_DIR/journal.sqlite)")
+    parser.add_argument("--policy", type=Path, help="policy document (default: the built-in one)")
+    parser.add_argument("--metrics-listen", default="127.0.0.1:9464", metavar="HOST:PORT", help="Prometheus endpoint; "
+                        "port 0: any; empty: none (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--cgroup-base", help="cgroup under which sandboxes are made (default: equipoise, or the "
+                        "delegated cgroup under systemd)")  # fmt: skip
+    parser.add_argument("--no-ebpf", action="store_true", help="do without probes in the kernel")
+    parser.add_argument("--engine", choices=("embedded", "none"), default="none", help="start an engine of our own; "
+                        "others attach by themselves (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--engine-listen", default="127.0.0.1:8800", metavar="HOST:PORT", help="its OpenAI endpoint")
+    parser.add_argument("--engine-model", default="default", metavar="GGUF", help="its model (default: SmolLM2-135M)")
+    parser.add_argument("--kv-tokens", type=int, default=8192, help="KV its device tier holds (default: %(default)s)")
+    parser.add_argument("--host-bytes", type=_quantity, default="256MiB", help="RAM for swapped KV (default: "
+                        "%(default)s)")  # fmt: skip
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of the engine (default: %(default)s)")
+    parser.add_argument("--verbose", action="store_true", help="log what is usually not worth a line")
+
+
+def _quantity(text: str) -> int:
+    from ..policies.document import DocumentError, parse_bytes
+
+    if text.isdigit():
+        return int(text)
+    try:
+        return parse_bytes(text, "value")
+    except DocumentError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _daemon(arguments: argparse.Namespace) -> int:
+    from . import log, service
+    from .engine_process import EngineConfig
+
+    log.configure(10 if arguments.verbose else 20)
+    state_dir: Path = arguments.state_dir or client.default_state_dir()
+    engine = None
+    if arguments.engine == "embedded":
+        engine = EngineConfig(
+            listen=arguments.engine_listen,
+            model=arguments.engine_model,
+            kv_tokens=arguments.kv_tokens,
+            host_bytes=arguments.host_bytes,
+            threads=arguments.threads,
+        )
+    config = service.Config(
+        state_dir=state_dir,
+        journal=arguments.journal or state_dir / "journal.sqlite",
+        policy=arguments.policy,
+        metrics_listen=arguments.metrics_listen,
+        cgroup_base=arguments.cgroup_base,
+        ebpf=not arguments.no_ebpf,
+        engine=engine,
+    )
+    return service.run(config)
+
+
+# -- sandboxes and tool calls
+
+
+def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _add(
+        commands,
+        "run",
+        _run,
+        "run an agent in a sandbox of its own",
+        "equipoise run --tenant gold --name ada -- python agent.py",
+    )
+    parser.add_argument("--tenant", default="default", help="a tenant of the policy (default: %(default)s)")
+    parser.add_argument("--name", help="unique within the tenant (default: the command's name and our pid)")
+    parser.add_argument("--session", help="session of its requests to the engine (default: TENANT/NAME)")
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- CMD ...", help="what to run")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    command = _after_dashes(arguments.command, "run")
+    name = arguments.name or f"{Path(command[0]).name}-{os.getpid()}"
+    return client.run_agent(arguments.socket, arguments.tenant, name, arguments.session, command)
+
+
+def _add_tool(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _add(
+        commands,
+        "tool",
+        _tool,
+        "run one tool call of an agent, with exact boundaries",
+        "equipoise tool -- pytest -q",
+        "equipoise tool --tenant gold --name ada -- make test",
+    )
+    parser.add_argument("--tenant", default="", help="the sandbox; default: the one we are in")
+    parser.add_argument("--name", default="")
+    parser.add_argument("--expect-memory", type=_quantity, default=0, metavar="512MiB", help="what it will need")
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- CMD ...", help="what to run")
+
+
+def _tool(arguments: argparse.Namespace) -> int:
+    command = _after_dashes(arguments.command, "tool")
+    return client.run_tool(arguments.socket, arguments.tenant, arguments.name, command, arguments.expect_memory)
+
+
+def _after_dashes(words: list[str], command: str) -> list[str]:
+    words = words[1:] if words[:1] == ["--"] else words
+    if not words:
+        raise DaemonError(f"nothing to run: equipoise {command} [options] -- CMD [ARG ...]")
+    return words
+
+
+# -- looking
+
+
+def _add_ps(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _add(commands, "ps", _ps, "list tool calls", "equipoise ps", "equipoise ps --all --json")
+    parser.add_argument("--all", action="store_true", help="finished ones too")
+    parser.add_argument("--tenant", default="", help="of one tenant only")
+    parser.add_argument("--json", action="store_true", help="one JSON array")
+
+
+def _ps(arguments: argparse.Namespace) -> int:
+    from . import printing
+
+    calls = client.list_tool_calls(arguments.socket, arguments.tenant)
+    shown = [c for c in calls if arguments.all or not c.end_ns]
+    if arguments.json:
+        print(json.dumps([printing.as_dict(c) for c in shown], indent=1))
+    else:
+        printing.tool_calls(shown)
+    return 0
+
+
+def _add_explain(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _add(
+        commands,
+        "explain",
+        _explain,
+        "say what was decided, why, and what came of it",
+        "equipoise explain                     the newest decisions",
+        "equipoise explain 1c8f...             one tool call (ids from `equipoise ps`)",
+        "equipoise explain --session gold/ada",
+    )
+    parser.add_argument("tool_call", nargs="?", default="", help="a tool call's id, or its beginning")
+    parser.add_argument("--session", default="")
+    parser.add_argument("--tenant", default="")
+    parser.add_argument("--limit", type=int, default=20)
+    parser.add_argument("--json", action="store_true", help="one JSON array")
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    from . import printing
+
+    decisions = client.explain(
+        arguments.socket, arguments.tool_call, arguments.session, arguments.tenant, arguments.limit
+    )
+    if arguments.json:
+        print(json.dumps([printing.as_dict(d) for d in decisions], indent=1))
+    else:
+        printing.decisions(decisions)
+    return 0
+
+
+def _add_policy(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _add(
+        commands,
+        "policy",
+        _policy,
+        "check a policy document, or show the built-in one",
+        "equipoise policy check policy.yaml",
+        "equipoise policy show > policy.yaml",
+    )
+    parser.add_argument("action", choices=("check", "show"))
+    parser.add_argument("file", nargs="?", type=Path)
+
+
+def _policy(arguments: argparse.Namespace) -> int:
+    from . import policy_file
+
+    if arguments.action == "show":
+        path = arguments.file or policy_file.BUILTIN
+        policy_file.load(path)
+        print(path.read_text(), end="")
+        return 0
+    if arguments.file is None:
+        raise DaemonError("which document? equipoise policy check FILE")
+    policy = policy_file.load(arguments.file)
+    tenants = ", ".join(f"{t.id} (weight {t.weight:g})" for t in policy.tenants)
+    print(f"{arguments.file}: policy {policy.name} is well formed; tenants: {tenants}")
+    return 0
+
+
+def _add_release(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _add(
+        commands,
+        "release",
+        _release,
+        "undo everything that holds something back, whoever died before",
+        "equipoise release",
+        "equipoise release --state-dir /run/equipoise",
+    )
+    parser.add_argument("--state-dir", type=Path, help="of the daemon, where it no longer answers")
+    parser.add_argument("--cgroup-base", help="as given to the daemon")
+
+
+def _release(arguments: argparse.Namespace) -> int:
+    from . import release
+
+    for line in release.release(arguments.socket, arguments.state_dir, arguments.cgroup_base):
+        print(line)
+    return 0
+
+
+def _add_version(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    _add(commands, "version", _version, "print the version")
+
+
+def _version(_: argparse.Namespace) -> int:
+    print(f"equipoise {__version__}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

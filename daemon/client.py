@@ -1,0 +1,186 @@
+"""The commands' side of the gRPC API: where the socket is, how to say that nobody answers.
+
+Owns `equipoise run` and `equipoise tool` as processes: what they register, fork and exec.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+
+from .api.v1 import policy_pb2, policy_pb2_grpc, sandbox_pb2, sandbox_pb2_grpc
+from .errors import CommandError
+
+SOCKET_NAME = "equipoise.sock"
+TIMEOUT_S = 10.0
+EXIT_NOT_FOUND = 127
+
+
+def default_state_dir() -> Path:
+    """/run/equipoise for root, else under XDG_RUNTIME_DIR (or a private folder in the home)."""
+    if os.geteuid() == 0:
+        return Path("/run/equipoise")
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(runtime) / "equipoise" if runtime else Path.home() / ".local/state/equipoise"
+
+
+def default_socket() -> str:
+    return os.environ.get("EQUIPOISE_SOCKET") or str(default_state_dir() / SOCKET_NAME)
+
+
+def add_socket_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--socket",
+        default=default_socket(),
+        metavar="PATH",
+        help="the daemon's socket (default: $EQUIPOISE_SOCKET, else %(default)s)",
+    )
+
+
+@contextlib.contextmanager
+def channel(socket: str) -> Iterator[grpc.Channel]:
+    """A channel to the daemon. Every failure of a call inside becomes one CommandError."""
+    path = socket.removeprefix("unix:")
+    if not Path(path).exists():
+        raise CommandError(f"no daemon at {path}: start one with `equipoise daemon`, or give --socket")
+    with grpc.insecure_channel(f"unix:{path}", options=[("grpc.enable_http_proxy", 0)]) as opened:
+        try:
+            yield opened
+        except grpc.RpcError as error:
+            raise CommandError(_reason(error, path)) from error
+
+
+def _reason(error: grpc.RpcError, path: str) -> str:
+    if not isinstance(error, grpc.Call):
+        return str(error)
+    if error.code() is grpc.StatusCode.UNAVAILABLE:
+        if not os.access(path, os.R_OK | os.W_OK):
+            return f"{path}: permission denied: run as root, or as a member of the socket's group"
+        return f"the daemon at {path} does not answer: is it running? `equipoise release` undoes what a dead one left"
+    if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return f"the daemon at {path} did not answer within {TIMEOUT_S:g} s"
+    return error.details() or error.code().name
+
+
+def status(socket: str) -> policy_pb2.GetStatusResponse:
+    with channel(socket) as opened:
+        return policy_pb2_grpc.PolicyServiceStub(opened).GetStatus(policy_pb2.GetStatusRequest(), timeout=TIMEOUT_S)
+
+
+def list_tool_calls(socket: str, tenant: str = "") -> list[policy_pb2.ToolCallView]:
+    """Oldest first. Raises CommandError."""
+    with channel(socket) as opened:
+        request = policy_pb2.ListToolCallsRequest(tenant_id=tenant, limit=10_000)
+        stub = policy_pb2_grpc.PolicyServiceStub(opened)
+        return list(stub.ListToolCalls(request, timeout=TIMEOUT_S).tool_calls)
+
+
+def explain(
+    socket: str, tool_call: str = "", session: str = "", tenant: str = "", limit: int = 20
+) -> list[policy_pb2.DecisionView]:
+    """Newest first. Raises CommandError."""
+    with channel(socket) as opened:
+        request = policy_pb2.ExplainRequest(tool_call_id=tool_call, session_id=session, tenant_id=tenant, limit=limit)
+        return list(policy_pb2_grpc.PolicyServiceStub(opened).Explain(request, timeout=TIMEOUT_S).decisions)
+
+
+def run_agent(socket: str, tenant: str, name: str, session: str | None, command: list[str]) -> int:
+    """Become an agent: register this process, then exec the command in its place. Returns only on failure."""
+    with channel(socket) as opened:
+        registered = sandbox_pb2_grpc.SandboxServiceStub(opened).RegisterSandbox(
+            sandbox_pb2.RegisterSandboxRequest(tenant_id=tenant, name=name, pid=os.getpid(), session_id=session or ""),
+            timeout=TIMEOUT_S,
+        )
+        answered = policy_pb2_grpc.PolicyServiceStub(opened).GetStatus(policy_pb2.GetStatusRequest(), timeout=TIMEOUT_S)
+    environment = os.environ | {
+        "EQUIPOISE_SOCKET": socket,
+        "EQUIPOISE_TENANT": tenant,
+        "EQUIPOISE_SANDBOX": name,
+        "EQUIPOISE_SESSION": registered.session_id,
+    }
+    if answered.engine_url:
+        environment["EQUIPOISE_ENGINE_URL"] = answered.engine_url
+    try:
+        os.execvpe(command[0], command, environment)
+    except OSError as error:
+        raise CommandError(f"{command[0]}: {error.strerror}") from error
+
+
+def run_tool(socket: str, tenant: str, name: str, command: list[str], expect_bytes: int) -> int:
+    """Run one tool call and answer its exit code; what was done to it goes to standard error.
+
+    The child waits at a pipe until the daemon follows it, so that not a page of it is missed. Where the daemon does
+    not answer the command runs all the same, unmeasured: an agent must not fail because we do.
+    """
+    ready_read, ready_write = os.pipe()
+    child = subprocess.Popen(
+        [sys.executable, "-S", "-c", _WAIT_AND_EXEC, str(ready_read), *command], pass_fds=(ready_read,)
+    )
+    os.close(ready_read)
+    _pass_signals_on(child)
+    call = ""
+    try:
+        with channel(socket) as opened:
+            stub = sandbox_pb2_grpc.SandboxServiceStub(opened)
+            if expect_bytes and tenant and name:
+                stub.DeclareIntent(
+                    sandbox_pb2.DeclareIntentRequest(
+                        tenant_id=tenant, name=name, kind=Path(command[0]).name, expected_bytes=expect_bytes
+                    ),
+                    timeout=TIMEOUT_S,
+                )
+            begun = stub.BeginToolCall(
+                sandbox_pb2.BeginToolCallRequest(
+                    tenant_id=tenant,
+                    name=name,
+                    command=subprocess.list2cmdline(command),
+                    pid=child.pid,
+                    wrapper_pid=os.getpid(),
+                ),
+                timeout=TIMEOUT_S,
+            )
+            call = begun.tool_call_id
+    except CommandError as error:
+        print(f"equipoise: this tool call is not measured: {error}", file=sys.stderr)
+    finally:
+        os.write(ready_write, b"\n")
+        os.close(ready_write)
+    code = child.wait()
+    if call:
+        _report_end(socket, call, code)
+    return 128 - code if code < 0 else code
+
+
+_WAIT_AND_EXEC = """import os, sys
+fd = int(sys.argv[1]); os.read(fd, 1); os.close(fd)
+try:
+    os.execvp(sys.argv[2], sys.argv[2:])
+except OSError as error:
+    print(f"equipoise: {sys.argv[2]}: {error.strerror}", file=sys.stderr)
+    os._exit(127)
+"""
+
+
+def _pass_signals_on(child: subprocess.Popen[bytes]) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda received, _: child.send_signal(received))
+
+
+def _report_end(socket: str, call: str, code: int) -> None:
+    try:
+        with channel(socket) as opened:
+            ended = sandbox_pb2_grpc.SandboxServiceStub(opened).EndToolCall(
+                sandbox_pb2.EndToolCallRequest(tool_call_id=call, exit_code=max(0, code)), timeout=TIMEOUT_S
+            )
+    except CommandError:
+        return  # the daemon went away meanwhile; the command's own result stands
+    if ended.notice:
+        print(ended.notice, file=sys.stderr)

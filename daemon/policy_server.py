@@ -1,0 +1,92 @@
+"""PolicyService: the state as messages, and release. Reading changes nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+import grpc
+
+from ..policies.model import DecisionId, SessionId, TenantId, ToolCall, ToolCallId
+from . import views
+from .api.v1 import policy_pb2 as pb
+from .api.v1 import policy_pb2_grpc
+from .history import History
+from .loop import Loop
+
+Context = grpc.aio.ServicerContext
+INTERVAL_MS = 1000
+LIMIT = 50
+MOST = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Effects:
+    """What the server needs of the rest of the daemon."""
+
+    status: Callable[[], pb.GetStatusResponse]
+    release: Callable[[], list[str]]
+    """Undo everything that holds something back; answers what was undone."""
+
+
+class PolicyServer(policy_pb2_grpc.PolicyServiceServicer):
+    def __init__(self, loop: Loop, history: History, effects: Effects) -> None:
+        self._loop = loop
+        self._history = history
+        self._effects = effects
+
+    async def Watch(self, request: pb.WatchRequest, context: Context) -> AsyncIterator[pb.WatchResponse]:  # type: ignore[type-arg]
+        interval_ms = request.interval_ms or INTERVAL_MS
+        if not 100 <= interval_ms <= 60_000:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"interval_ms {interval_ms}: use 100 to 60000")
+        while True:
+            yield views.watch_response(self._loop.snapshot, self._loop.state.policy, self._history)
+            if request.once:
+                return
+            await asyncio.sleep(interval_ms / 1000)
+
+    async def Explain(self, request: pb.ExplainRequest, context: Context) -> pb.ExplainResponse:  # type: ignore[type-arg]
+        call = None
+        if request.tool_call_id:
+            call = self._call(request.tool_call_id)
+            if call is None:
+                await context.abort(
+                    grpc.StatusCode.NOT_FOUND, f"no tool call {request.tool_call_id}: `equipoise ps --all` lists them"
+                )
+        found = self._history.find(
+            max(1, min(request.limit or LIMIT, MOST)),
+            decision=DecisionId(request.decision_id) if request.decision_id else None,
+            tool_call=call,
+            session=SessionId(request.session_id) if request.session_id else None,
+            tenant=TenantId(request.tenant_id) if request.tenant_id else None,
+        )
+        return pb.ExplainResponse(decisions=[views.decision_view(told) for told in found])
+
+    async def ListToolCalls(self, request: pb.ListToolCallsRequest, context: Context) -> pb.ListToolCallsResponse:  # type: ignore[type-arg]
+        state = self._loop.state
+        calls = {c.id: c for c in self._history.ended()} | state.tool_calls
+        chosen = [c for c in calls.values() if not request.tenant_id or c.tenant == request.tenant_id]
+        chosen.sort(key=lambda c: c.start_ns)
+        names = {s.cgroup_id: s.name for s in state.sandboxes.values()} | self._history.sandbox_names
+        limit = max(1, min(request.limit or 1000, MOST))
+        return pb.ListToolCallsResponse(
+            tool_calls=[views.tool_call_view(c, names, self._history) for c in chosen[-limit:]]
+        )
+
+    async def GetStatus(self, request: pb.GetStatusRequest, context: Context) -> pb.GetStatusResponse:  # type: ignore[type-arg]
+        return self._effects.status()
+
+    async def Release(self, request: pb.ReleaseRequest, context: Context) -> pb.ReleaseResponse:  # type: ignore[type-arg]
+        return pb.ReleaseResponse(released=self._effects.release())
+
+    def _call(self, text: str) -> ToolCall | None:
+        """By the whole id, or by any beginning that only one call has."""
+        calls = {c.id: c for c in self._history.ended()} | self._loop.state.tool_calls
+        try:
+            resolved = self._loop.state.resolve(ToolCallId(int(text, 16)))
+        except ValueError:
+            return None
+        if resolved in calls:
+            return calls[resolved]
+        return next((c for c in calls.values() if f"{c.id:016x}".startswith(text.lower())), None)

@@ -1,0 +1,68 @@
+"""Tables and JSON of what the daemon answers, for the command line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
+from rich.console import Console
+from rich.table import Table
+
+from ..policies.model import MIB, NS_PER_S
+from .api.v1 import policy_pb2 as pb
+
+
+def as_dict(message: Message) -> dict[str, Any]:
+    """With the names of the .proto file; numbers stay numbers."""
+    plain = MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+    return {name: int(v) if isinstance(v, str) and name.endswith(("_ns", "_bytes")) else v for name, v in plain.items()}
+
+
+def tool_calls(calls: list[pb.ToolCallView], console: Console | None = None) -> None:
+    """One row a tool call; a line where there are none."""
+    console = console or Console()
+    if not calls:
+        console.print("no tool calls")
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("ID", "SANDBOX", "COMMAND", "FOUND", "STATE"):
+        table.add_column(name, no_wrap=True, overflow="ellipsis", max_width=44)
+    for name in ("SECONDS", "NOW MiB", "PEAK MiB", "BUDGET MiB", "KV MiB"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("VERDICT", no_wrap=True)
+    for call in calls:
+        seconds = f"{(call.end_ns - call.start_ns) / NS_PER_S:.2f}" if call.end_ns else "-"
+        table.add_row(
+            call.tool_call_id,
+            f"{call.tenant_id}/{call.sandbox}",
+            call.command,
+            f"{call.source} {call.confidence:.2f}",
+            call.phase,
+            seconds,
+            f"{call.used_bytes / MIB:.0f}",
+            f"{call.peak_bytes / MIB:.0f}",
+            f"{call.hard_bytes / MIB:.0f}" if call.hard_bytes else "-",
+            f"{call.kv_held_bytes / MIB:.1f}",
+            call.verdict or "-",
+        )
+    console.print(table)
+
+
+def decisions(found: list[pb.DecisionView], console: Console | None = None) -> None:
+    """A paragraph a decision, newest first."""
+    console = console or Console(highlight=False)
+    if not found:
+        console.print("nothing was decided")
+        return
+    newest = found[0].at_ns
+    for decision in found:
+        ago = (newest - decision.at_ns) / NS_PER_S
+        latency = f" after {decision.latency_ms:.1f} ms" if decision.HasField("latency_ms") else ""
+        console.print(f"[bold]{decision.action}[/bold]  {decision.subject}  (-{ago:.1f} s)")
+        console.print(f"  because  {decision.rule}: {decision.evidence}")
+        if len(decision.candidates) > 1:
+            weighed = ", ".join(f"{c.name} {c.cost:.4g}" for c in decision.candidates)
+            console.print(f"  weighed  {weighed}")
+        detail = f": {decision.detail}" if decision.detail else ""
+        console.print(f"  outcome  {decision.outcome or 'none yet'}{latency} by {decision.tier or '-'}{detail}")

@@ -1,0 +1,195 @@
+"""SandboxService over the keeper. Owns the checking of requests; every refusal is one line with a remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NoReturn
+
+import grpc
+
+from ..ebpf.errors import EbpfError
+from ..policies.actions import Grant, Kill, OutcomeStatus, Throttle, Wait
+from ..policies.events import Event, IntentDeclared
+from ..policies.model import MIB, NS_PER_S, Sandbox, SessionId, TenantId, ToolCall, ToolCallId
+from ..policies.state import State
+from .api.v1 import sandbox_pb2 as pb
+from .api.v1 import sandbox_pb2_grpc
+from .errors import CgroupError
+from .history import History
+from .keeper import SandboxKeeper
+from .words import tool_call_hex
+
+Context = grpc.aio.ServicerContext  # its parameters are the messages; they add nothing here
+
+
+class SandboxServer(sandbox_pb2_grpc.SandboxServiceServicer):
+    """`settle` takes in everything that waits (probes and queue) and runs one turn of the loop."""
+
+    def __init__(
+        self,
+        keeper: SandboxKeeper,
+        state: State,
+        history: History,
+        emit: Callable[[Event], None],
+        settle: Callable[[], None],
+        now_ns: Callable[[], int],
+    ) -> None:
+        self._keeper = keeper
+        self._state = state
+        self._history = history
+        self._emit = emit
+        self._settle = settle
+        self._now_ns = now_ns
+
+    async def RegisterSandbox(self, request: pb.RegisterSandboxRequest, context: Context) -> pb.RegisterSandboxResponse:  # type: ignore[type-arg]
+        known = [t.id for t in self._state.policy.tenants]
+        if request.tenant_id not in known:
+            await _refuse(
+                context,
+                grpc.StatusCode.NOT_FOUND,
+                f"unknown tenant {request.tenant_id!r}: policy {self._state.policy.name} knows {', '.join(known)}; "
+                "add it under spec.tenants",
+            )
+        try:
+            sandbox = self._keeper.register(
+                TenantId(request.tenant_id),
+                request.name,
+                request.pid or None,
+                request.cgroup_path or None,
+                SessionId(request.session_id) if request.session_id else None,
+            )
+        except ProcessLookupError:
+            await _refuse(context, grpc.StatusCode.NOT_FOUND, f"no process {request.pid}")
+        except (CgroupError, EbpfError) as error:
+            await _refuse(context, grpc.StatusCode.FAILED_PRECONDITION, str(error))
+        self._settle()
+        return pb.RegisterSandboxResponse(
+            cgroup_id=sandbox.cgroup_id, cgroup_path=sandbox.path, session_id=sandbox.session
+        )
+
+    async def RemoveSandbox(self, request: pb.RemoveSandboxRequest, context: Context) -> pb.RemoveSandboxResponse:  # type: ignore[type-arg]
+        sandbox = await self._sandbox(request.tenant_id, request.name, 0, context)
+        if problem := self._keeper.remove(sandbox.cgroup_id):
+            await _refuse(context, grpc.StatusCode.FAILED_PRECONDITION, f"forgotten, but its cgroup stays: {problem}")
+        self._settle()
+        return pb.RemoveSandboxResponse()
+
+    async def BeginToolCall(self, request: pb.BeginToolCallRequest, context: Context) -> pb.BeginToolCallResponse:  # type: ignore[type-arg]
+        self._settle()  # the kernel may have seen the process already
+        sandbox = await self._sandbox(request.tenant_id, request.name, request.wrapper_pid or request.pid, context)
+        try:
+            call = self._keeper.begin(
+                sandbox,
+                request.command,
+                request.pid or None,
+                request.wrapper_pid or None,
+                request.external_id or None,
+                SessionId(request.session_id) if request.session_id else None,
+            )
+        except ProcessLookupError:
+            await _refuse(context, grpc.StatusCode.NOT_FOUND, f"no process {request.pid}")
+        except (CgroupError, EbpfError) as error:
+            await _refuse(context, grpc.StatusCode.FAILED_PRECONDITION, str(error))
+        self._settle()
+        known = self._state.tool_calls.get(self._state.resolve(call))
+        return pb.BeginToolCallResponse(
+            tool_call_id=tool_call_hex(call),
+            soft_bytes=known.soft_bytes if known else 0,
+            hard_bytes=known.hard_bytes if known else 0,
+        )
+
+    async def EndToolCall(self, request: pb.EndToolCallRequest, context: Context) -> pb.EndToolCallResponse:  # type: ignore[type-arg]
+        call = await self._call_id(request, context)
+        self._settle()
+        self._keeper.end(call, request.exit_code if request.HasField("exit_code") else None)
+        self._settle()
+        resolved = self._state.resolve(call)
+        known = self._state.tool_calls.get(resolved) or self._history.ended_call(resolved)
+        if known is None:
+            await _refuse(context, grpc.StatusCode.NOT_FOUND, f"unknown tool call {tool_call_hex(call)}")
+        return pb.EndToolCallResponse(
+            tool_call_id=tool_call_hex(known.id),
+            peak_bytes=known.peak_bytes,
+            duration_ns=known.elapsed_ns(self._now_ns()),
+            stalled_ns=known.stalled_ns,
+            notice=notice(known, self._history),
+        )
+
+    async def DeclareIntent(self, request: pb.DeclareIntentRequest, context: Context) -> pb.DeclareIntentResponse:  # type: ignore[type-arg]
+        sandbox = await self._sandbox(request.tenant_id, request.name, 0, context)
+        if not request.kind or request.expected_bytes < 0 or request.expected_ns < 0:
+            await _refuse(
+                context,
+                grpc.StatusCode.INVALID_ARGUMENT,
+                "an intent needs a kind (`pytest`), and bytes and time that are not negative",
+            )
+        self._emit(
+            IntentDeclared(
+                self._now_ns(),
+                sandbox.cgroup_id,
+                request.kind,
+                request.expected_bytes or None,
+                request.expected_ns or None,
+            )
+        )
+        return pb.DeclareIntentResponse()
+
+    async def _sandbox(self, tenant: str, name: str, pid: int, context: Context) -> Sandbox:  # type: ignore[type-arg]
+        if tenant or name:
+            sandbox = self._keeper.find(tenant, name)
+            what = f"{tenant}/{name}"
+        else:
+            sandbox = self._keeper.find_by_pid(pid) if pid else None
+            what = f"with process {pid}"
+        if sandbox is None:
+            await _refuse(
+                context,
+                grpc.StatusCode.NOT_FOUND,
+                f"no sandbox {what}: start the agent with `equipoise run --tenant T --name N -- CMD`",
+            )
+        return sandbox
+
+    async def _call_id(self, request: pb.EndToolCallRequest, context: Context) -> ToolCallId:  # type: ignore[type-arg]
+        if request.tool_call_id:
+            try:
+                return ToolCallId(int(request.tool_call_id, 16))
+            except ValueError:
+                await _refuse(
+                    context,
+                    grpc.StatusCode.INVALID_ARGUMENT,
+                    f"tool call id {request.tool_call_id!r} is not 16 hex digits",
+                )
+        call = self._keeper.external_call(request.external_id) if request.external_id else None
+        if call is None:
+            await _refuse(
+                context, grpc.StatusCode.NOT_FOUND, f"no tool call was begun as {request.external_id or 'nothing'!r}"
+            )
+        return call
+
+
+def notice(call: ToolCall, history: History) -> str:
+    """One line for the agent about what was done to its call; empty where nothing was."""
+    parts = []
+    for told in history.about(call):
+        done = told.outcome is not None and told.outcome.status is OutcomeStatus.COMPLETED
+        match told.decision.action:
+            case Kill(message=message) if done:
+                return message
+            case Wait() if done:
+                parts.append("waited for memory at its budget")
+            case Grant(hard_bytes=hard) if done:
+                parts.append(f"was granted up to {hard / MIB:.0f} MiB")
+            case Throttle() if done:
+                parts.append("was slowed down because memory was short")
+            case _:
+                pass
+    if not parts:
+        return ""
+    stalled = f", {call.stalled_ns / NS_PER_S:.1f} s stalled" if call.stalled_ns else ""
+    done_to_it = "; ".join(dict.fromkeys(parts))
+    return f"Equipoise: this tool call peaked at {call.peak_bytes / MIB:.0f} MiB{stalled}; it {done_to_it}."
+
+
+async def _refuse(context: Context, code: grpc.StatusCode, detail: str) -> NoReturn:  # type: ignore[type-arg]
+    await context.abort(code, detail)
+    raise AssertionError("abort raises")

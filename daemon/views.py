@@ -1,0 +1,168 @@
+"""Facts as the messages of policy.proto. Owns the translation and nothing else."""
+
+from __future__ import annotations
+
+from ..policies.correlate import held_bytes
+from ..policies.fairness import shares
+from ..policies.model import CgroupId, Engine, Sandbox, Session, ToolCall
+from ..policies.policy import Policy
+from ..policies.snapshot import Snapshot
+from . import words
+from .api.v1 import policy_pb2 as pb
+from .history import History, Told
+
+DECISIONS_SHOWN = 20
+
+
+def watch_response(snapshot: Snapshot, policy: Policy, history: History) -> pb.WatchResponse:
+    names = {s.cgroup_id: s.name for s in snapshot.sandboxes}
+    calls = sorted(snapshot.tool_calls, key=lambda c: c.start_ns, reverse=True)
+    return pb.WatchResponse(
+        now_ns=snapshot.now_ns,
+        host=host_view(snapshot, policy),
+        tenants=tenant_views(snapshot, policy),
+        sandboxes=[sandbox_view(s) for s in snapshot.sandboxes],
+        tool_calls=[tool_call_view(c, names, history) for c in calls],
+        sessions=[session_view(s, snapshot) for s in snapshot.sessions],
+        engines=[engine_view(e) for e in snapshot.engines],
+        decisions=[decision_view(t) for t in history.newest(DECISIONS_SHOWN)],
+    )
+
+
+def host_view(snapshot: Snapshot, policy: Policy) -> pb.HostView:
+    host = snapshot.host
+    return pb.HostView(
+        memory_total_bytes=host.memory_total_bytes,
+        memory_available_bytes=host.memory_available_bytes,
+        psi_some_ratio=host.psi_some_ratio,
+        tool_pool_bytes=policy.memory.pool_bytes(host.memory_total_bytes),
+        tool_used_bytes=snapshot.tool_used_bytes(),
+        gpu_total_bytes=host.gpu_total_bytes,
+        gpu_used_bytes=host.gpu_used_bytes,
+    )
+
+
+def tenant_views(snapshot: Snapshot, policy: Policy) -> list[pb.TenantView]:
+    return [
+        pb.TenantView(
+            tenant_id=share.tenant,
+            weight=share.weight,
+            dominant_share=share.weighted,
+            dominant_resource=share.resource,
+            memory_bytes=share.memory_bytes,
+            kv_device_bytes=share.kv_device_bytes,
+            kv_host_bytes=share.kv_host_bytes,
+        )
+        for share in shares(snapshot, policy).values()
+    ]
+
+
+def sandbox_view(sandbox: Sandbox) -> pb.SandboxView:
+    return pb.SandboxView(
+        tenant_id=sandbox.tenant,
+        name=sandbox.name,
+        cgroup_id=sandbox.cgroup_id,
+        cgroup_path=sandbox.path,
+        session_id=sandbox.session,
+        memory_bytes=sandbox.memory_bytes,
+        peak_bytes=sandbox.peak_bytes,
+        agent_pid=sandbox.agent_pid or 0,
+    )
+
+
+def tool_call_view(call: ToolCall, names: dict[CgroupId, str], history: History) -> pb.ToolCallView:
+    return pb.ToolCallView(
+        tool_call_id=words.tool_call_hex(call.id),
+        tenant_id=call.tenant,
+        sandbox=names.get(call.sandbox, str(call.sandbox)),
+        session_id=call.session,
+        command=call.command,
+        kind=call.kind,
+        source=call.source.value,
+        confidence=call.confidence,
+        start_ns=call.start_ns,
+        end_ns=call.end_ns or 0,
+        phase=call.phase.value,
+        used_bytes=call.used_bytes,
+        peak_bytes=call.peak_bytes,
+        hard_bytes=call.hard_bytes,
+        overshoot_bytes=call.overshoot_bytes,
+        stalled_ns=call.stalled_ns,
+        exit_code=call.exit_code,
+        signal=call.signal,
+        escaped_count=call.escaped_count,
+        kv_held_bytes=call.kv.held_bytes,
+        kv_idle_byte_seconds=call.kv.idle_byte_seconds,
+        verdict=call.verdict.value if call.verdict else "",
+        actions=[f"{words.of_decision(t.decision, t.outcome)}: {t.decision.rule}" for t in history.about(call)],
+        kv_at_peak_bytes=call.kv.at_peak_bytes,
+        peak_ns=call.peak_ns,
+        pid=call.pid or 0,
+    )
+
+
+def session_view(session: Session, snapshot: Snapshot) -> pb.SessionView:
+    engine = snapshot.engine(session.engine)
+    return pb.SessionView(
+        session_id=session.id,
+        tenant_id=session.tenant,
+        engine_id=session.engine,
+        phase=session.phase.value,
+        tier=session.tier.value,
+        held_tokens=session.held_tokens,
+        context_tokens=session.context_tokens,
+        held_bytes=held_bytes(session, engine) if engine else 0,
+        host_bytes=session.host_bytes,
+        verdict=session.verdict.value if session.verdict else "",
+        in_tool_call=snapshot.running_call_of(session.id) is not None,
+    )
+
+
+def engine_view(engine: Engine) -> pb.EngineView:
+    totals = engine.totals
+    return pb.EngineView(
+        engine_id=engine.id,
+        kind=engine.kind,
+        model=engine.model,
+        attached=engine.attached,
+        bytes_per_token=engine.bytes_per_token,
+        device_used_tokens=engine.device_used_tokens,
+        device_capacity_tokens=engine.device_capacity_tokens,
+        host_used_bytes=engine.host_used_bytes,
+        host_capacity_bytes=engine.host_capacity_bytes,
+        disk_used_bytes=engine.disk_used_bytes,
+        running_count=engine.running_count,
+        waiting_count=engine.waiting_count,
+        prefill_tokens=totals.prefill_tokens,
+        decode_tokens=totals.decode_tokens,
+        cached_tokens=totals.cached_tokens,
+        recomputed_tokens=totals.recomputed_tokens,
+        swap_out_count=totals.swap_out_count,
+        swap_out_bytes=totals.swap_out_bytes,
+        swap_out_ns=totals.swap_out_ns,
+        swap_in_count=totals.swap_in_count,
+        swap_in_bytes=totals.swap_in_bytes,
+        swap_in_ns=totals.swap_in_ns,
+        preempted_count=totals.preempted_count,
+    )
+
+
+def decision_view(told: Told) -> pb.DecisionView:
+    decision, outcome = told.decision, told.outcome
+    latency_ns = outcome.latency_ns if outcome else None
+    return pb.DecisionView(
+        decision_id=decision.id,
+        at_ns=decision.at_ns,
+        rule=decision.rule,
+        tenant_id=decision.tenant,
+        subject=decision.subject,
+        evidence=decision.evidence,
+        action=words.of_action(decision.action),
+        outcome=outcome.status.value if outcome else "",
+        tier=outcome.tier if outcome else "",
+        detail=outcome.detail if outcome else "",
+        latency_ms=latency_ns / 1e6 if latency_ns is not None else None,
+        tool_call_id=words.tool_call_hex(told.tool_call) if told.tool_call is not None else "",
+        session_id=told.session or "",
+        candidates=[pb.CandidateView(name=c.name, cost=c.cost) for c in decision.candidates],
+    )
