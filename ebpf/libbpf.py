@@ -1,8 +1,8 @@
 """A thin ctypes view of libbpf.so.1: the prototypes we use, typed, with errors raised.
 
 Owns pointers and their checks: libbpf dereferences whatever it is given, so a NULL that slipped through ends the
-process with SIGSEGV. No pointer leaves this module; callers hold `BpfObject`, `BpfProgram`, `BpfMap`, `BpfLink`, `RingBuffer`.
-It knows nothing of our programs. Needs libbpf >= 1.0 (`libbpf.so.1`), Debian's libbpf1.
+process with SIGSEGV. No pointer leaves this module; callers hold `BpfObject`, `BpfProgram`, `BpfMap`, `BpfLink` and
+`RingBuffer`. It knows nothing of our programs. Needs libbpf >= 1.0 (`libbpf.so.1`), Debian's libbpf1.
 """
 
 from __future__ import annotations
@@ -192,6 +192,10 @@ class BpfProgram:
         self.name = lib.text("bpf_program__name", pointer)
         self.section = lib.text("bpf_program__section_name", pointer)
 
+    def invalidate(self) -> None:
+        """The object was closed: every later call raises LibbpfError (EINVAL)."""
+        self._pointer = 0
+
     def set_autoload(self, load: bool) -> None:
         self._lib.call("bpf_program__set_autoload", self._pointer, load)
 
@@ -252,6 +256,10 @@ class BpfMap:
     @property
     def max_entries(self) -> int:
         return self._lib.call("bpf_map__max_entries", self._pointer)
+
+    def invalidate(self) -> None:
+        """The object was closed: every later call raises LibbpfError (EINVAL)."""
+        self._pointer = 0
 
     def set_max_entries(self, count: int) -> None:
         """Before load only."""
@@ -347,6 +355,8 @@ class BpfObject:
     def close(self) -> None:
         """Safe to call twice. Maps that somebody mapped or holds a descriptor of live on until they let go."""
         if self._pointer:
+            for part in (*self.programs.values(), *self.maps.values()):
+                part.invalidate()  # what they point to ends with the object
             pointer, self._pointer = self._pointer, 0
             self._lib.release("bpf_object__close", pointer)
 

@@ -141,6 +141,7 @@ def _ended(event: ExitEvent) -> ToolCallEnded:
         signal=event.exit_signal if killed else None,
         escaped_count=event.processes,
         peak_bytes=event.peak_bytes,
+        memcg_peak_bytes=event.memcg_peak_bytes or None,
     )
 
 

@@ -122,6 +122,7 @@ class ToolMemory:
     def close(self) -> None:
         """Stop reading and detach; afterwards nobody is stopped, and whoever is stopped stays so: resume() first."""
         self._control.heartbeat_ns = 0
+        self._slots.clear()
         self.reader.close()
         self._probes.close()
 
@@ -247,6 +248,11 @@ class ToolMemory:
         """The tool call or agent that a process belongs to; None when it is not followed."""
         record = abi.ProcessRecord()
         return ToolCallId(record.tag) if self._processes.lookup(ctypes.c_uint32(pid), record) else None
+
+    def followed_count(self) -> tuple[int, int]:
+        """Processes and address spaces in the books; (0, 0) when nothing is followed."""
+        mms = self._probes.object.maps["mms"]
+        return sum(1 for _ in self._processes.keys(ctypes.c_uint32)), sum(1 for _ in mms.keys(ctypes.c_uint64))
 
     def losses(self) -> Losses:
         lost, untracked = self._control.lost, self._control.untracked

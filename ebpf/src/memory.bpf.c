@@ -132,9 +132,11 @@ int BPF_PROG(on_rss_stat, struct mm_struct *mm, int member)
 	if (!grown)
 		return 0;
 	update_usage(tool);
+	if (tool->role != ROLE_TOOL) /* an agent's runtime is read, never reported nor stopped */
+		return 0;
 	report_step(tool, record->slot, task);
 	check_soft_budget(tool, record->slot, task);
-	if (grown > 0 && tool->role == ROLE_TOOL && tool->hard_bytes && tool->usage_bytes > tool->hard_bytes)
+	if (grown > 0 && tool->hard_bytes && tool->usage_bytes > tool->hard_bytes)
 		enforce_hard_budget(tool, record->slot, task);
 	return 0;
 }

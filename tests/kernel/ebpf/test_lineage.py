@@ -1,0 +1,197 @@
+"""Which processes belong to which tool call, on the running kernel."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+pytestmark = pytest.mark.kernel
+
+
+def test_an_exec_under_an_agent_is_a_tool_call_with_its_command_line(bench):
+    agent, tag = bench.agent("run('import sys; sys.exit(7)', 'with blanks')")
+    bench.finish(agent)
+    (call,) = bench.started()
+    bench.wait(lambda: bench.gone(call.id), "the end of the tool call")
+    assert call.sandbox == 4242
+    assert call.command.endswith("-S -c import sys; sys.exit(7) with blanks")
+    assert call.id != tag and call.id > 0
+    ended = bench.ended(call.id)
+    assert (ended.exit_code, ended.signal, ended.escaped_count) == (7, None, 0)
+
+
+def test_each_exec_of_the_agent_is_a_tool_call_of_its_own(bench):
+    agent, _ = bench.agent("for n in range(5): run(f'import sys; sys.exit({n})')")
+    bench.finish(agent)
+    calls = bench.started()
+    assert len({call.id for call in calls}) == 5
+    assert [bench.ended(call.id).exit_code for call in calls] == [0, 1, 2, 3, 4]
+
+
+def test_execs_inside_a_tool_call_belong_to_it(bench):
+    agent, _ = bench.agent("subprocess.run(['sh', '-c', 'true; sh -c \"ls / > /dev/null; true\"; true'])")
+    bench.finish(agent)
+    (call,) = bench.started()
+    assert call.command.startswith("sh -c true; sh -c")
+
+
+def test_execs_inside_a_tool_call_are_reported_on_request(make_bench):
+    bench = make_bench(report_child_execs=1)
+    agent, _ = bench.agent("subprocess.run(['sh', '-c', 'true; uname -r > /dev/null; true'])")
+    bench.finish(agent)
+    (call,) = bench.started()
+    assert [(child.tag, child.command) for child in bench.tools.reader.child_execs] == [(call.id, "uname -r")]
+
+
+def test_a_setsid_double_fork_keeps_the_tag_and_counts_as_escaped(bench):
+    daemonize = (
+        "import os, time\nif os.fork(): os.wait(), os._exit(0)\nos.setsid()\nif os.fork(): os._exit(0)\ntime.sleep(30)"
+    )
+    agent, _ = bench.agent(f"run({daemonize!r}); os.read(0, 1)")
+    bench.wait(lambda: bench.started() and bench.ended(bench.started()[0].id), "the end of the tool call's root")
+    call = bench.started()[0]
+    assert bench.ended(call.id).escaped_count == 1
+    (escapee,) = bench.tools.processes(call.id)
+    with open(f"/proc/{escapee}/stat") as stat:
+        fields = stat.read().rsplit(")", 1)[1].split()
+    assert int(fields[1]) != agent.pid, "it has another parent by now"
+    assert int(fields[3]) != os.getsid(0), "and a session of its own"
+    assert bench.tools.tag_of(escapee) == call.id
+    assert not bench.gone(call.id)
+    assert bench.tools.kill(call.id) >= 1
+    bench.wait(lambda: bench.gone(call.id), "the end of the escapee")
+    assert agent.poll() is None, "the agent itself was not touched"
+
+
+@pytest.mark.parametrize(
+    ("how", "code"),
+    [
+        ("vfork", "subprocess._USE_VFORK = True; subprocess.run([PYTHON, '-S', '-c', 'pass'])"),
+        ("fork", "subprocess.run([PYTHON, '-S', '-c', 'pass'], preexec_fn=lambda: None)"),
+        ("posix_spawn", "os.waitpid(os.posix_spawn(PYTHON, [PYTHON, '-S', '-c', 'pass'], {}), 0)"),
+        (
+            "a thread",
+            "import threading; t = threading.Thread(target=run, args=('pass',)); t.start(); t.join()",
+        ),
+    ],
+)
+def test_a_tool_call_started_by(bench, how, code):
+    agent, tag = bench.agent(code + "\nos.read(0, 1)")
+    bench.wait(lambda: bench.started() and bench.gone(bench.started()[0].id), f"a tool call by {how}")
+    assert len(bench.started()) == 1
+    assert bench.tools.processes(tag) == (agent.pid,)
+    # A vfork child shared the agent's memory; its exec must not have taken that away from the agent.
+    assert bench.tools.usage(tag).used_bytes > 2 << 20
+
+
+def test_forks_of_the_agent_that_do_not_exec_stay_the_agent(bench):
+    agent, tag = bench.agent(
+        """
+        child = os.fork()
+        if child == 0:
+            time.sleep(30)
+        os.read(0, 1)
+        """
+    )
+    bench.wait(lambda: len(bench.tools.processes(tag)) == 2, "the agent's fork")
+    assert bench.started() == []
+    assert bench.tools.kill(tag) >= 2
+    bench.finish(agent)
+
+
+def test_an_agent_that_execs_itself_stays_the_agent(bench):
+    agent, _tag = bench.agent(
+        """
+        os.execv('/usr/bin/env', ['env', 'X=1', 'sh', '-c', f'exec {PYTHON} -S -c "import os; os.system(\\'true\\')"'])
+        """
+    )
+    bench.finish(agent)
+    (call,) = bench.started()
+    assert call.command == "sh -c true", "neither env nor the interpreter that it became is a tool call"
+
+
+def test_threads_of_an_agent_registered_late_are_followed(bench):
+    child = bench.waiting(
+        """
+        import threading
+        threads = [threading.Thread(target=lambda: (time.sleep(0.6), run('pass'))) for _ in range(3)]
+        for t in threads: t.start()
+        print('ready', flush=True)
+        for t in threads: t.join()
+        """
+    )
+    bench.release(child)
+    assert child.stdout.readline() == b"ready\n"
+    bench.tools.register_agent(child.pid, 1)
+    bench.finish(child)
+    assert len(bench.started()) == 3
+
+
+def test_a_process_handed_over_by_a_hook_becomes_a_tool_call(bench):
+    agent, tag = bench.agent(
+        """
+        child = os.fork()
+        if child == 0:
+            kept = bytearray(40 << 20)
+            print(os.getpid(), flush=True)
+            os.read(0, 1)
+            os._exit(3)
+        os.waitpid(child, 0)
+        """
+    )
+    pid = int(agent.stdout.readline())
+    assert bench.tools.usage(tag).used_bytes > 40 << 20
+    call = bench.tools.begin_tool(pid, 4242)
+    assert bench.tools.usage(call).used_bytes >= 40 << 20, "what it held moves with it"
+    assert bench.tools.usage(tag).used_bytes < 40 << 20
+    assert (bench.tools.processes(call), bench.tools.processes(tag)) == ((pid,), (agent.pid,))
+    agent.stdin.write(b"y")
+    agent.stdin.flush()
+    bench.wait(lambda: bench.gone(call), "its end")
+    assert bench.ended(call).exit_code == 3
+
+
+def test_tagging_a_process_that_is_gone_says_so(bench):
+    child = bench.waiting("pass")
+    bench.release(child)
+    child.wait()
+    with pytest.raises(ProcessLookupError, match=str(child.pid)):
+        bench.tools.register_agent(child.pid, 1)
+    assert bench.tools.tags() == ()
+
+
+def test_a_killed_tool_call_reports_its_signal(bench):
+    agent, _ = bench.agent("tool('import time; time.sleep(30)').wait(); print('agent lives')")
+    bench.wait(bench.started, "the tool call")
+    call = bench.started()[0]
+    bench.tools.kill(call.id)
+    assert bench.finish(agent) == "agent lives\n"
+    ended = bench.ended(call.id)
+    assert (ended.exit_code, ended.signal) == (None, 9)
+
+
+def test_records_are_given_back_when_tool_calls_are_gone(make_bench):
+    bench = make_bench(tool_slots=4)
+    agent, _ = bench.agent("for n in range(20): run('pass'); time.sleep(0.02)")
+    bench.finish(agent)
+    assert len(bench.started()) == 20
+    assert dict(bench.tools.losses().untracked)["no_slot"] == 0
+
+
+def test_without_a_free_record_the_tool_call_is_counted_as_untracked_and_runs(make_bench):
+    bench = make_bench(tool_slots=2)
+    agent, _tag = bench.agent(
+        "a, b = tool('import time; time.sleep(0.3)'), tool('pass'); b.wait(); a.wait(); print('ok')"
+    )
+    assert bench.finish(agent) == "ok\n"
+    assert len(bench.started()) == 1
+    assert dict(bench.tools.losses().untracked)["no_slot"] == 1
+
+
+def test_nothing_is_followed_outside_registered_agents(bench):
+    child = bench.waiting("run('pass')")
+    bench.release(child)
+    bench.finish(child)
+    assert bench.events == []
+    assert bench.tools.tag_of(os.getpid()) is None
