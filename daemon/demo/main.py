@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..api.v1 import policy_pb2, policy_pb2_grpc
+from ..client import SOCKET_NAME
 from . import processes, report, tables, timeline
 from .live import View, view_for
 from .record import Sample, sample_of
@@ -73,9 +74,9 @@ async def _run(layout: Layout, seconds: float, model: str, console: Console) -> 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, interrupted.set)
     with tempfile.TemporaryDirectory(prefix="equipoise-demo-") as short:
-        socket = layout.state / "equipoised.sock"
+        socket = layout.state / SOCKET_NAME
         if len(os.fsencode(socket)) > _SOCKET_PATH_LIMIT:
-            socket = Path(short) / "equipoised.sock"
+            socket = Path(short) / SOCKET_NAME
         console.print("starting the daemon and its engine", highlight=False)
         begin = time.monotonic()
         daemon = await processes.start_daemon(layout, socket, model)

@@ -17,6 +17,8 @@ from .plan import BUILD, DATA, HISTORY, RUNAWAY, SERVER, TESTS, Plan
 from .sample import write_project
 
 DEFAULT_SECONDS = 60.0
+SHORTEST_SECONDS = 5.0
+LONGEST_SECONDS = 3600.0
 
 # The sessions grow to 500-900 tokens each, about 4000 together: half of them fit, the other half must go somewhere.
 KV_DEVICE_TOKENS = 2048
@@ -130,6 +132,6 @@ def seconds_from_environment() -> float:
         seconds = float(text)
     except ValueError:
         seconds = 0.0
-    if not 5.0 <= seconds <= 3600.0:
+    if not SHORTEST_SECONDS <= seconds <= LONGEST_SECONDS:
         raise ValueError(f"DEMO_SECONDS={text}: give a number of seconds from 5 to 3600")
     return seconds
