@@ -91,8 +91,11 @@ class Conversation:
         self._messages = [Message("system", _SYSTEM.format(name=identity.name))]
         self._turn_count = 0
 
-    def say(self, content: str) -> None:
-        """One turn: `content` goes in, the answer is recorded and kept. Raises ChatError where the engine fails."""
+    def say(self, content: str, *, awaits_tool: bool = True) -> None:
+        """One turn: `content` goes in, the answer is recorded and kept. Raises ChatError where the engine fails.
+
+        `awaits_tool` stands for the tool call that a larger model would have asked for in its answer.
+        """
         self._messages.append(Message("user", content))
         turn = ask(
             self._engine_url,
@@ -100,6 +103,7 @@ class Conversation:
             tenant=self._identity.tenant,
             messages=self._messages,
             max_tokens=MAX_OUTPUT_TOKENS,
+            awaits_tool=awaits_tool,
         )
         self._messages.append(Message("assistant", turn.answer))
         self._turn_count += 1
@@ -123,7 +127,7 @@ def run_plan(plan: Plan, conversation: Conversation, runner: ToolRunner, log: Ag
         accepted = accepted and result.accepted_by(step)
         print(f"tool: {' '.join(step.command)}: {result.outcome()} {result.notice}".rstrip(), flush=True)
         said = observation(step, result)
-    conversation.say(f"{said}\nThat was the last step. Sum up.")
+    conversation.say(f"{said}\nThat was the last step. Sum up.", awaits_tool=False)
     log.end("plan done", failed=not accepted)
     return accepted
 

@@ -45,10 +45,13 @@ def ask(
     tenant: str,
     messages: Sequence[Message],
     max_tokens: int,
+    awaits_tool: bool = False,
     timeout_s: float = 120.0,
 ) -> Turn:
-    """Ask for the next message of a conversation. Waits and asks again while the engine is busy (429, 503), within
-    `timeout_s`; raises ChatError for everything else."""
+    """Ask for the next message of a conversation. `awaits_tool`: a tool call will follow, so the KV is wanted again.
+
+    Waits and asks again while the engine is busy (429, 503), within `timeout_s`; raises ChatError for everything else.
+    """
     give_up = time.monotonic() + timeout_s
     body = json.dumps(
         {
@@ -61,6 +64,8 @@ def ask(
         }
     ).encode()
     headers = {"Content-Type": "application/json", "X-Equipoise-Session": session, "X-Equipoise-Tenant": tenant}
+    if awaits_tool:
+        headers["X-Equipoise-Awaits-Tool"] = "1"
     address = urlsplit(engine_url)
     while True:
         begin = time.monotonic_ns()

@@ -19,8 +19,8 @@ def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
         "demo",
         help="run six real agents for a minute and report what was done",
-        description="Starts a daemon with its embedded engine and six agents of three tenants, lets them work, and "
-        "reports every tool call, the KV cache its session held, what was decided and how fairly.",
+        description="Starts a daemon with its embedded engine and six agents of three tenants, lets them work,\n"
+        "and reports every tool call, the KV cache its session held, what was decided and how fairly.",
         epilog="examples:\n  equipoise demo\n  DEMO_SECONDS=30 equipoise demo --out report",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -39,6 +39,8 @@ class Engine(http.server.ThreadingHTTPServer):
 
 
 class EngineHandler(http.server.BaseHTTPRequestHandler):
+    server: Engine
+
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if self.server.busy_count:
@@ -151,6 +153,7 @@ def test_tool_output_is_fed_into_the_next_turn(engine, tmp_path):
     accepted, entries = perform(plan, engine, tmp_path)
     assert accepted
     assert [e["kind"] for e in entries] == ["turn", "tool", "turn", "tool", "turn", "end"]
+    assert [headers["X-Equipoise-Awaits-Tool"] for headers in engine.headers_seen] == ["1", "1", None]
     second = engine.requests[1]["messages"]
     assert [m["role"] for m in second] == ["system", "user", "assistant", "user"]
     assert "exit code 0\n42" in second[-1]["content"]

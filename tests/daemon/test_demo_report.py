@@ -131,9 +131,9 @@ def built(**changes):
 
 
 def text_of(finished, width=170):
-    console = Console(width=width, file=io.StringIO())
-    tables.print_report(finished, console)
-    return console.file.getvalue()
+    text = io.StringIO()
+    tables.print_report(finished, Console(width=width, file=text))
+    return text.getvalue()
 
 
 def test_the_json_holds_what_the_main_job_must_show(tmp_path):
@@ -314,7 +314,7 @@ def test_a_process_that_escaped_with_setsid_is_found_by_its_folder_and_ended(tmp
     other = subprocess.Popen(argv, cwd=tmp_path.parent, start_new_session=True)
     try:
         deadline = time.monotonic() + 5
-        killed = []
+        killed: list[str] = []
         while not killed and time.monotonic() < deadline:
             killed = processes.kill_leftovers(tmp_path)
         assert len(killed) == 1 and mine.wait(5) == -9
@@ -325,20 +325,20 @@ def test_a_process_that_escaped_with_setsid_is_found_by_its_folder_and_ended(tmp
 
 
 def test_without_a_terminal_progress_is_one_line_each_two_seconds():
-    console = Console(width=120, file=io.StringIO())
-    with live.view_for(console, 60) as view:
+    text = io.StringIO()
+    with live.view_for(Console(width=120, file=text), 60) as view:
         for _ in range(5):
             view.show(watch(1))
-    lines = console.file.getvalue().splitlines()
+    lines = text.getvalue().splitlines()
     assert len(lines) == 1 and "memory 300 MiB of 800 MiB" in lines[0]
 
 
 def test_on_a_terminal_the_live_table_shows_running_calls():
     response = watch(1)
     response.tool_calls.add().CopyFrom(call(end_ns=0, phase="stopped", used_bytes=512 * MIB))
-    console = Console(width=160, file=io.StringIO())
-    console.print(live.picture(response, 10, 60))
-    text = console.file.getvalue()
+    out = io.StringIO()
+    Console(width=160, file=out).print(live.picture(response, 10, 60))
+    text = out.getvalue()
     assert "stopped" in text and "██████████" in text and "python jobs/runaway.py" in text
 
 
