@@ -13,11 +13,13 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from .. import __version__
 from . import client
 from .errors import DaemonError
 
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # the type of what add_subparsers() answers has no public name
 Command = Callable[[argparse.Namespace], int]
 
 # (module, what it needs). Each offers add_parser(subparsers), which sets `run`; imported when asked for, so that
@@ -76,7 +78,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def _add_elsewhere(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, module: str, needs: str
+    commands: Commands, name: str, module: str, needs: str
 ) -> None:
     try:
         importlib.import_module(module).add_parser(commands)
@@ -87,7 +89,7 @@ def _add_elsewhere(
 
 
 def _add(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, run: Command, text: str, *examples: str
+    commands: Commands, name: str, run: Command, text: str, *examples: str
 ) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         name,
@@ -105,7 +107,7 @@ def _add(
 # -- daemon
 
 
-def _add_daemon(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_daemon(commands: Commands) -> None:
     parser = _add(
         commands,
         "daemon",
@@ -114,6 +116,7 @@ def _add_daemon(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "equipoise daemon",
         "equipoise daemon --policy policy.yaml --engine embedded --engine-listen 127.0.0.1:8800",
     )
+    parser.add_argument("--socket", type=Path, help="where to listen (default: STATE_DIR/equipoise.sock)")
     parser.add_argument("--state-dir", type=Path, help="socket, journal (default: /run/equipoise as root, else "
                         "$XDG_RUNTIME_DIR/equipoise)")  # fmt: skip
     parser.add_argument("--journal", type=Path, help="SQLite journal (default: STATE_DIR/journal.sqlite)")
@@ -126,7 +129,7 @@ def _add_daemon(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument("--engine", choices=("embedded", "none"), default="none", help="start an engine of our own; "
                         "others attach by themselves (default: %(default)s)")  # fmt: skip
     parser.add_argument("--engine-listen", default="127.0.0.1:8800", metavar="HOST:PORT", help="its OpenAI endpoint")
-    parser.add_argument("--engine-model", default="default", metavar="GGUF", help="its model (default: SmolLM2-135M)")
+    parser.add_argument("--model", default="default", metavar="GGUF", help="its model (default: SmolLM2-135M)")
     parser.add_argument("--kv-tokens", type=int, default=8192, help="KV its device tier holds (default: %(default)s)")
     parser.add_argument("--host-bytes", type=_quantity, default="256MiB", help="RAM for swapped KV (default: "
                         "%(default)s)")  # fmt: skip
@@ -155,13 +158,13 @@ def _daemon(arguments: argparse.Namespace) -> int:
     if arguments.engine == "embedded":
         engine = EngineConfig(
             listen=arguments.engine_listen,
-            model=arguments.engine_model,
+            model=arguments.model,
             kv_tokens=arguments.kv_tokens,
             host_bytes=arguments.host_bytes,
             threads=arguments.threads,
         )
     config = service.Config(
-        state_dir=state_dir,
+        socket=arguments.socket or state_dir / client.SOCKET_NAME,
         journal=arguments.journal or state_dir / "journal.sqlite",
         policy=arguments.policy,
         metrics_listen=arguments.metrics_listen,
@@ -175,7 +178,7 @@ def _daemon(arguments: argparse.Namespace) -> int:
 # -- sandboxes and tool calls
 
 
-def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_run(commands: Commands) -> None:
     parser = _add(
         commands,
         "run",
@@ -195,7 +198,7 @@ def _run(arguments: argparse.Namespace) -> int:
     return client.run_agent(arguments.socket, arguments.tenant, name, arguments.session, command)
 
 
-def _add_tool(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_tool(commands: Commands) -> None:
     parser = _add(
         commands,
         "tool",
@@ -225,7 +228,7 @@ def _after_dashes(words: list[str], command: str) -> list[str]:
 # -- looking
 
 
-def _add_ps(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_ps(commands: Commands) -> None:
     parser = _add(commands, "ps", _ps, "list tool calls", "equipoise ps", "equipoise ps --all --json")
     parser.add_argument("--all", action="store_true", help="finished ones too")
     parser.add_argument("--tenant", default="", help="of one tenant only")
@@ -244,7 +247,7 @@ def _ps(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _add_explain(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_explain(commands: Commands) -> None:
     parser = _add(
         commands,
         "explain",
@@ -274,7 +277,7 @@ def _explain(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _add_policy(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_policy(commands: Commands) -> None:
     parser = _add(
         commands,
         "policy",
@@ -303,7 +306,7 @@ def _policy(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _add_release(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_release(commands: Commands) -> None:
     parser = _add(
         commands,
         "release",
@@ -324,7 +327,7 @@ def _release(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _add_version(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_version(commands: Commands) -> None:
     _add(commands, "version", _version, "print the version")
 
 

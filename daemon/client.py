@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 
@@ -51,28 +52,29 @@ def channel(socket: str) -> Iterator[grpc.Channel]:
     path = socket.removeprefix("unix:")
     if not Path(path).exists():
         raise CommandError(f"no daemon at {path}: start one with `equipoise daemon`, or give --socket")
-    with grpc.insecure_channel(f"unix:{path}", options=[("grpc.enable_http_proxy", 0)]) as opened:
+    with grpc.insecure_channel(f"unix:{path}", options=[("grpc.default_authority", "localhost")]) as opened:
         try:
             yield opened
         except grpc.RpcError as error:
             raise CommandError(_reason(error, path)) from error
 
 
-def _reason(error: grpc.RpcError, path: str) -> str:
-    if not isinstance(error, grpc.Call):
-        return str(error)
+def _reason(error: Any, path: str) -> str:
+    """What a failed call means. gRPC's errors are calls as well, which its types cannot say."""
     if error.code() is grpc.StatusCode.UNAVAILABLE:
         if not os.access(path, os.R_OK | os.W_OK):
             return f"{path}: permission denied: run as root, or as a member of the socket's group"
         return f"the daemon at {path} does not answer: is it running? `equipoise release` undoes what a dead one left"
     if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
         return f"the daemon at {path} did not answer within {TIMEOUT_S:g} s"
-    return error.details() or error.code().name
+    return str(error.details() or error.code().name)
 
 
 def status(socket: str) -> policy_pb2.GetStatusResponse:
     with channel(socket) as opened:
-        return policy_pb2_grpc.PolicyServiceStub(opened).GetStatus(policy_pb2.GetStatusRequest(), timeout=TIMEOUT_S)
+        stub = policy_pb2_grpc.PolicyServiceStub(opened)
+        answered: policy_pb2.GetStatusResponse = stub.GetStatus(policy_pb2.GetStatusRequest(), timeout=TIMEOUT_S)
+        return answered
 
 
 def list_tool_calls(socket: str, tenant: str = "") -> list[policy_pb2.ToolCallView]:
@@ -90,6 +92,12 @@ def explain(
     with channel(socket) as opened:
         request = policy_pb2.ExplainRequest(tool_call_id=tool_call, session_id=session, tenant_id=tenant, limit=limit)
         return list(policy_pb2_grpc.PolicyServiceStub(opened).Explain(request, timeout=TIMEOUT_S).decisions)
+
+
+def release(opened: grpc.Channel) -> list[str]:
+    """Ask a living daemon to undo everything; what it undid, one line each."""
+    answered = policy_pb2_grpc.PolicyServiceStub(opened).Release(policy_pb2.ReleaseRequest(), timeout=TIMEOUT_S)
+    return list(answered.released)
 
 
 def run_agent(socket: str, tenant: str, name: str, session: str | None, command: list[str]) -> int:

@@ -178,11 +178,17 @@ class SandboxKeeper:
             self._unwatch(self._leaves.pop(call).pidfd)
         self._external = {key: call for key, call in self._external.items() if key[0] != cgroup_id}
         self._driver.forget(kept.cgroup.path)
-        self._emit(SandboxRemoved(self._now_ns(), cgroup_id))
+        self._emit(SandboxRemoved(self._now_ns(), cgroup_id, kept.cgroup.path))
         if not kept.cgroup.own:
             return ""
         removed = self._driver.remove(kept.cgroup.path)
         return "" if removed.done else removed.detail
+
+    def disarm(self, cgroup_id: CgroupId) -> None:
+        """Take the hard budgets of a sandbox's tool calls away: nobody could undo a stop there."""
+        kept = self._kept.get(cgroup_id)
+        if kept is not None and kept.agent_tag is not None and self._probes is not None:
+            self._probes.set_child_budget(kept.agent_tag, soft_bytes=0, hard_bytes=0)
 
     def close(self) -> None:
         """Forget everything; sandboxes in which something still runs keep their cgroups."""

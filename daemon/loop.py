@@ -52,6 +52,7 @@ class Loop:
         """As of the last turn."""
         self.dropped_count = 0
         """Events thrown away because the queue was full."""
+        self.turn_count = 0
         self._act = act
         self._sinks = tuple(sinks)
         self._now_ns = now_ns
@@ -104,6 +105,7 @@ class Loop:
             self.snapshot = self.state.snapshot(self._now_ns())
         for hook in self._turn_hooks:
             hook(self.snapshot)
+        self.turn_count += 1
         return self.snapshot
 
     def _take_in(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from google.protobuf.json_format import MessageToDict
@@ -19,9 +20,17 @@ def as_dict(message: Message) -> dict[str, Any]:
     return {name: int(v) if isinstance(v, str) and name.endswith(("_ns", "_bytes")) else v for name, v in plain.items()}
 
 
+_WIDTH_WITHOUT_TERMINAL = 180
+
+
+def _console() -> Console:
+    """As wide as the terminal; into a pipe or a file, wide enough that nothing is cut."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH_WITHOUT_TERMINAL)
+
+
 def tool_calls(calls: list[pb.ToolCallView], console: Console | None = None) -> None:
     """One row a tool call; a line where there are none."""
-    console = console or Console()
+    console = console or _console()
     if not calls:
         console.print("no tool calls")
         return
@@ -51,7 +60,7 @@ def tool_calls(calls: list[pb.ToolCallView], console: Console | None = None) -> 
 
 def decisions(found: list[pb.DecisionView], console: Console | None = None) -> None:
     """A paragraph a decision, newest first."""
-    console = console or Console(highlight=False)
+    console = console or _console()
     if not found:
         console.print("nothing was decided")
         return

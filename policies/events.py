@@ -45,6 +45,8 @@ class SandboxRegistered:
 class SandboxRemoved:
     at_ns: int
     cgroup_id: CgroupId
+    path: str = ""
+    """Of its cgroup, for whoever must undo something there."""
 
 
 @dataclass(frozen=True, slots=True)

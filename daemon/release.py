@@ -1,0 +1,55 @@
+"""`equipoise release`: undo everything that holds something back, with the daemon or without it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from . import client
+from .cgroups import CgroupDriver
+from .errors import CgroupError, CommandError
+from .guardian import Release
+from .guardian import release as undo_all
+
+JOURNAL_NAME = "journal.sqlite"
+
+
+def release(socket: str, state_dir: Path | None, cgroup_base: str | None) -> list[str]:
+    """What was undone, one line each. A daemon that lives is asked; after a dead one its journal is read.
+
+    Raises CommandError where something could not be undone.
+    """
+    if state_dir is None and Path(socket).exists():
+        try:
+            with client.channel(socket) as opened:
+                return client.release(opened) or ["nothing was held back"]
+        except CommandError:
+            pass  # it is dead or deaf: what it left is in its journal
+    return words(without_daemon((state_dir or Path(socket).parent) / JOURNAL_NAME, cgroup_base))
+
+
+def without_daemon(journal: Path, cgroup_base: str | None) -> Release:
+    """Undo what the journal says, then what is found below our base. Raises CommandError where that fails."""
+    try:
+        driver = CgroupDriver.open(base=cgroup_base)
+    except CgroupError as error:
+        raise CommandError(f"no cgroups can be reached: {error}") from error
+    try:
+        result = undo_all(journal if journal.exists() else None, driver)
+    finally:
+        driver.close()
+    if not result.complete:
+        raise CommandError(f"could not be undone: {'; '.join(result.failed)}: run it as root")
+    return result
+
+
+def words(result: Release) -> list[str]:
+    lines = []
+    if result.undone_count:
+        lines.append(f"undone from the journal: {result.undone_count}")
+    if result.gone_count:
+        lines.append(f"in the journal, but its process or cgroup is gone: {result.gone_count}")
+    if result.found_count:
+        lines.append(f"found below our cgroup and lifted: {result.found_count}")
+    if result.journal_problem:
+        lines.append(f"the journal could not be used ({result.journal_problem}); our cgroup was walked all the same")
+    return lines or ["nothing was held back"]
