@@ -78,6 +78,7 @@ def decide(snapshot: Snapshot, policy: Policy) -> tuple[Decision, ...]:
 def _place_kv(snapshot: Snapshot, policy: Policy, engine: Engine, decisions: _Decisions) -> None:
     """A verdict on every idle session of this engine whose agent is in a tool call, or has just come out of one."""
     price = prices(snapshot, policy, engine)
+    can = engine.supported_directives
     busy = running_bytes(snapshot, engine)
     host_free = engine.host_capacity_bytes - engine.host_used_bytes
     device_free = engine.device_capacity_tokens - engine.device_used_tokens
@@ -86,7 +87,7 @@ def _place_kv(snapshot: Snapshot, policy: Policy, engine: Engine, decisions: _De
             continue
         call = snapshot.running_call_of(session.id)
         if call is None:
-            if _wants_back(snapshot, session) and session.held_tokens <= device_free:
+            if "swap_in" in can and _wants_back(snapshot, session) and session.held_tokens <= device_free:
                 device_free -= session.held_tokens
                 _bring_back(snapshot, policy, engine, session, decisions)
             continue
@@ -99,19 +100,24 @@ def _place_kv(snapshot: Snapshot, policy: Policy, engine: Engine, decisions: _De
             continue
         now = standing(session)
         chosen = choose(options, now, policy.kv.hysteresis_ratio)
-        dwelling = session.verdict is not None and snapshot.now_ns - session.verdict_ns < policy.kv.dwell_ns
+        # verdict_ns outlives a refused verdict: an engine that said no is not asked again at once
+        dwelling = session.verdict_ns > 0 and snapshot.now_ns - session.verdict_ns < policy.kv.dwell_ns
         if dwelling or not _says_something_new(chosen.verdict, session, snapshot.now_ns):
             continue
+        if chosen.verdict is Verdict.KEEP and "retain" not in can:
+            continue  # it stays where it is, as long as the engine likes
         if chosen.verdict is Verdict.SWAP_HOST:
             host_free -= held
         decisions.add(
             _kv_action(chosen.verdict, session, engine, snapshot.now_ns, policy),
             session.tenant,
             f"{session.id} during {call.kind}",
-            f"{chosen.verdict.value} is the cheapest",
+            f"{chosen.verdict.value} is the cheapest"
+            if chosen is options[0]
+            else f"{chosen.verdict.value} stands: nothing is cheaper by {policy.kv.hysteresis_ratio:.0%}",
             _kv_evidence(engine, session, call, wait_s, price),
             chosen.cost,
-            options[0].cost if chosen is not options[0] else options[-1].cost,
+            next((o.cost for o in options if o is not chosen), chosen.cost),
             UNIT,
             tuple(Candidate(o.verdict.value, o.cost) for o in sorted(options, key=lambda o: o is not chosen)),
         )
@@ -171,6 +177,8 @@ def _bring_back(snapshot: Snapshot, policy: Policy, engine: Engine, session: Ses
 
 def _tell_weights(snapshot: Snapshot, policy: Policy, engine: Engine, decisions: _Decisions) -> None:
     """The engine orders token service by tenant weight: say each weight once per attachment."""
+    if "set_tenant_weight" not in engine.supported_directives:
+        return
     for tenant in snapshot.tenants:
         if (engine.id, tenant.id, tenant.weight) not in snapshot.weights_told:
             decisions.add(

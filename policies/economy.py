@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .correlate import device_bytes
-from .model import NS_PER_S, Engine, KvTier, Session, SessionPhase, ToolCall, ToolCallPhase, Verdict
+from .model import NS_PER_S, STALLED, Engine, KvTier, Session, SessionPhase, ToolCall, ToolCallPhase, Verdict
 from .policy import Policy
 from .snapshot import Snapshot
 
@@ -54,12 +54,15 @@ def barrier(used_ratio: float) -> float:
 
 
 def predicted_burst_bytes(snapshot: Snapshot) -> int:
-    """RAM that the tool calls now running may still grow by: the 0.9 quantile of their kind's peak, less their use."""
+    """RAM that the tool calls now running may still grow by: the 0.9 quantile of their kind's peak, less their use.
+
+    Never past a hard budget: the kernel stops a call there until it is asked for more.
+    """
     total = 0
     for call in snapshot.tool_calls:
         if call.running and call.phase is not ToolCallPhase.KILLED:
-            peak = snapshot.estimates.peak_quantile_bytes(call.kind, BURST_QUANTILE)
-            total += max(0, (call.expected_bytes or peak) - call.used_bytes)
+            peak = call.expected_bytes or snapshot.estimates.peak_quantile_bytes(call.kind, BURST_QUANTILE)
+            total += max(0, min(peak, call.hard_bytes or peak) - call.used_bytes)
     return total
 
 
@@ -67,7 +70,8 @@ def prices(snapshot: Snapshot, policy: Policy, engine: Engine) -> Prices:
     """What a byte costs now. Turns that wait for the device make it dearer; PSI makes host RAM dearer."""
     device = barrier(engine.device_used_ratio) * (1.0 + engine.waiting_count)
     pool = policy.memory.pool_bytes(snapshot.host.memory_total_bytes)
-    committed = snapshot.tool_used_bytes() + predicted_burst_bytes(snapshot) + engine.host_used_bytes
+    tiers = sum(e.host_used_bytes for e in snapshot.engines)
+    committed = snapshot.tool_used_bytes() + predicted_burst_bytes(snapshot) + tiers
     host = barrier(committed / pool) if pool else PRICE_CAP
     if snapshot.host.psi_some_ratio is not None:
         host *= 1.0 + 10.0 * snapshot.host.psi_some_ratio
@@ -79,13 +83,16 @@ def expected_wait_s(snapshot: Snapshot, call: ToolCall) -> float:
 
     A stopped or frozen call makes no progress: its wait is stretched to at least what it is told to wait.
     """
-    elapsed_ns = max(0, call.elapsed_ns(snapshot.now_ns) - call.stalled_ns)
+    stalled_ns = call.stalled_ns
+    if call.phase in STALLED:
+        stalled_ns += max(0, snapshot.now_ns - call.phase_since_ns)
+    elapsed_ns = max(0, call.elapsed_ns(snapshot.now_ns) - stalled_ns)
     if call.expected_ns is not None and call.expected_ns > elapsed_ns:
         wait = (call.expected_ns - elapsed_ns) / NS_PER_S
     else:
         wait = snapshot.estimates.mean_residual_s(call.kind, elapsed_ns)
     if call.phase in (ToolCallPhase.STOPPED, ToolCallPhase.FROZEN):
-        until = call.waiting_until_ns or snapshot.now_ns
+        until = call.waiting_until_ns if call.waiting_until_ns is not None else snapshot.now_ns
         return wait + max(1.0, (until - snapshot.now_ns) / NS_PER_S)
     if call.phase is ToolCallPhase.THROTTLED:
         return 3.0 * wait
@@ -96,6 +103,8 @@ def weigh(
     session: Session, engine: Engine, wait_s: float, price: Prices, running_bytes: int, host_room: bool
 ) -> list[Weighed]:
     """Every option for an idle session's KV, the cheapest first. Empty where it holds none.
+
+    Where it is, it can always stay; anything else only where the engine supports the directive and the tier has room.
 
     Args:
         wait_s: expected seconds until its next turn.
@@ -109,16 +118,19 @@ def weigh(
     disk_s = held / (engine.cost.disk_bytes_per_second or _ASSUMED_DISK_BYTES_PER_S)
     fitted = engine.cost.prefill_seconds(session.context_tokens)
     recompute_s = fitted or session.context_tokens * _ASSUMED_PREFILL_S_PER_TOKEN
-    options = [Weighed(Verdict.DROP, recompute_s * (held + running_bytes) / GIB)]
-    in_device, in_host = session.tier is KvTier.DEVICE, session.tier is KvTier.HOST
+    in_device, in_host, in_disk = (session.tier is t for t in (KvTier.DEVICE, KvTier.HOST, KvTier.DISK))
+    can_swap = "swap_out" in engine.supported_directives
+    options = []
+    if "drop" in engine.supported_directives:
+        options.append(Weighed(Verdict.DROP, recompute_s * (held + running_bytes) / GIB))
     if in_device:
         options.append(Weighed(Verdict.KEEP, price.device * held * wait_s / GIB))
-    if in_host or (in_device and host_room and "swap_out" in engine.supported_directives):
+    if in_host or (in_device and host_room and can_swap):
         trips = 1 if in_host else 2
         cost = price.host * held * wait_s + trips * host_s * (held + running_bytes)
         options.append(Weighed(Verdict.SWAP_HOST, cost / GIB))
-    if engine.disk_capacity_bytes > engine.disk_used_bytes + held:
-        trips = 1 if session.tier is KvTier.DISK else 2
+    if in_disk or (can_swap and engine.disk_used_bytes + held <= engine.disk_capacity_bytes):
+        trips = 1 if in_disk else 2
         cost = price.disk * held * wait_s + trips * disk_s * (held + running_bytes)
         options.append(Weighed(Verdict.SWAP_DISK, cost / GIB))
     return sorted(options, key=lambda o: (o.cost, o.verdict.value))

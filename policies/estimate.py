@@ -6,6 +6,7 @@ not been seen leans on a prior that all kinds share.
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,50 +14,91 @@ from pathlib import PurePosixPath
 
 from .model import MIB, NS_PER_S
 
-_LAUNCHERS = frozenset({"env", "nice", "nohup", "setsid", "stdbuf", "time", "timeout", "uv", "poetry", "exec", "sudo"})
+_LAUNCHERS: dict[str, frozenset[str]] = {
+    "env": frozenset({"-u", "-C", "-S"}),
+    "exec": frozenset({"-a"}),
+    "eval": frozenset(),
+    "nice": frozenset({"-n"}),
+    "ionice": frozenset({"-c", "-n"}),
+    "nohup": frozenset(),
+    "poetry": frozenset(),
+    "setsid": frozenset(),
+    "stdbuf": frozenset({"-i", "-o", "-e"}),
+    "sudo": frozenset({"-u", "-g", "-C", "-D"}),
+    "time": frozenset({"-f", "-o"}),
+    "timeout": frozenset({"-s", "-k"}),
+    "uv": frozenset(),
+}
+"""Programs that only start another, and those of their options that take the next word."""
 _SHELLS = frozenset({"sh", "bash", "dash", "zsh"})
+_LAUNCHERS |= dict.fromkeys(("!", "do", "else", "if", "then", "until", "while"), frozenset())
+_QUIET = frozenset(
+    {"cd", "export", "set", "unset", "source", ".", ":", "true", "shopt", "setopt", "ulimit", "umask", "pushd", "popd"}
+    | {"[", "[[", "test", "for", "trap"}
+)
+"""What prepares a shell script's work and is not the work."""
+_DURATION = re.compile(r"[0-9]+(\.[0-9]+)?[smhd]?")
+_LONGEST_COMMAND = 4096
+_DEEPEST = 8
+"""Shells within shells that are looked into: a command line comes from outside and must not exhaust the stack."""
 _BUCKETS = 48
 PRIOR_WEIGHT = 2.0
 """A kind's prior counts as this many observations."""
+MOST_KINDS = 1024
+"""Kinds remembered; the one not seen for longest goes first. Agents invent script names without end."""
 
 
 def command_kind(command: str) -> str:
-    """The program that does the work: `timeout 60 python -m pytest -q` -> `pytest`. Never empty."""
+    """The program that does the work: `timeout 60 python -m pytest -q` -> `pytest`. Never empty, never raises."""
+    command = command[:_LONGEST_COMMAND]
     try:
         words = shlex.split(command, posix=True)
     except ValueError:  # an unbalanced quote: the kernel may have cut the command line short
         words = command.split()
-    return _kind_of(words) or "unknown"
+    kind = _kind_of(words, _DEEPEST)
+    if kind in _QUIET:  # a hook tells the script itself, without the shell that runs it
+        kind = _script_kind(command, _DEEPEST) or kind
+    return kind or "unknown"
 
 
-def _kind_of(words: list[str]) -> str:
-    words = list(words)
-    while words:
-        word = words.pop(0)
-        name = PurePosixPath(word).name
-        if not name or "=" in word or word.startswith("-") or name == "run" or word.isdigit():
+def _kind_of(words: list[str], depth: int) -> str:
+    valued: frozenset[str] = frozenset()
+    launched = False
+    for index, word in enumerate(words):
+        if index and words[index - 1] in valued:
             continue
+        name = PurePosixPath(word.strip("'\"(){};")).name
+        if not name or "=" in word or word.startswith("-"):
+            continue
+        if launched and (name == "run" or _DURATION.fullmatch(name)):
+            continue  # `uv run`, `timeout 60s`
         if name in _LAUNCHERS:
+            launched, valued = True, _LAUNCHERS[name]
             continue
+        rest = words[index + 1 :]
         if name in _SHELLS:
-            return _shell_kind(words) or name
+            return (_shell_kind(rest, depth - 1) if depth else "") or name
         if name.startswith("python"):
-            return _python_kind(words) or "python"
+            return _python_kind(rest) or "python"
         return name
     return ""
 
 
-def _shell_kind(words: list[str]) -> str:
-    """What `sh -c '...'` or `sh script` runs: the last command of a `cd x && make` chain."""
+def _shell_kind(words: list[str], depth: int) -> str:
+    """What `sh -c '...'` or `sh script` runs."""
     for index, word in enumerate(words):
-        if word.startswith("-") and "c" in word and index + 1 < len(words):
-            script = " ".join(words[index + 1 :])
-            parts = script.replace("&&", ";").replace("||", ";").split(";")
-            kinds = [_kind_of(part.split()) for part in parts]
-            return next((kind for kind in kinds if kind and kind not in ("cd", "export", "set", "source", ".")), "")
+        if word.startswith("-") and not word.startswith("--") and "c" in word and index + 1 < len(words):
+            # As the kernel tells it the quotes are gone: all that follows is the script.
+            return _script_kind(" ".join(words[index + 1 :]), depth)
         if not word.startswith("-"):
             return PurePosixPath(word).name
     return ""
+
+
+def _script_kind(script: str, depth: int) -> str:
+    """The first command of a `cd x && make` chain that is not preparation."""
+    kinds = (_kind_of(part.split(), depth) for part in re.split(r"&&|\|\||[;\n|]", script))
+    return next((kind for kind in kinds if kind and kind not in _QUIET), "")
 
 
 def _python_kind(words: list[str]) -> str:
@@ -65,7 +107,7 @@ def _python_kind(words: list[str]) -> str:
             return words[index + 1]
         if word == "-c":
             return "python"
-        if not word.startswith("-"):
+        if not word.startswith("-") and (not index or words[index - 1] not in ("-W", "-X")):
             return PurePosixPath(word).name
     return ""
 
@@ -111,12 +153,14 @@ class LogHistogram:
 
     def quantile(self, q: float) -> float | None:
         """Upper edge of the bucket in which the q-quantile lies; None without observations."""
-        need, seen = q * self.total, 0.0
+        need, seen, edge = q * self.total, 0.0, None
         for bucket, count in enumerate(self.counts):
-            seen += count
-            if count and seen >= need:
-                return float(2 << bucket)
-        return None
+            if not count:
+                continue
+            seen, edge = seen + count, float(2 << bucket)
+            if seen >= need:
+                break
+        return edge  # the last one where rounding kept `seen` just below
 
 
 def _prior_durations() -> LogHistogram:
@@ -145,8 +189,12 @@ class Estimates:
 
     def observe(self, kind: str, duration_ns: int, peak_bytes: int) -> Estimates:
         durations, peaks = dict(self.durations), dict(self.peaks)
-        durations[kind] = durations.get(kind, LogHistogram()).observe(duration_ns)
-        peaks[kind] = peaks.get(kind, LogHistogram()).observe(peak_bytes)
+        # Taken out and put back last: a dict keeps its order, so the first key is the kind not seen for longest.
+        durations[kind] = durations.pop(kind, LogHistogram()).observe(duration_ns)
+        peaks[kind] = peaks.pop(kind, LogHistogram()).observe(peak_bytes)
+        for known in (durations, peaks):
+            if len(known) > MOST_KINDS:
+                del known[next(iter(known))]
         return Estimates(durations, peaks, self.prior_durations, self.prior_peaks)
 
     def mean_residual_s(self, kind: str, elapsed_ns: int) -> float:

@@ -53,7 +53,7 @@ def shares(snapshot: Snapshot, policy: Policy) -> dict[TenantId, Share]:
             host[session.tenant] += session.host_bytes
     pool = policy.memory.pool_bytes(snapshot.host.memory_total_bytes)
     capacity = sum(e.device_capacity_tokens * e.bytes_per_token for e in snapshot.engines if e.attached)
-    known = {t.id for t in snapshot.tenants} | tools.keys() | device.keys() | host.keys()
+    known = {t.id for t in snapshot.tenants} | {c.tenant for c in snapshot.tool_calls} | device.keys() | host.keys()
     result = {}
     for tenant in sorted(known):
         memory_share = (tools[tenant] + host[tenant]) / pool if pool else 0.0

@@ -1,7 +1,8 @@
 """The host-memory ladder: observe, throttle, stop and ask, kill the tool call.
 
 Owns what is done to tool calls. The kernel stops a call at its hard budget by itself; here it is decided whether it
-gets more, waits or ends. An agent's runtime is never touched, only the calls it made.
+gets more, waits or ends. An agent's runtime is never touched, only the calls it made. What escaped from a call that
+has ended is answered like the call itself: its phase says ENDED, `stopped_ns` that it stands.
 """
 
 from __future__ import annotations
@@ -30,52 +31,126 @@ class Step:
     trigger_ns: int | None = None
 
 
+THROTTLE_AT_LEAST_RATIO = 0.01
+"""Of the pool: slowing down a call that holds less than this relieves nobody."""
+
+
 def climb(snapshot: Snapshot, policy: Policy) -> list[Step]:
-    """Steps to take now, the most urgent first. Empty when nothing presses."""
-    if not snapshot.tool_calls:
+    """Steps to take now, the most urgent first. Empty when nothing presses, or nothing is known of the host yet."""
+    pool = policy.memory.pool_bytes(snapshot.host.memory_total_bytes)
+    if not snapshot.tool_calls or not pool:
         return []
     by_tenant = shares(snapshot, policy)
-    return _answer_stopped(snapshot, policy, by_tenant) + _relieve(snapshot, policy, by_tenant)
+    return _answer_stopped(snapshot, policy, by_tenant, pool) + _relieve(snapshot, policy, by_tenant, pool)
 
 
-def _answer_stopped(snapshot: Snapshot, policy: Policy, by_tenant: dict[TenantId, Share]) -> list[Step]:
-    """Answer every call that stands at its budget: least weighted dominant share first, then who has waited longest."""
+def _answer_stopped(snapshot: Snapshot, policy: Policy, by_tenant: dict[TenantId, Share], pool: int) -> list[Step]:
+    """Answer every call that stands at its budget: least weighted dominant share first, then who has waited longest.
+
+    A call at the largest budget ends. The others are granted a step while there is room. Where somebody must make
+    room, because a wait is over or because nobody is left who could go on, one payer ends, and who still stands is
+    looked at again with its memory counted as free.
+    """
     order = {tenant: rank for rank, tenant in enumerate(serve_order(by_tenant))}
-    stopped = [c for c in snapshot.tool_calls if c.phase is ToolCallPhase.STOPPED]
-    stopped.sort(key=lambda c: (order.get(c.tenant, len(order)), c.phase_since_ns, c.id))
-    memory = policy.memory
-    pool = memory.pool_bytes(snapshot.host.memory_total_bytes)
-    used = snapshot.tool_used_bytes()
-    steps: list[Step] = []
-    ended_bytes = 0
-    for call in stopped:
-        hard = min(memory.max_bytes, max(call.hard_bytes, call.used_bytes) + memory.step_bytes)
-        needed = hard - call.used_bytes
-        if call.hard_bytes >= memory.max_bytes:
-            steps.append(_kill_at_largest(call, policy, snapshot))
-            ended_bytes += call.used_bytes
-        elif used - ended_bytes + needed <= pool:
-            soft = int(hard * memory.budget.soft_bytes / memory.budget.hard_bytes)
-            used += needed
-            steps.append(
-                Step(
-                    call,
-                    Grant(call.id, soft, hard),
-                    "tool call at its budget, room in the pool",
-                    used / MIB,
-                    pool / MIB,
-                    "MiB",
-                    f"stopped at {_mib(call.used_bytes)}; the pool holds {_mib(used - needed)} of {_mib(pool)}: "
-                    f"granted up to {_mib(hard)}",
-                    trigger_ns=call.phase_since_ns,
-                )
-            )
+    largest = policy.memory.max_bytes
+    standing = [c for c in snapshot.tool_calls if c.stopped_ns is not None and _holds_memory(c)]
+    standing.sort(key=lambda c: (order[c.tenant], _stopped_ns(c), c.id))
+    steps = [_kill_at_largest(c, policy, snapshot) for c in standing if _at_largest(c, largest)]
+    freed = sum(step.call.used_bytes for step in steps)
+    standing = [c for c in standing if not _at_largest(c, largest)]
+    while True:
+        room = _room_bytes(snapshot, pool) + freed
+        granted, unmet = _fill(standing, room, policy)
+        payer = _payer(unmet, by_tenant, snapshot, policy, others_move=bool(granted or steps))
+        if payer is None:
+            break
+        steps.append(_kill_payer(payer, unmet, by_tenant, snapshot, policy))
+        freed += payer.used_bytes
+        standing.remove(payer)
+    used = snapshot.tool_used_bytes() - freed
+    for call, hard in granted:
+        steps.append(_grant(call, hard, used, pool, policy))
+        used += max(0, hard - call.used_bytes)
+    return steps + [_wait(c, snapshot, policy) for c in unmet if c.waiting_until_ns is None]
+
+
+def _room_bytes(snapshot: Snapshot, pool: int) -> int:
+    """What may still be handed out: of the pool, and never more than the host has. Negative: the pool is overdrawn."""
+    room = pool - snapshot.tool_used_bytes()
+    host = snapshot.host
+    return min(room, host.memory_available_bytes) if host.memory_total_bytes else room
+
+
+def _holds_memory(call: ToolCall) -> bool:
+    return call.gone_ns is None and call.phase is not ToolCallPhase.KILLED
+
+
+def _at_largest(call: ToolCall, largest: int) -> bool:
+    return max(call.hard_bytes, call.used_bytes) >= largest
+
+
+def _stopped_ns(call: ToolCall) -> int:
+    return call.stopped_ns if call.stopped_ns is not None else call.phase_since_ns
+
+
+def _next_hard_bytes(call: ToolCall, policy: Policy) -> int:
+    """The hard budget that the next grant would give."""
+    return min(policy.memory.max_bytes, max(call.hard_bytes, call.used_bytes) + policy.memory.step_bytes)
+
+
+def _fill(standing: list[ToolCall], room: int, policy: Policy) -> tuple[list[tuple[ToolCall, int]], list[ToolCall]]:
+    """Who gets what hard budget out of `room` bytes, in the order given, and who gets nothing."""
+    granted, unmet = [], []
+    for call in standing:
+        hard = _next_hard_bytes(call, policy)
+        if hard - call.used_bytes <= room:
+            room -= hard - call.used_bytes
+            granted.append((call, hard))
         else:
-            step = _wait_or_kill(call, needed, stopped, by_tenant, snapshot, policy)
-            if step is not None:
-                steps.append(step)
-                ended_bytes += call.used_bytes if isinstance(step.action, Kill) else 0
-    return steps
+            unmet.append(call)
+    return granted, unmet
+
+
+def _payer(
+    unmet: list[ToolCall],
+    by_tenant: dict[TenantId, Share],
+    snapshot: Snapshot,
+    policy: Policy,
+    others_move: bool,
+) -> ToolCall | None:
+    """Whose call ends to make room, or None: the tenant furthest above its share pays, with its largest call.
+
+    Out of those whose wait is over; out of all that stand where no call is left that could go on and free memory.
+    """
+    over = [c for c in unmet if _waited_ns(c, snapshot) >= policy.memory.wait_ns]
+    alive = [c for c in snapshot.tool_calls if c.gone_ns is None]
+    dying = any(c.phase is ToolCallPhase.KILLED for c in alive)
+    moving = any(c.running and c.stopped_ns is None for c in alive)
+    if not over and not (others_move or dying or moving):
+        over = unmet
+    return min(over, key=lambda c: _pays_first(c, by_tenant), default=None)
+
+
+def _pays_first(call: ToolCall, by_tenant: dict[TenantId, Share]) -> tuple[float, int, int]:
+    return (-by_tenant[call.tenant].weighted, -call.used_bytes, call.id)
+
+
+def _waited_ns(call: ToolCall, snapshot: Snapshot) -> int:
+    return snapshot.now_ns - _stopped_ns(call)
+
+
+def _grant(call: ToolCall, hard: int, used: int, pool: int, policy: Policy) -> Step:
+    soft = int(hard * policy.memory.budget.soft_bytes / policy.memory.budget.hard_bytes)
+    return Step(
+        call,
+        Grant(call.id, soft, hard),
+        "tool call at its budget, room in the pool",
+        (used + hard - call.used_bytes) / MIB,
+        pool / MIB,
+        "MiB",
+        f"stopped at {_mib(call.used_bytes)}; the pool holds {_mib(used)} of {_mib(pool)}: granted up to {_mib(hard)}",
+        trigger_ns=_stopped_ns(call),
+    )
 
 
 def _kill_at_largest(call: ToolCall, policy: Policy, snapshot: Snapshot) -> Step:
@@ -97,49 +172,42 @@ def _kill_at_largest(call: ToolCall, policy: Policy, snapshot: Snapshot) -> Step
     )
 
 
-def _wait_or_kill(
-    call: ToolCall,
-    needed: int,
-    stopped: list[ToolCall],
-    by_tenant: dict[TenantId, Share],
-    snapshot: Snapshot,
-    policy: Policy,
-) -> Step | None:
-    """No room: wait, unless it has waited its time, or everybody who holds memory waits too.
-
-    In that deadlock the call of the tenant furthest above its share pays, the largest first.
-    """
+def _wait(call: ToolCall, snapshot: Snapshot, policy: Policy) -> Step:
     memory = policy.memory
-    pool = memory.pool_bytes(snapshot.host.memory_total_bytes)
-    used = snapshot.tool_used_bytes()
-    waited_ns = snapshot.now_ns - call.phase_since_ns
-    holders = [c for c in snapshot.tool_calls if c.gone_ns is None and c.phase is not ToolCallPhase.KILLED]
-    moving = [c for c in holders if c.running and c.phase is not ToolCallPhase.STOPPED]
-    dying = any(c.phase is ToolCallPhase.KILLED and c.gone_ns is None for c in snapshot.tool_calls)
-    payers = sorted(stopped, key=lambda c: (-by_tenant[c.tenant].weighted, -c.used_bytes, c.id))
+    pool, used = memory.pool_bytes(snapshot.host.memory_total_bytes), snapshot.tool_used_bytes()
+    needed = _next_hard_bytes(call, policy) - call.used_bytes
+    return Step(
+        call,
+        Wait(call.id, needed, _stopped_ns(call) + memory.wait_ns),
+        "tool call at its budget, no room in the pool",
+        (used + needed) / MIB,
+        pool / MIB,
+        "MiB",
+        f"stopped at {_mib(call.used_bytes)} and needs {_mib(needed)}; the pool holds {_mib(used)} of "
+        f"{_mib(pool)}, {_mib(max(0, _room_bytes(snapshot, pool)))} of it can be had: waits at most "
+        f"{memory.wait_ns / NS_PER_S:g} s",
+        trigger_ns=_stopped_ns(call),
+    )
+
+
+def _kill_payer(
+    call: ToolCall, unmet: list[ToolCall], by_tenant: dict[TenantId, Share], snapshot: Snapshot, policy: Policy
+) -> Step:
+    """End a call for want of memory. `unmet`: those it was chosen among."""
+    memory = policy.memory
+    pool, used = memory.pool_bytes(snapshot.host.memory_total_bytes), snapshot.tool_used_bytes()
+    needed = _next_hard_bytes(call, policy) - call.used_bytes
+    waited_ns = _waited_ns(call, snapshot)
     if waited_ns >= memory.wait_ns:
         rule, why = "no memory for a stopped call within its wait", f"waited {waited_ns / NS_PER_S:.1f} s"
-    elif not moving and not dying and payers[0].id == call.id:
-        rule, why = "every tool call waits for memory", "no call can go on and free some"
-    elif call.waiting_until_ns is None:
-        return Step(
-            call,
-            Wait(call.id, needed, call.phase_since_ns + memory.wait_ns),
-            "tool call at its budget, no room in the pool",
-            (used + needed) / MIB,
-            pool / MIB,
-            "MiB",
-            f"stopped at {_mib(call.used_bytes)} and needs {_mib(needed)}; the pool holds {_mib(used)} of "
-            f"{_mib(pool)}: waits at most {memory.wait_ns / NS_PER_S:.0f} s",
-            trigger_ns=call.phase_since_ns,
-        )
     else:
-        return None
+        rule, why = "every tool call waits for memory", "no call can go on and free some"
     share = by_tenant[call.tenant]
     message = (
         f"Equipoise ended this tool call: it stood at its budget of {_mib(call.hard_bytes)}, {why}, and the "
         f"{_mib(pool)} for tool calls were in use. Run it again later or with less memory."
     )
+    payers = [call, *sorted((c for c in unmet if c is not call), key=lambda c: _pays_first(c, by_tenant))]
     return Step(
         call,
         Kill(call.id, message),
@@ -150,23 +218,22 @@ def _wait_or_kill(
         f"{why}; the pool holds {_mib(used)} of {_mib(pool)}; {call.tenant} stands at "
         f"{share.weighted:.2f} of weighted {share.resource} share",
         tuple(Candidate(f"kill {c.kind} of {c.tenant}", -by_tenant[c.tenant].weighted) for c in payers),
-        trigger_ns=call.phase_since_ns,
+        trigger_ns=_stopped_ns(call),
     )
 
 
-def _relieve(snapshot: Snapshot, policy: Policy, by_tenant: dict[TenantId, Share]) -> list[Step]:
+def _relieve(snapshot: Snapshot, policy: Policy, by_tenant: dict[TenantId, Share], pool: int) -> list[Step]:
     """Under lasting pressure slow down one call of whoever is furthest above its share; let go when it has passed."""
     memory = policy.memory
-    pool = memory.pool_bytes(snapshot.host.memory_total_bytes)
     used = snapshot.tool_used_bytes()
-    throttled = [c for c in snapshot.tool_calls if c.phase is ToolCallPhase.THROTTLED]
+    throttled = [c for c in snapshot.tool_calls if c.phase is ToolCallPhase.THROTTLED and c.gone_ns is None]
     if snapshot.pressure_since_ns is None:
         return [
             Step(
                 c,
                 Thaw(c.id),
                 f"tool pool below {memory.pressure_below_ratio:.2f}",
-                used / pool if pool else 0.0,
+                used / pool,
                 memory.pressure_below_ratio,
                 "of the pool",
                 f"the pool holds {_mib(used)} of {_mib(pool)}",
@@ -177,8 +244,12 @@ def _relieve(snapshot: Snapshot, policy: Policy, by_tenant: dict[TenantId, Share
     since_last_ns = min((snapshot.now_ns - c.phase_since_ns for c in throttled), default=pressed_ns)
     if min(pressed_ns, since_last_ns) < memory.pressure_for_ns:
         return []
-    running = [c for c in snapshot.tool_calls if c.phase is ToolCallPhase.RUNNING]
-    running.sort(key=lambda c: (-by_tenant[c.tenant].weighted, -c.used_bytes, c.id))
+    running = [
+        c
+        for c in snapshot.tool_calls
+        if c.phase is ToolCallPhase.RUNNING and c.gone_ns is None and c.used_bytes >= THROTTLE_AT_LEAST_RATIO * pool
+    ]
+    running.sort(key=lambda c: _pays_first(c, by_tenant))
     if not running:
         return []
     call = running[0]

@@ -47,6 +47,10 @@ class ToolCallPhase(Enum):
     ENDED = "ended"
 
 
+STALLED = frozenset({ToolCallPhase.STOPPED, ToolCallPhase.FROZEN, ToolCallPhase.THROTTLED})
+"""Phases in which we hold a call back."""
+
+
 class KvTier(Enum):
     """Where KV is held."""
 

@@ -19,7 +19,7 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPolicy:
-    """How host RAM is shared among tool calls. Invariant: pressure_below < pressure_above <= 1."""
+    """How host RAM is shared among tool calls. Invariant: 0 < pressure_above <= 1, pressure_below <= pressure_above."""
 
     tool_pool_bytes: int | None = None
     """RAM all tool calls may use together; None: tool_pool_ratio of the host's RAM."""

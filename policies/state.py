@@ -60,6 +60,7 @@ from .events import (
 )
 from .model import (
     NS_PER_S,
+    STALLED,
     CgroupId,
     DecisionId,
     Engine,
@@ -83,7 +84,6 @@ from .snapshot import Snapshot
 REMEMBER_NS = 60 * NS_PER_S
 """How long a finished tool call stays in the picture."""
 _RANK = {ToolCallSource.LINEAGE: 0, ToolCallSource.HOOK: 1, ToolCallSource.WRAPPER: 2}
-_STALLED = (ToolCallPhase.STOPPED, ToolCallPhase.FROZEN, ToolCallPhase.THROTTLED)
 _HELD_BACK = (ToolCallPhase.FROZEN, ToolCallPhase.THROTTLED)
 _UNDONE = (OutcomeStatus.EXPIRED, OutcomeStatus.REJECTED, OutcomeStatus.FAILED)
 
@@ -341,7 +341,7 @@ class State:
             return call
         if call.phase is ToolCallPhase.KILLED and phase is not ToolCallPhase.ENDED:
             return call
-        stalled = max(0, at_ns - call.phase_since_ns) if call.phase in _STALLED else 0
+        stalled = max(0, at_ns - call.phase_since_ns) if call.phase in STALLED else 0
         return replace(
             call, phase=phase, phase_since_ns=at_ns, stalled_ns=call.stalled_ns + stalled, waiting_until_ns=None
         )
@@ -531,7 +531,8 @@ class State:
         if decision is None:
             self.late_count += 1
             return
-        if outcome.status in (OutcomeStatus.COMPLETED, OutcomeStatus.CLIPPED):
+        in_force = outcome.status in (OutcomeStatus.COMPLETED, OutcomeStatus.CLIPPED)
+        if in_force or (outcome.status is OutcomeStatus.GONE and isinstance(decision.action, Kill)):
             self._took_effect(decision.action, outcome.at_ns)
         elif outcome.status in _UNDONE:
             self._did_not_hold(decision, outcome.at_ns)
@@ -576,7 +577,7 @@ class State:
             self._put(replace(call, verdict=None))
 
     def _hold_back(self, tool_call: ToolCallId, phase: ToolCallPhase, at_ns: int) -> None:
-        """Throttled or frozen, unless the kernel has stopped it meanwhile: a stopped call must stay one to be answered."""
+        """Throttled or frozen, unless the kernel has stopped it meanwhile: only a stopped call is answered."""
         call = self._known(tool_call)
         if call is not None and call.phase in (ToolCallPhase.RUNNING, *_HELD_BACK):
             self._put(self._to_phase(call, phase, at_ns))
