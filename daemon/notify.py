@@ -1,6 +1,7 @@
-"""Telling systemd: ready, status, watchdog, stopping. sd_notify(3) over its datagram socket, by the standard library.
+"""Tells systemd how the daemon is: ready, status, alive, stopping (sd_notify(3), standard library only).
 
-Without NOTIFY_SOCKET in the environment every function does nothing.
+Owns the datagrams to NOTIFY_SOCKET and the watchdog's beat. Outside of systemd every call is a safe no-op. Must not:
+decide when the daemon is ready, nor fail because systemd does not listen.
 """
 
 from __future__ import annotations
@@ -8,54 +9,76 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 
-_IDLE_S = 10.0
-"""How often the status line is renewed where no watchdog asks for more."""
-
-
-def ready(status_text: str) -> None:
-    """The daemon serves."""
-    _send(f"READY=1\nSTATUS={status_text}")
+_BEATS_PER_TIMEOUT = 2
+"""sd_watchdog_enabled(3): ping at half the time that systemd waits."""
+_IDLE_S = 3600.0
 
 
-def status(status_text: str) -> None:
+def ready(status: str = "") -> bool:
+    """READY=1. True where systemd was told."""
+    return _send(f"READY=1\nMAINPID={os.getpid()}\n{_status_line(status)}")
+
+
+def status(text: str) -> bool:
     """One line for `systemctl status`."""
-    _send(f"STATUS={status_text}")
+    return _send(_status_line(text))
 
 
-def stopping() -> None:
-    _send("STOPPING=1")
+def reloading() -> bool:
+    """The configuration is read anew; `ready` must follow. MONOTONIC_USEC is what Type=notify-reload asks for."""
+    return _send(f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}\n")
 
 
-def watchdog_s() -> float | None:
-    """Longest time between two signs of life that systemd accepts (WatchdogSec); None: it does not ask for any."""
-    usec, pid = os.environ.get("WATCHDOG_USEC", ""), os.environ.get("WATCHDOG_PID")
-    if not usec.isdigit() or int(usec) == 0 or (pid is not None and pid != str(os.getpid())):
+def stopping(text: str = "stopping: everything held back is let go") -> bool:
+    return _send(f"STOPPING=1\n{_status_line(text)}")
+
+
+def watchdog_interval_s(environment: Mapping[str, str] = os.environ) -> float | None:
+    """Time between two pings; None where systemd asks for none, or asks another process."""
+    if environment.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
         return None
-    return int(usec) / 1e6
+    try:
+        timeout_us = int(environment.get("WATCHDOG_USEC", ""))
+    except ValueError:
+        return None
+    return timeout_us / 1e6 / _BEATS_PER_TIMEOUT if timeout_us > 0 else None
 
 
-async def watchdog(turn_count: Callable[[], int], summary: Callable[[], str]) -> None:
-    """Renew the status and, while the loop turns, say so. A loop that hangs is not covered up: it says nothing."""
-    limit_s = watchdog_s()
-    seen = -1
+async def watchdog(progress: Callable[[], int], summary: Callable[[], str] | None = None) -> None:
+    """Ping for as long as `progress()` grows, until cancelled.
+
+    A loop that hangs takes this task with it; one whose turns fail all the time stops counting. In both cases the
+    pings end and systemd starts the daemon anew.
+    """
+    interval_s = watchdog_interval_s()
+    last = progress() - 1
     while True:
-        turned = turn_count()
-        alive = "WATCHDOG=1\n" if limit_s is not None and turned != seen else ""
-        seen = turned
-        _send(f"{alive}STATUS={summary()}")
-        await asyncio.sleep(limit_s / 3 if limit_s is not None else _IDLE_S)
+        now = progress()
+        if interval_s is not None and now > last:
+            _send("WATCHDOG=1\n" + (_status_line(summary()) if summary else ""))
+        last = now
+        await asyncio.sleep(interval_s or _IDLE_S)
 
 
-def _send(message: str) -> None:
-    address = os.environ.get("NOTIFY_SOCKET")
-    if not address:
-        return
-    if address.startswith("@"):
-        address = "\0" + address[1:]  # the abstract namespace
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as to:
-        try:
-            to.sendto(message.encode(), address)
-        except OSError:
-            pass  # systemd is gone or deaf: nothing here depends on it
+def _status_line(text: str) -> str:
+    """A line break would begin another assignment."""
+    line = " ".join(text.split())
+    return f"STATUS={line}\n" if line else ""
+
+
+def _send(message: str) -> bool:
+    """Send one datagram; False where there is no systemd, or it does not listen any more."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not message or not address.startswith(("/", "@")):
+        return False
+    name = "\0" + address[1:] if address.startswith("@") else address  # @: the abstract namespace
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as out:
+            out.setblocking(False)
+            out.sendto(message.encode(), name)
+    except OSError:
+        return False
+    return True

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import cache
+from typing import Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
 
@@ -61,6 +62,11 @@ class Nvml:
         """Every GPU now, about 1 ms each. A GPU that was lost since (XID 79) is left out."""
         found = (self._gpu(index, handle) for index, handle in enumerate(self._handles))
         return tuple(gpu for gpu in found if gpu is not None)
+
+    def sample_memory(self) -> tuple[GpuMemory, ...]:
+        """Memory of the GPUs that tell it: one call a GPU, for a sampler that runs all the time."""
+        answers = (self._memory(handle) for handle in self._handles)
+        return tuple(GpuMemory(int(answer.total), int(answer.used)) for answer in answers if answer)
 
     def close(self) -> None:
         if self._handles:
@@ -134,6 +140,30 @@ def open_nvml() -> Nvml | NvmlAbsence:
         pynvml.nvmlShutdown()
         return NvmlAbsence("the driver is loaded and sees no GPU", "in a container, ask for the device")
     return Nvml(pynvml, handles, version)
+
+
+class GpuMemory(NamedTuple):
+    """Memory of all GPUs together."""
+
+    total_bytes: int
+    used_bytes: int
+
+
+def memory() -> GpuMemory | None:
+    """What the GPUs hold now; None without a GPU that tells. NVML is opened once and stays open."""
+    opened = _shared()
+    if isinstance(opened, NvmlAbsence):
+        return None
+    total = used = 0
+    for gpu in opened.sample_memory():
+        total += gpu.total_bytes
+        used += gpu.used_bytes
+    return GpuMemory(total, used) if total else None
+
+
+@cache
+def _shared() -> Nvml | NvmlAbsence:
+    return open_nvml()
 
 
 def _process(info: Any) -> GpuProcess:

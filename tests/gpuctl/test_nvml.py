@@ -13,8 +13,12 @@ from equipoise.gpuctl.nvml import Nvml, NvmlAbsence, open_nvml
 SOURCE = Path(__file__).parent.parent / "fixtures" / "nvml_standin.c"
 ASK = """
 import json
+import os
 from dataclasses import asdict
-from equipoise.gpuctl.nvml import Nvml, open_nvml
+from equipoise.gpuctl.nvml import Nvml, memory, open_nvml
+if "memory" in os.environ.get("ASK", ""):
+    print(json.dumps(memory()))
+    raise SystemExit
 opened = open_nvml()
 if isinstance(opened, Nvml):
     print(json.dumps({"driver": opened.driver_version, "gpus": [asdict(gpu) for gpu in opened.sample()]}))
@@ -59,6 +63,14 @@ def test_every_figure_is_read_in_base_units(standin):
 def test_processes_carry_their_memory_or_none_where_it_is_not_told(standin):
     processes = ask(standin)["gpus"][0]["processes"]
     assert processes == [{"pid": 4321, "used_bytes": 9 << 30}, {"pid": 4322, "used_bytes": None}]
+
+
+def test_memory_is_the_sum_over_all_gpus(standin):
+    assert ask(standin, ASK="memory") == [160 << 30, 20 << 30]
+
+
+def test_memory_that_no_gpu_tells_is_none(standin):
+    assert ask(standin, ASK="memory", NVML_STANDIN_BARE="1") is None
 
 
 def test_an_old_driver_is_asked_the_old_way(standin):
