@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from .files import Applied, Effect, parse_int, read_text, write_text
+from .files import Applied, Effect, parse_int, read_int, read_text, write_text
 from .layout import Hierarchy, Layout, LayoutKind
 from .meter import Meter
 from .tree import DEFAULT_BASE, CgroupTree, checked_path, open_tree_layout
@@ -22,6 +22,7 @@ CPU_PERIOD_US = 100_000
 CPU_QUOTA_MIN_US = 1_000
 """The kernel refuses less (Documentation/scheduler/sched-bwc.rst)."""
 _KILL_PASSES = 20
+_UNLIMITED_V1_BYTES = 1 << 62
 
 
 class Limit(Enum):
@@ -97,6 +98,17 @@ class CgroupDriver(CgroupTree):
         if used is not None and used > self._highest.get(path, -1):
             self._highest[path] = used
         return used
+
+    def memory_resident(self, path: str) -> int | None:
+        """Bytes that cannot simply be dropped: usage without the page cache of files (shared memory is kept in)."""
+        used = self.memory_usage(path)
+        counts = _pairs(read_text(self._memory(path, "memory.stat")))
+        if used is None or counts is None:
+            return None
+        # v1 counts a cgroup alone under the short names and with its children under total_*.
+        prefix = "" if self.layout.kind is LayoutKind.V2 else "total_"
+        cache = counts.get(f"{prefix}active_file", 0) + counts.get(f"{prefix}inactive_file", 0)
+        return max(0, used - cache)
 
     def memory_peak(self, path: str) -> int | None:
         """Most that was charged since it was made; on kernels without memory.peak (before 5.19) the most we saw."""
@@ -176,6 +188,11 @@ class CgroupDriver(CgroupTree):
         undone += [self.restore(path, limit, "max") for limit in Limit if self._limit_file(path, limit) is not None]
         return tuple(undone)
 
+    def restricted(self, path: str) -> int:
+        """How many things hold the cgroup itself back: frozen, and each limit that is set."""
+        count = int(read_int(self.unified_directory(path) / "cgroup.freeze") == 1)
+        return count + sum(1 for limit in Limit if self._is_set(path, limit))
+
     def tier_of(self, limit: Limit) -> str:
         hierarchy = self.layout.cpu if limit is Limit.CPU_QUOTA else self.layout.memory
         return f"cgroup-v{hierarchy.version if hierarchy is not None else 2} {limit.value}"
@@ -246,6 +263,13 @@ class CgroupDriver(CgroupTree):
 
     def _memory(self, path: str, file: str) -> Path:
         return self.layout.memory.mount / checked_path(path) / file
+
+    def _is_set(self, path: str, limit: Limit) -> bool:
+        text = self.limit(path, limit)
+        if text is None or text.startswith(("max", "-1")):
+            return False
+        # v1 has no word for "none": it reads the largest multiple of the page size.
+        return not (text.isdigit() and int(text) >= _UNLIMITED_V1_BYTES)
 
     def _limit_file(self, path: str, limit: Limit) -> Path | None:
         path = checked_path(path)

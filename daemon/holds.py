@@ -1,0 +1,194 @@
+"""What is being held back, and how to undo it from the record alone.
+
+Owns the fact `Hold`, `undo`, and the list of what is held now. A hold is written to the journal before anything is
+done, so that whoever comes after a `kill -9` of the daemon (the guardian, the next start, `equipoise release`) can
+undo it without knowing why it was.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Protocol
+
+from ..policies.model import DecisionId, ToolCallId
+from . import log, processes
+from .cgroups import Applied, CgroupDriver, Effect, Limit
+from .errors import JournalError
+from .processes import PROC, SIGNAL_TIER, ProcessRef
+
+
+class HoldKind(Enum):
+    MEMORY_HIGH = "memory.high"
+    CPU_QUOTA = "cpu quota"
+    FREEZE = "freeze"
+    """A frozen cgroup."""
+    STOP = "stop"
+    """A process stopped by SIGSTOP."""
+    ARMED = "armed"
+    """The kernel may stop processes of this cgroup at a budget. Holds nothing back by itself, so it never expires;
+    undoing it continues whatever is stopped there."""
+
+
+class HoldCause(Enum):
+    THROTTLE = "throttle"
+    FREEZE = "freeze"
+    BUDGET = "budget"
+    """Stopped at its hard budget: until a grant, a kill, or the end of its wait."""
+
+
+_LIMITS = {HoldKind.MEMORY_HIGH: Limit.MEMORY_HIGH, HoldKind.CPU_QUOTA: Limit.CPU_QUOTA}
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """One thing that is held back.
+
+    Invariants: everything but ARMED expires; STOP names a process, the others a cgroup; a limit knows its old text.
+    """
+
+    kind: HoldKind
+    cause: HoldCause
+    at_ns: int
+    expires_ns: int | None
+    tool_call: ToolCallId | None = None
+    decision: DecisionId | None = None
+    path: str | None = None
+    """Of the cgroup, relative to the hierarchy's root."""
+    process: ProcessRef | None = None
+    restore: str | None = None
+    """The limit as it was."""
+    id: int | None = None
+    """Given by the journal; None: not written yet."""
+
+    def __post_init__(self) -> None:
+        if (self.expires_ns is None) != (self.kind is HoldKind.ARMED):
+            raise ValueError(f"a hold of kind {self.kind.value} with expires_ns={self.expires_ns}")
+        if (self.process is None) == (self.kind is HoldKind.STOP) or (self.path is None) != (self.process is not None):
+            raise ValueError(f"a hold of kind {self.kind.value} on path={self.path} process={self.process}")
+        if (self.restore is None) == (self.kind in _LIMITS):
+            raise ValueError(f"a hold of kind {self.kind.value} with restore={self.restore}")
+
+    @property
+    def target(self) -> str:
+        return self.path if self.path is not None else f"pid {self.process.pid if self.process else '?'}"
+
+    def same_target(self, other: Hold) -> bool:
+        """Whether undoing one would undo the other."""
+        return self.kind is other.kind and self.path == other.path and self.process == other.process
+
+
+def undo(hold: Hold, driver: CgroupDriver | None, proc_root: Path = PROC) -> Applied:
+    """Take one hold back. Idempotent; GONE where its cgroup or process is. Never raises OSError."""
+    if hold.kind is HoldKind.STOP:
+        assert hold.process is not None
+        return processes.send(hold.process, signal.SIGCONT, proc_root)
+    assert hold.path is not None
+    if driver is None:
+        return Applied(Effect.FAILED, hold.kind.value, f"{hold.path}: no cgroups can be reached from here")
+    match hold.kind:
+        case HoldKind.MEMORY_HIGH | HoldKind.CPU_QUOTA:
+            return driver.restore(hold.path, _LIMITS[hold.kind], hold.restore or "max")
+        case HoldKind.FREEZE:
+            return driver.thaw(hold.path)
+        case HoldKind.ARMED:
+            return continue_stopped(driver.processes(hold.path), proc_root)
+
+
+def continue_stopped(pids: tuple[int, ...], proc_root: Path = PROC) -> Applied:
+    """SIGCONT to those that are stopped. `count` is how many were."""
+    continued, failed = 0, ""
+    for pid in pids:
+        found = processes.stat(pid, proc_root)
+        if found is None or not found.stopped:
+            continue
+        result = processes.send(ProcessRef(pid, found.start_ticks), signal.SIGCONT, proc_root)
+        continued += result.count
+        failed = failed or (result.detail if result.effect is Effect.FAILED else "")
+    return Applied(Effect.FAILED if failed else Effect.DONE, SIGNAL_TIER, failed, continued)
+
+
+class HoldBook(Protocol):
+    """Where holds are written down. The journal is one."""
+
+    def take(self, holds: Sequence[Hold]) -> tuple[Hold, ...]:
+        """Durable before it returns; answers them with their ids. Raises JournalError."""
+        ...
+
+    def extend(self, hold: Hold, expires_ns: int) -> Hold:
+        """Raises JournalError."""
+        ...
+
+    def clear(self, holds: Iterable[Hold]) -> None:
+        """Raises JournalError."""
+        ...
+
+
+class Holds:
+    """Everything held back by this daemon now: the book's entries, mirrored.
+
+    Invariant: what is held back is in the book. `take` comes before the deed, and an entry goes only after its undo.
+    """
+
+    def __init__(self, book: HoldBook, driver: CgroupDriver | None, proc_root: Path = PROC) -> None:
+        self._book = book
+        self._driver = driver
+        self._proc_root = proc_root
+        self._held: dict[int, Hold] = {}
+
+    def take(self, *holds: Hold) -> tuple[Hold, ...]:
+        """Write them down. Raises JournalError: then nothing may be done."""
+        taken = self._book.take(holds)
+        for hold in taken:
+            self._held[_id(hold)] = hold
+        return taken
+
+    def extend(self, hold: Hold, expires_ns: int) -> Hold:
+        """Raises JournalError; then the earlier expiry stands."""
+        extended = self._book.extend(hold, expires_ns)
+        self._held[_id(hold)] = extended
+        return extended
+
+    def all(self) -> tuple[Hold, ...]:
+        return tuple(self._held.values())
+
+    def of(self, tool_call: ToolCallId, *causes: HoldCause) -> tuple[Hold, ...]:
+        """Of one tool call; of all causes where none is given."""
+        return tuple(h for h in self._held.values() if h.tool_call == tool_call and (not causes or h.cause in causes))
+
+    def due(self, now_ns: int) -> tuple[Hold, ...]:
+        return tuple(h for h in self._held.values() if h.expires_ns is not None and h.expires_ns <= now_ns)
+
+    def undo(self, holds: Iterable[Hold]) -> tuple[tuple[Hold, Applied], ...]:
+        """Take them back and strike them out. What another hold still needs is left as it is; a failure stays held."""
+        undone = []
+        for hold in holds:
+            others = [h for h in self._held.values() if h.id != hold.id and h.same_target(hold)]
+            result = Applied(Effect.DONE, "", "held on") if others else undo(hold, self._driver, self._proc_root)
+            if result.effect is not Effect.FAILED:
+                self._held.pop(_id(hold), None)
+            undone.append((hold, result))
+        self._strike(hold for hold, _ in undone if _id(hold) not in self._held)
+        return tuple(undone)
+
+    def forget(self, holds: Iterable[Hold]) -> None:
+        """Strike them out without undoing: their processes were killed, or someone else continued them."""
+        holds = tuple(holds)
+        for hold in holds:
+            self._held.pop(_id(hold), None)
+        self._strike(holds)
+
+    def _strike(self, holds: Iterable[Hold]) -> None:
+        try:
+            self._book.clear(holds)
+        except JournalError as error:
+            # An entry too many is safe: undoing it once more does nothing.
+            log.warning("hold_not_cleared", error=error)
+
+
+def _id(hold: Hold) -> int:
+    assert hold.id is not None, "the book numbers a hold when it is taken"
+    return hold.id

@@ -1,0 +1,127 @@
+"""Reading a journal, of a live daemon or a dead one, without ever writing to it.
+
+Owns the way from rows back to facts. `explain`, `ps`, `history` and the guardian read through this. Unless a run is
+named, answers are about the latest.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+from ...policies.actions import Decision, Outcome, OutcomeStatus
+from ...policies.events import SessionMoved
+from ...policies.model import DecisionId, Sandbox, TenantId, ToolCall, ToolCallId
+from ..errors import JournalError
+from ..holds import Hold
+from . import codec
+from .records import Loss, Run, Sample, Series, Turn
+from .schema import connect, unusable
+
+T = TypeVar("T")
+
+
+class JournalReader:
+    """Raises JournalError, one clear line, where the file is damaged, foreign or absent."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._connection = connect(path, readonly=True)
+
+    def __enter__(self) -> JournalReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def runs(self) -> tuple[Run, ...]:
+        """Oldest first."""
+        rows = self._rows("SELECT id, boot_id, pid, started_ns, started_unix_ns, ended_ns FROM runs ORDER BY id")
+        return tuple(Run(*row) for row in rows)
+
+    def latest_run(self) -> Run:
+        runs = self.runs()
+        if not runs:
+            raise JournalError(f"{self.path}: no daemon has written to it yet: start one")
+        return runs[-1]
+
+    def sandboxes(self, run: int | None = None) -> tuple[Sandbox, ...]:
+        return self._bodies(Sandbox, "SELECT body FROM sandboxes WHERE run = ? ORDER BY cgroup_id", run)
+
+    def tool_calls(self, run: int | None = None) -> tuple[ToolCall, ...]:
+        """In the order in which they started."""
+        return self._bodies(ToolCall, "SELECT body FROM tool_calls WHERE run = ? ORDER BY start_ns, id", run)
+
+    def tool_call(self, tool_call: ToolCallId) -> ToolCall | None:
+        """Of whichever run."""
+        rows = self._rows("SELECT body FROM tool_calls WHERE id = ? ORDER BY run DESC LIMIT 1", f"{tool_call:016x}")
+        return next((self._decode(ToolCall, body) for (body,) in rows), None)
+
+    def decisions(self, run: int | None = None, *, tool_call: ToolCallId | None = None) -> tuple[Decision, ...]:
+        """Oldest first; only those about one tool call where it is given, of whichever run."""
+        if tool_call is not None:
+            rows = self._rows("SELECT body FROM decisions WHERE tool_call = ? ORDER BY at_ns, id", f"{tool_call:016x}")
+            return tuple(self._decode(Decision, body) for (body,) in rows)
+        return self._bodies(Decision, "SELECT body FROM decisions WHERE run = ? ORDER BY at_ns, id", run)
+
+    def outcomes(self, run: int | None = None, *, decision: DecisionId | None = None) -> tuple[Outcome, ...]:
+        """Oldest first; only those of one decision where it is given, of whichever run."""
+        columns = "SELECT decision, status, at_ns, tier, detail, latency_ns FROM outcomes"
+        if decision is not None:
+            rows = self._rows(f"{columns} WHERE decision = ? ORDER BY at_ns", decision)
+        else:
+            rows = self._rows(f"{columns} WHERE run = ? ORDER BY at_ns", self._run(run))
+        return tuple(Outcome(row[0], OutcomeStatus(row[1]), *row[2:]) for row in rows)
+
+    def turns(self, run: int | None = None) -> tuple[Turn, ...]:
+        return self._bodies(Turn, "SELECT body FROM turns WHERE run = ? ORDER BY coalesce(started_ns, ended_ns)", run)
+
+    def moves(self, run: int | None = None) -> tuple[SessionMoved, ...]:
+        return self._bodies(SessionMoved, "SELECT body FROM moves WHERE run = ? ORDER BY at_ns", run)
+
+    def samples(self, run: int | None = None) -> tuple[Sample, ...]:
+        rows = self._rows(
+            "SELECT at_ns, series, tenant, key, bytes FROM samples WHERE run = ? ORDER BY at_ns, rowid", self._run(run)
+        )
+        return tuple(
+            Sample(at, Series(series), TenantId(tenant), key, value) for at, series, tenant, key, value in rows
+        )
+
+    def losses(self, run: int | None = None) -> tuple[Loss, ...]:
+        rows = self._rows("SELECT at_ns, source, count FROM losses WHERE run = ? ORDER BY at_ns", self._run(run))
+        return tuple(Loss(*row) for row in rows)
+
+    def holds(self, boot_id: str) -> tuple[Hold, ...]:
+        """What is on record as held back since this boot, by whichever run."""
+        rows = self._rows(
+            "SELECT body FROM holds WHERE run IN (SELECT id FROM runs WHERE boot_id = ?) ORDER BY id", boot_id
+        )
+        return tuple(self._decode(Hold, body) for (body,) in rows)
+
+    # -- inside
+
+    def _run(self, run: int | None) -> int:
+        return self.latest_run().id if run is None else run
+
+    def _bodies(self, kind: type[T], statement: str, run: int | None) -> tuple[T, ...]:
+        return tuple(self._decode(kind, body) for (body,) in self._rows(statement, self._run(run)))
+
+    def _rows(self, statement: str, *values: int | str) -> Iterator[tuple[Any, ...]]:
+        try:
+            yield from self._connection.execute(statement, values)
+        except sqlite3.Error as error:
+            raise unusable(self.path, error) from error
+
+    def _decode(self, kind: type[T], body: str) -> T:
+        try:
+            return codec.loads(kind, body)
+        except ValueError as error:
+            raise JournalError(f"{self.path}: a row cannot be read ({error}): move the file away") from error

@@ -1,0 +1,125 @@
+"""Processes by identity, not by number: a pid together with the time it was started.
+
+Owns reading /proc/<pid> and sending signals. A pid is reused once its process is gone; a signal therefore goes through
+a pidfd that was opened first and checked against the start time after, so that it can reach no other process.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from .cgroups.files import Applied, Effect, read_text
+
+PROC = Path("/proc")
+SIGNAL_TIER = "signal"
+_DEAD = frozenset("ZXx")
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessRef:
+    """One process for all time (of one boot)."""
+
+    pid: int
+    start_ticks: int
+    """Field 22 of /proc/<pid>/stat (proc(5)): clock ticks after boot."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessStat:
+    state: str
+    """One letter of proc(5): R S D T t Z X I."""
+    parent_pid: int
+    start_ticks: int
+
+    @property
+    def alive(self) -> bool:
+        return self.state not in _DEAD
+
+    @property
+    def stopped(self) -> bool:
+        """Stopped by a signal (not by a debugger)."""
+        return self.state == "T"
+
+
+def stat(pid: int, proc_root: Path = PROC) -> ProcessStat | None:
+    """None: there is no such process."""
+    text = read_text(proc_root / str(pid) / "stat")
+    if not text:
+        return None
+    # The command name stands in parentheses and may hold blanks and parentheses itself.
+    fields = text[text.rindex(")") + 2 :].split()
+    return ProcessStat(fields[0], int(fields[1]), int(fields[19]))
+
+
+def identify(pid: int, proc_root: Path = PROC) -> ProcessRef | None:
+    """None: there is no such process, or it is a zombie."""
+    found = stat(pid, proc_root)
+    return ProcessRef(pid, found.start_ticks) if found is not None and found.alive else None
+
+
+def look(ref: ProcessRef, proc_root: Path = PROC) -> ProcessStat | None:
+    """What the process is doing; None: it is gone, whoever has its pid now."""
+    found = stat(ref.pid, proc_root)
+    return found if found is not None and found.start_ticks == ref.start_ticks and found.alive else None
+
+
+def send(ref: ProcessRef, number: signal.Signals, proc_root: Path = PROC) -> Applied:
+    """Signal exactly this process. GONE: it ended, or its pid belongs to another by now. Never raises OSError."""
+    try:
+        descriptor = os.pidfd_open(ref.pid)
+    except ProcessLookupError:
+        return Applied(Effect.GONE, SIGNAL_TIER, f"pid {ref.pid}: no such process")
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # a thread that leads no process any more
+            return Applied(Effect.GONE, SIGNAL_TIER, f"pid {ref.pid}: no such process")
+        return Applied(Effect.FAILED, SIGNAL_TIER, f"pid {ref.pid}: pidfd_open: {error.strerror}")
+    try:
+        if look(ref, proc_root) is None:
+            return Applied(Effect.GONE, SIGNAL_TIER, f"pid {ref.pid}: ended")
+        signal.pidfd_send_signal(descriptor, number)
+    except ProcessLookupError:
+        return Applied(Effect.GONE, SIGNAL_TIER, f"pid {ref.pid}: ended")
+    except OSError as error:
+        return Applied(Effect.FAILED, SIGNAL_TIER, f"pid {ref.pid}: {number.name}: {error.strerror}: run as root")
+    finally:
+        os.close(descriptor)
+    return Applied(Effect.DONE, SIGNAL_TIER, count=1)
+
+
+def descendants(pid: int, proc_root: Path = PROC) -> tuple[int, ...]:
+    """The process and all that descend from it and are still its (grand)children, parents first.
+
+    One that was orphaned has another parent by now and is missed: with eBPF lineage, or a cgroup, it is not.
+    """
+    children: dict[int, list[int]] = {}
+    for entry in os.listdir(proc_root):  # noqa: PTH208 - thousands of entries: names are enough
+        if entry.isdigit() and (found := stat(int(entry), proc_root)) is not None and found.alive:
+            children.setdefault(found.parent_pid, []).append(int(entry))
+    if stat(pid, proc_root) is None:
+        return ()
+    found_pids, pending = [], [pid]
+    while pending:
+        current = pending.pop(0)
+        found_pids.append(current)
+        pending.extend(children.get(current, ()))
+    return tuple(found_pids)
+
+
+def resident_bytes(pids: Iterable[int], proc_root: Path = PROC) -> int:
+    """Resident memory of the processes, shared pages counted once for each; the gone count nothing."""
+    total = 0
+    for pid in pids:
+        fields = (read_text(proc_root / str(pid) / "statm") or "").split()
+        total += int(fields[1]) * _PAGE_BYTES if len(fields) > 1 else 0
+    return total
+
+
+def boot_id(proc_root: Path = PROC) -> str:
+    """Changes with every boot; pids, start times, cgroups and the monotonic clock mean nothing across it."""
+    return (read_text(proc_root / "sys/kernel/random/boot_id") or "unknown").strip()
