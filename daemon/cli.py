@@ -152,6 +152,8 @@ def _daemon(arguments: argparse.Namespace) -> int:
     from . import log, service
     from .engine_process import EngineConfig
 
+    # The engine and the guardian are forked beside gRPC's threads and exec at once: its fork handlers only complain.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     log.configure(10 if arguments.verbose else 20)
     state_dir: Path = arguments.state_dir or client.default_state_dir()
     engine = None

@@ -41,7 +41,7 @@ class EngineConfig:
 class EngineProcess:
     """`run()` keeps it alive until cancelled; `url` is None while it does not serve."""
 
-    def __init__(self, config: EngineConfig, socket: str, on_ready: Callable[[str], None]) -> None:
+    def __init__(self, config: EngineConfig, socket: str, on_ready: Callable[[str], object]) -> None:
         self.url: str | None = None
         self.failure: str | None = None
         """Why it does not serve, in one line."""

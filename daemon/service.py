@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import signal
 import socket as sockets
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,7 +48,7 @@ from .actuators import Actuator, Budgets
 from .api.v1 import policy_pb2, policy_pb2_grpc, sandbox_pb2, sandbox_pb2_grpc
 from .cgroups import CgroupDriver
 from .engine_process import EngineConfig, EngineProcess
-from .errors import CgroupError, DaemonError, ListenError
+from .errors import ListenError
 from .fallback_budget import FallbackBudget
 from .guardian import Guardian, release
 from .history import History
@@ -57,11 +56,12 @@ from .holds import Holds
 from .journal import Journal
 from .keeper import SandboxKeeper
 from .loop import Loop
-from .metrics import MetricsServer
+from .metrics import MetricsFacts, MetricsServer
 from .policy_server import Effects, PolicyServer
-from .sandbox_server import SandboxServer
-from .sources import HostSampler, SandboxSampler
 from .samples import samples_of
+from .sandbox_server import SandboxServer
+from .sources import HostSampler, SandboxSampler, Source
+from .tallies import Tallies
 
 SOCKET_MODE = 0o660
 SAMPLE_S = 0.5
@@ -116,6 +116,8 @@ class Service:
         self.cgroup_layout = "none"
         self.probe_backend = "none"
         self.metrics_url = ""
+        self.tallies = Tallies()
+        self.sources: list[Source] = []
         self.state = State(policy)
         self.history = History()
         self.journal: Journal
@@ -194,13 +196,13 @@ class Service:
     def _without_probes(self, reason: str) -> None:
         self.probe_backend = f"none: {reason}"
         self.lacks.append(
-            f"no eBPF ({reason}): tool calls are found by wrappers and hooks alone, and are stopped at their budget from "
-            "user space, some MiB late"
+            f"no eBPF ({reason}): tool calls are found by wrappers and hooks alone, and stopped at their budget "
+            "from user space, some MiB late"
         )
 
     def _compose(self, parts: contextlib.AsyncExitStack) -> None:
         self.holds = Holds(self.journal, self.driver)
-        self.loop = Loop(self.state, self._act, (self.history, self._to_journal, self._on_event), now_ns)
+        self.loop = Loop(self.state, self._act, (self.history, self.tallies, self._to_journal, self._on_event), now_ns)
         self.keeper = SandboxKeeper(self.driver, self.probes, self.state, self.loop.emit, now_ns)
         self.hook = EngineHook(self.loop.emit, now_ns)
         budgets: Budgets
@@ -258,12 +260,30 @@ class Service:
             running.add_reader(self.probes.fileno(), self._drain)
             parts.callback(running.remove_reader, self.probes.fileno())
         self._task(self.loop.run(), parts)
-        self._task(HostSampler(self.loop.emit, now_ns, gpu=nvml.memory).run(), parts)
-        self._task(SandboxSampler(self.driver, lambda: self.loop.snapshot, self.loop.emit, now_ns).run(), parts)
+        self.sources = [
+            HostSampler(self.loop.emit, now_ns, gpu=self._gpu_memory(parts)),
+            SandboxSampler(self.driver, lambda: self.loop.snapshot, self.loop.emit, now_ns),
+        ]
+        for source in self.sources:
+            self._task(source.run(), parts)
         if self.polling is not None:
             self._task(self.polling.run(), parts)
         self._task(self._keep_journal(), parts)
         self._task(notify.watchdog(lambda: self.loop.turn_count, self.summary), parts)
+
+    def _gpu_memory(self, parts: contextlib.AsyncExitStack) -> Callable[[], tuple[int, int] | None] | None:
+        """A reading of all GPUs' memory, (total, used) bytes; None where there is no GPU."""
+        opened = nvml.open_nvml()
+        if isinstance(opened, nvml.NvmlAbsence):
+            self.lacks.append(f"no GPU facts: {opened.reason}")
+            return None
+        parts.callback(opened.close)
+
+        def memory() -> tuple[int, int] | None:
+            gpus = opened.sample_memory()
+            return (sum(g.total_bytes for g in gpus), sum(g.used_bytes for g in gpus)) if gpus else None
+
+        return memory
 
     def _begin_engine(self, config: EngineConfig, parts: contextlib.AsyncExitStack) -> None:
         self.engine = EngineProcess(config, str(self.config.socket), lambda url: notify.status(self.summary()))
@@ -388,6 +408,19 @@ class Service:
             lacks=self.lacks + ([f"engine: {self.engine.failure}"] if self.engine and self.engine.failure else []),
             started_ns=self.started_ns,
             journal_path=str(self.config.journal),
+        )
+
+    def _metrics_facts(self) -> MetricsFacts:
+        losses = self.probes.losses() if self.probes is not None else None
+        return MetricsFacts(
+            snapshot=self.loop.snapshot,
+            counts=self.tallies.read(),
+            version=__version__,
+            ring_drop_count=losses.events_count if losses else 0,
+            late_event_count=self.state.late_count + self.loop.dropped_count,
+            failed_action_count=self.history.failed_action_count,
+            source_failure_count=sum(source.failure_count for source in self.sources),
+            journal_lost_rows_count=self.journal.lost_rows_count,
         )
 
     def summary(self) -> str:
