@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -91,28 +92,35 @@ class Machine:
         *,
         environment: Mapping[str, str] | None = None,
         cwd: Path | None = None,
-        files: Mapping[str, str] | None = None,
-        output: Callable[[bytes], None] | None = None,
+        share: Path | None = None,
+        output: Callable[[bytes], object] | None = None,
+        cancelled: threading.Event | None = None,
     ) -> Outcome:
         """Runs `command` as root in a fresh guest.
 
-        Its stdout and stderr go to `output` as they come (default: this process's stdout). `files` (name -> text) lie
-        in /vmshare for it; what it writes to /vmshare/results comes back. Raises BootFailed where no attempt reached
-        the guest's init.
+        Its stdout and stderr go to `output` as they come (default: this process's stdout). `share`, a directory, is the
+        guest's /vmshare; what the command writes to /vmshare/results is there at once and stays. Setting `cancelled`
+        ends the guest. Raises BootFailed where no attempt reached the guest's init.
         """
         script = _command_script(command, cwd or Path.cwd(), environment or {})
-        return self._boot(script, files or {}, output or _to_stdout)
+        return self._boot(script, share, output or _to_stdout, cancelled or threading.Event())
 
     def shell(self) -> int:
         """An interactive root shell in the guest, on this terminal. Returns its exit code."""
         script = _command_script(["/bin/bash", "-i"], Path.cwd(), _terminal_size())
-        return self._boot(script, {}, None).exit_code
+        return self._boot(script, None, None, threading.Event()).exit_code
 
-    def _boot(self, script: str, files: Mapping[str, str], output: Callable[[bytes], None] | None) -> Outcome:
-        with self._exclusive(), signals_as_exceptions():
+    def _boot(
+        self, script: str, share: Path | None, output: Callable[[bytes], object] | None, cancelled: threading.Event
+    ) -> Outcome:
+        with self._exclusive(), signals_as_exceptions(), ExitStack() as stack:
+            # Socket paths are limited to 107 bytes, which a build directory may exceed.
+            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="equipoise-vm-")))
+            share = share or scratch / "share"
             self._prepare()
             for attempt in range(1, ATTEMPTS + 1):
-                outcome = self._attempt(script, files, output)
+                _fill_share(share, script, None if output is None else self.settings.command_limit_s)
+                outcome = self._attempt(scratch, share, output, cancelled)
                 if outcome is not None:
                     return outcome
                 again = "trying again" if attempt < ATTEMPTS else "giving up"
@@ -146,44 +154,21 @@ class Machine:
     def _initramfs(self) -> Path:
         return self.settings.cache.resolve() / f"initramfs-{self.packages.kernel_key}"
 
-    def _attempt(self, script: str, files: Mapping[str, str], output: Callable[[bytes], None] | None) -> Outcome | None:
+    def _attempt(
+        self, scratch: Path, share: Path, output: Callable[[bytes], object] | None, cancelled: threading.Event
+    ) -> Outcome | None:
         """One boot. None where the guest never reached its init."""
         with ExitStack() as stack:
-            # Socket paths are limited to 107 bytes, which a build directory may exceed.
-            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="equipoise-vm-")))
-            share = scratch / "share"
-            self._fill_share(share, script, files, interactive=output is None)
             for tag, directory, cache in (("hostroot", Path("/"), "always"), ("share", share, "none")):
                 stack.enter_context(self._virtiofsd(scratch / f"{tag}.socket", directory, cache))
             started = time.monotonic()
-            qemu = stack.enter_context(
-                child_process(self._qemu_command(scratch), self.packages.qemu().environment(), output is not None)
-            )
-            failure = self._watch(qemu, share, output)
+            command = self._qemu_command(scratch)
+            qemu = stack.enter_context(child_process(command, self.packages.qemu().environment(), output is not None))
+            failure = self._watch(qemu, share, output, cancelled)
             seconds = time.monotonic() - started
-            if not (share / "reached-init").exists():
+            if not (share / "reached-init").exists() and not cancelled.is_set():
                 return None
-            results = {path.name: path.read_text() for path in sorted((share / "results").iterdir())}
-            return read_outcome(share / "outcome", seconds, failure, results, self._console_tail)
-
-    def _fill_share(self, share: Path, script: str, files: Mapping[str, str], interactive: bool) -> None:
-        (share / "results").mkdir(parents=True)
-        shutil.copytree(BOOT_FILES, share / "boot")
-        replacements = {
-            "@LIMIT_S@": "infinity" if interactive else f"{self.settings.command_limit_s:.0f}",
-            "@STDIN@": "tty" if interactive else "null",
-            "@STDOUT@": "tty" if interactive else "file:/dev/ttyS1",
-            "@TERM@": os.environ.get("TERM", "dumb") if interactive else "dumb",
-        }
-        unit = share / "boot" / "units" / "vm-command.service"
-        text = unit.read_text()
-        for name, value in replacements.items():
-            text = text.replace(name, value)
-        unit.write_text(text)
-        for name, content in files.items():
-            (share / name).write_text(content)
-        (share / "command").write_text(script)
-        (share / "command").chmod(0o755)
+            return read_outcome(share / "outcome", seconds, failure, self._console_tail)
 
     @contextmanager
     def _virtiofsd(self, socket: Path, directory: Path, cache: str) -> Iterator[None]:
@@ -253,7 +238,13 @@ class Machine:
             *("-kernel", self._vmlinux, "-initrd", self._initramfs, "-append", " ".join(filter(None, append))),
         ]
 
-    def _watch(self, qemu: subprocess.Popen[bytes], share: Path, output: Callable[[bytes], None] | None) -> str | None:
+    def _watch(
+        self,
+        qemu: subprocess.Popen[bytes],
+        share: Path,
+        output: Callable[[bytes], object] | None,
+        cancelled: threading.Event,
+    ) -> str | None:
         """Streams the command's output until QEMU ends or a limit is passed; returns which.
 
         Without `output` somebody sits at the guest's terminal, and no limit is kept.
@@ -268,6 +259,8 @@ class Machine:
             if not booted and (share / "reached-init").exists():
                 booted = True
                 deadline = time.monotonic() + self.settings.command_limit_s + self.settings.grace_s
+            if cancelled.is_set():
+                return "CANCELLED: the guest was ended on request"
             if time.monotonic() > deadline:
                 if not booted:
                     return None  # not a hang of the command: the caller sees that init was never reached
@@ -298,6 +291,26 @@ class Machine:
                 self._say(f"vm: waiting for another VM of {self.settings.cache} to end")
                 fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+
+
+def _fill_share(share: Path, script: str, limit_s: float | None) -> None:
+    """Everything the guest reads to boot and run `script`. `limit_s`: None for somebody at a terminal, and no limit."""
+    shutil.rmtree(share, ignore_errors=True)  # what an attempt that never booted has left
+    (share / "results").mkdir(parents=True)
+    shutil.copytree(BOOT_FILES, share / "boot")
+    replacements = {
+        "@LIMIT_S@": "infinity" if limit_s is None else f"{limit_s:.0f}",
+        "@STDIN@": "tty" if limit_s is None else "null",
+        "@STDOUT@": "tty" if limit_s is None else "file:/dev/ttyS1",
+        "@TERM@": os.environ.get("TERM", "dumb") if limit_s is None else "dumb",
+    }
+    unit = share / "boot" / "units" / "vm-command.service"
+    text = unit.read_text()
+    for name, value in replacements.items():
+        text = text.replace(name, value)
+    unit.write_text(text)
+    (share / "command").write_text(script)
+    (share / "command").chmod(0o755)
 
 
 def _command_script(command: Sequence[str], cwd: Path, environment: Mapping[str, str]) -> str:

@@ -3,8 +3,8 @@
 VM := $(PY) -m equipoise.tests.vm
 
 vm: venv ## run CMD="..." as root in the test VM
-	@test -n '$(value CMD)' || { echo 'make vm needs a command: make vm CMD="uname -a"'; exit 2; }
-	@$(VM) run -- bash -c '$(subst ','\'',$(value CMD))'
+	@test -n "$$CMD" || { echo 'make vm needs a command: make vm CMD="uname -a"'; exit 2; }
+	@$(VM) run -- bash -c "$$CMD"
 
 vm-shell: venv ## a root shell in the test VM
 	@$(VM) shell

@@ -1,0 +1,56 @@
+"""Processes for cgroups of the guest to hold, and waiting for what the kernel says of them.
+
+Counters and events are waited for, never a time: the guest runs some 15 times slower than its host.
+"""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+from equipoise.daemon.cgroups import CgroupDriver
+
+MIB = 1 << 20
+PATIENCE_S = 60.0
+
+# One page of each 4096 bytes is written, since untouched memory is charged to nobody; then waits to be ended.
+_GROW = "x = bytearray(int(sys.argv[1]) << 20); print('grown', flush=True); sys.stdin.read()"
+_SPIN = "while True: pass"
+
+
+def start_in(driver: CgroupDriver, path: str, code: str, *arguments: str) -> "subprocess.Popen[bytes]":
+    """Starts Python with `code`, in the cgroup `path` before its first line."""
+    gate = f"import sys; sys.stdin.read(1); {code}" if code != _SPIN else f"import sys\nsys.stdin.read(1)\n{code}"
+    child = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", gate, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert child.stdin is not None
+    applied = driver.attach(child.pid, path)
+    assert applied.done, applied
+    child.stdin.write(b"x")
+    child.stdin.flush()
+    return child
+
+
+def grow(driver: CgroupDriver, path: str, mebibytes: int) -> "subprocess.Popen[bytes]":
+    """A process that takes so much memory, says so on its stdout, and holds it."""
+    return start_in(driver, path, _GROW, str(mebibytes))
+
+
+def spin(driver: CgroupDriver, path: str) -> "subprocess.Popen[bytes]":
+    """A process that uses all the CPU it gets."""
+    return start_in(driver, path, _SPIN)
+
+
+def has_grown(child: "subprocess.Popen[bytes]") -> bool:
+    """Waits until `grow` has all of its memory; False where it ended before."""
+    assert child.stdout is not None
+    return child.stdout.readline() == b"grown\n"
+
+
+def wait_until(condition: Callable[[], object], what: str, patience_s: float = PATIENCE_S) -> None:
+    """Polls until `condition` holds; fails naming `what` did not come."""
+    deadline = time.monotonic() + patience_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {patience_s:.0f} s: {what}"
+        time.sleep(0.05)
