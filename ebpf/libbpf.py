@@ -53,6 +53,9 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "bpf_map_lookup_elem": (c_int, c_int, c_void_p, c_void_p),
     "bpf_map_lookup_and_delete_elem": (c_int, c_int, c_void_p, c_void_p),
     "bpf_map_get_next_key": (c_int, c_int, c_void_p, c_void_p),
+    "btf__load_vmlinux_btf": (c_void_p,),
+    "btf__find_by_name": (c_int, c_void_p, c_char_p),
+    "btf__free": (None, c_void_p),
     "ring_buffer__new": (c_void_p, c_int, c_void_p, c_void_p, c_void_p),
     "ring_buffer__consume": (c_int, c_void_p),
     "ring_buffer__epoll_fd": (c_int, c_void_p),
@@ -61,23 +64,6 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
 
 _PRINT = ctypes.CFUNCTYPE(c_int, c_int, c_void_p, c_void_p)
 _SAMPLE = ctypes.CFUNCTYPE(c_int, c_void_p, c_void_p, c_size_t)
-
-
-class _OpenOptions(ctypes.Structure):
-    """struct bpf_object_open_opts of libbpf 1.0; later fields are read as zero because of `sz`."""
-
-    _fields_ = [
-        ("sz", c_size_t),
-        ("object_name", c_char_p),
-        ("relaxed_maps", c_bool),
-        ("pin_root_path", c_char_p),
-        ("unused", c_uint32),
-        ("kconfig", c_char_p),
-        ("btf_custom_path", c_char_p),
-        ("kernel_log_buf", c_void_p),
-        ("kernel_log_size", c_size_t),
-        ("kernel_log_level", c_uint32),
-    ]
 
 
 class _IterOptions(ctypes.Structure):
@@ -336,9 +322,7 @@ class BpfObject:
     def __init__(self, path: Path) -> None:
         self._lib = library()
         self._lib.log.clear()
-        # A per-object kernel log keeps the verifier's words out of stderr and inside our error.
-        options = _OpenOptions(sz=ctypes.sizeof(_OpenOptions))
-        self._pointer = self._lib.pointer("bpf_object__open_file", str(path).encode(), ctypes.addressof(options))
+        self._pointer = self._lib.pointer("bpf_object__open_file", str(path).encode(), None)
         self.programs = {program.name: program for program in self._each("bpf_object__next_program", BpfProgram)}
         self.maps = {a_map.name: a_map for a_map in self._each("bpf_object__next_map", BpfMap)}
 
@@ -401,6 +385,20 @@ class RingBuffer:
         if self._pointer:
             pointer, self._pointer = self._pointer, 0
             self._lib.release("ring_buffer__free", pointer)
+
+
+def kernel_has_type(name: str) -> bool:
+    """Whether the running kernel's BTF has a type of this name. Raises LibbpfError where it has no BTF."""
+    lib = library()
+    btf = lib.pointer("btf__load_vmlinux_btf")
+    try:
+        return lib.call("btf__find_by_name", btf, name.encode()) > 0
+    except LibbpfError as error:
+        if error.errno == errno.ENOENT:
+            return False
+        raise
+    finally:
+        lib.release("btf__free", btf)
 
 
 def monotonic_ns() -> int:

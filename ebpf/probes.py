@@ -71,15 +71,22 @@ class ProbeReport:
         return any(p.name == "on_rss_stat" and p.state is ProgramState.ATTACHED for p in self.programs)
 
 
-def _checked_object(path: Path | None) -> Path:
-    if path is not None:
-        return path
-    unit = "equipoise"
+def require_kernel() -> None:
+    """Raises ProbesUnavailable where no program can be loaded whatever it is."""
+    if os.geteuid() != 0:
+        raise ProbesUnavailable("not root", "run the daemon as root")
+    if not BTF_PATH.exists():
+        raise ProbesUnavailable(f"{BTF_PATH} is missing", "use a kernel built with CONFIG_DEBUG_INFO_BTF=y")
+    library()
+
+
+def checked_object(unit: str) -> Path:
+    """The unit's object, compiled first if a source is newer. Raises ProbesUnavailable."""
     if not build.is_current(unit):
         try:
             build.compile_unit(unit)
-        except BuildFailed as error:
-            raise ProbesUnavailable(str(error), "run `make ebpf` after that") from error
+        except (BuildFailed, OSError) as error:
+            raise ProbesUnavailable(str(error), "then run `make ebpf`") from error
     return build.object_path(unit)
 
 
@@ -106,12 +113,8 @@ class Probes:
     def load(cls, tuning: Tuning | None = None, path: Path | None = None) -> Probes:
         """Compile if needed, load and attach. Raises ProbesUnavailable."""
         tuning = tuning or Tuning()
-        if os.geteuid() != 0:
-            raise ProbesUnavailable("not root", "run the daemon as root, or with CAP_BPF and CAP_PERFMON")
-        if not BTF_PATH.exists():
-            raise ProbesUnavailable(f"{BTF_PATH} is missing", "use a kernel built with CONFIG_DEBUG_INFO_BTF=y")
-        library()
-        path = _checked_object(path)
+        require_kernel()
+        path = path or checked_object("equipoise")
         tunables = abi.Tunables(
             abi_version=abi.ABI_VERSION,
             page_shift=os.sysconf("SC_PAGESIZE").bit_length() - 1,
@@ -134,7 +137,9 @@ class Probes:
                 bpf = _open(path, tunables, tuning, without=refused)
                 bpf.load()
         except LibbpfError as error:
-            raise ProbesUnavailable(_reason(error), "see `equipoise doctor` for what this kernel accepts") from error
+            raise ProbesUnavailable(
+                failure_reason(error), "see `equipoise doctor` for what this kernel accepts"
+            ) from error
         links, reports = _attach(bpf, refused)
         missing = [r for r in reports if r.name in REQUIRED and r.state is ProgramState.REFUSED]
         if missing:
@@ -189,7 +194,7 @@ def _refused_programs(path: Path, tunables: abi.Tunables, tuning: Tuning) -> dic
         try:
             bpf.load()
         except LibbpfError as error:
-            refused[name] = _reason(error)
+            refused[name] = failure_reason(error)
         finally:
             bpf.close()
     return refused
@@ -204,7 +209,7 @@ def _attach(bpf: BpfObject, refused: dict[str, str]) -> tuple[tuple[BpfLink, ...
             try:
                 links.append(program.attach())
             except LibbpfError as error:
-                reason = _reason(error)
+                reason = failure_reason(error)
         state = ProgramState.REFUSED if reason else ProgramState.ATTACHED
         reports.append(ProgramReport(name, program.section, state, reason))
     return tuple(links), tuple(reports)
@@ -219,8 +224,10 @@ def _learn_cpu_offsets(bpf: BpfObject, reports: tuple[ProgramReport, ...]) -> bo
     return bpf.maps["control"].lookup(ctypes.c_uint32(0), block) and int(block.cpu_offsets_known) > 0
 
 
-def _reason(error: LibbpfError) -> str:
-    """The errno, and the last line of the log that says something of its own."""
-    useful = [line for line in error.log if line.startswith("libbpf:") and "failed" in line]
-    detail = useful[0].removeprefix("libbpf: ") if useful else ""
-    return f"{error.strerror}{': ' + detail if detail else ''}"
+def failure_reason(error: LibbpfError) -> str:
+    """One line: what libbpf said first about the failure, else the errno in words."""
+    if any("probe_loading" in line for line in error.log):
+        # libbpf's own words here blame RLIMIT_MEMLOCK, which no kernel since 5.11 counts.
+        return f"the kernel refuses every program ({os.strerror(error.errno or 0)})"
+    said = next((line for line in error.log if "failed" in line), None)
+    return said.removeprefix("libbpf: ") if said else str(error.strerror)

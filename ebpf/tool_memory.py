@@ -65,6 +65,7 @@ class ToolMemory:
 
     def __init__(self, probes: Probes) -> None:
         self._probes = probes
+        self.report = probes.report
         maps = probes.object.maps
         self._processes, self._free = maps["processes"], maps["free_slots"]
         self._retag_request, self._retag = maps["retag"], probes.object.programs["retag_process"]

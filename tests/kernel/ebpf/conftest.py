@@ -10,6 +10,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from equipoise.ebpf.errors import ProbesUnavailable
@@ -107,7 +108,7 @@ class Bench:
 def make_bench() -> Iterator[Callable[..., Bench]]:
     made: list[Bench] = []
 
-    def make(**tuning: int) -> Bench:
+    def make(**tuning: Any) -> Bench:
         try:
             bench = Bench(Tuning(**tuning))
         except ProbesUnavailable as error:

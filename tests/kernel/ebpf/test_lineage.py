@@ -37,7 +37,7 @@ def test_execs_inside_a_tool_call_belong_to_it(bench):
 
 
 def test_execs_inside_a_tool_call_are_reported_on_request(make_bench):
-    bench = make_bench(report_child_execs=1)
+    bench = make_bench(report_child_execs=True)
     agent, _ = bench.agent("subprocess.run(['sh', '-c', 'true; uname -r > /dev/null; true'])")
     bench.finish(agent)
     (call,) = bench.started()
