@@ -16,15 +16,18 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 from starlette.applications import Starlette
 from uvicorn import Config, Server
 
+from . import llama
+from .disk_tier import DiskTier
 from .engine import Engine, EngineConfig
 from .errors import EngineError, ListenError
 from .http import Endpoint, HttpConfig
 from .language_model import LanguageModel
-from .model import resolve
+from .model import cache_folder, resolve
 from .runner import ContextMode, LlamaRunner
 from .scheduler import SchedulerConfig
 from .sequence import IdlePolicy, TenantId
@@ -55,6 +58,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--kv-tokens", type=_positive, default=16384, help="device KV over all sessions, in tokens")
     add("--host-bytes", type=_bytes, default=256 << 20, help="host RAM for swapped KV, e.g. 512MiB")
+    add("--disk-bytes", type=_bytes, default=0, help="disk for swapped KV, e.g. 4GiB; 0: no disk tier")
+    add("--disk-folder", type=Path, help="where it lives; by default a folder of the cache")
     add("--slots", type=_positive, default=32, help="conversations that may hold device KV at once")
     add("--slot-tokens", type=_positive, help="most tokens of one conversation")
     add("--threads", type=_positive, default=max(1, min(4, (os.cpu_count() or 2) // 2)), help="compute threads")
@@ -84,12 +89,16 @@ def _serve(options: argparse.Namespace, listener: socket.socket) -> int:
         step_tokens=options.step_tokens,
         slot_tokens=options.slot_tokens,
     )
+    disk = None
+    if options.disk_bytes:
+        disk = DiskTier(options.disk_folder or cache_folder() / "kv", f"{path} {path.stat().st_size} {llama.VERSION}")
     engine = Engine(
         model,
         runner,
         EngineConfig(
             kv_tokens=options.kv_tokens,
             host_bytes=options.host_bytes,
+            disk_bytes=options.disk_bytes,
             max_queued_turns=options.max_queued,
             scheduler=SchedulerConfig(
                 step_tokens=options.step_tokens,
@@ -99,6 +108,7 @@ def _serve(options: argparse.Namespace, listener: socket.socket) -> int:
                 retain_ns=int(options.retain_s * 1e9),
             ),
         ),
+        disk,
     )
     engine.start()
     try:

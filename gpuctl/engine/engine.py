@@ -19,10 +19,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from .conversation import map_prompt
+from .directing import Director
 from .directives import Directive, Outcome, OutcomeStatus
+from .disk_tier import DiskTier
 from .errors import ContextError, EngineError, RequestError, SwapError
 from .language_model import LanguageModel
 from .ledger import Ledger
+from .plan import Discard, Move, MoveDown, MoveIn, MoveOut, Slice, StepPlan
 from .reports import (
     CostFigures,
     EngineFacts,
@@ -37,7 +40,7 @@ from .reports import (
     TurnStarted,
 )
 from .runner import BatchSlice, Runner, Sampler, StepStatus
-from .scheduler import Discard, MoveIn, MoveOut, Scheduler, SchedulerConfig, Slice, StepPlan
+from .scheduler import Scheduler, SchedulerConfig
 from .sequence import (
     FinishReason,
     Session,
@@ -53,7 +56,7 @@ from .sequence import (
     TurnRefused,
     TurnRequest,
 )
-from .swapper import HostStore
+from .swapper import Copied, Swapper
 from .template import tool_calls_in
 from .text import TextStream
 
@@ -71,6 +74,7 @@ class EngineConfig:
     kv_tokens: int
     """Device tokens over all sessions."""
     host_bytes: int = 256 << 20
+    disk_bytes: int = 0
     default_max_tokens: int = 512
     """Output limit of a turn that names none."""
     max_queued_turns: int = 256
@@ -118,7 +122,9 @@ _Arrival = _Submit | _Cancel | _Direct | _Call
 
 
 class Engine:
-    def __init__(self, model: LanguageModel, runner: Runner, config: EngineConfig) -> None:
+    def __init__(
+        self, model: LanguageModel, runner: Runner, config: EngineConfig, disk: DiskTier | None = None
+    ) -> None:
         self.model = model
         self.config = config
         self.engine_id = f"embedded-{os.getpid()}-{uuid.uuid4().hex[:8]}"
@@ -130,9 +136,11 @@ class Engine:
             slot_count=runner.slot_count,
             bytes_per_token=runner.bytes_per_token,
             host_capacity_bytes=config.host_bytes,
+            disk_capacity_bytes=config.disk_bytes if disk else 0,
         )
         self._scheduler = Scheduler(config.scheduler, self._ledger, physical_tokens=runner.physical_tokens)
-        self._host = HostStore(runner)
+        self._director = Director(self._scheduler)
+        self._swapper = Swapper(runner, disk)
         self._live: dict[SessionId, _Live] = {}
         # A session computes one turn at a time; the next ones wait here in order of arrival.
         self._behind: dict[SessionId, collections.deque[_Submit]] = {}
@@ -216,8 +224,12 @@ class Engine:
         wake_ns: int | None = None
         while not self._stopping.is_set():
             self._take_arrivals(wake_ns)
-            plan = self._scheduler.plan(time.monotonic_ns())
-            wake_ns = plan.wake_ns
+            self._note_failed_writes()
+            now_ns = time.monotonic_ns()
+            for outcome in self._director.retry_deferred(now_ns):
+                self._settle(outcome)
+            plan = self._scheduler.plan(now_ns)
+            wake_ns = min((at for at in (plan.wake_ns, self._director.next_deadline_ns()) if at), default=None)
             try:
                 self._carry_out(plan)
             except ContextError as error:
@@ -232,6 +244,7 @@ class Engine:
         for waiting in self._behind.values():
             for arrival in waiting:
                 arrival.sink(TurnRefused(RequestError("the engine is stopping", status=503, kind="server_error")))
+        self._swapper.close()
 
     def _take_arrivals(self, wake_ns: int | None, *, idle: bool = False) -> None:
         """Handle all that has arrived; block for the next arrival only where there is nothing to compute."""
@@ -320,6 +333,8 @@ class Engine:
             max_output_tokens=min(request.max_tokens or self.config.default_max_tokens, room),
         )
         self._scheduler.submit(session, turn)
+        if self._ledger.holding(session.id).longest()[0] is Tier.DISK:
+            self._swapper.read_ahead(session.id)
         return _Live(request, turn, arrival.sink, sampler, TextStream(request.stop), bytearray())
 
     def _next_behind(self, session_id: SessionId) -> None:
@@ -394,13 +409,8 @@ class Engine:
     def _carry_out(self, plan: StepPlan) -> None:
         failed: set[SessionId] = set()
         for move in plan.moves:
-            if isinstance(move, MoveOut):
-                self._move_out(move)
-            elif isinstance(move, MoveIn):
-                if not self._move_in(move):
-                    failed.add(move.session_id)
-            else:
-                self._discard(move)
+            if not self._carry_out_move(move):
+                failed.add(move.session_id)
         for session_id in plan.admitted:
             self._report_started(session_id)
         for preempted in plan.preempted:
@@ -412,8 +422,6 @@ class Engine:
             )
             if preempted.directive_id:
                 self._settle(Outcome(preempted.directive_id, OutcomeStatus.COMPLETED))
-        for outcome in plan.outcomes:
-            self._settle(outcome)
         slices = [item for item in plan.slices if item.session_id not in failed]
         if slices:
             self._step(slices)
@@ -486,76 +494,91 @@ class Engine:
             if live is not None:
                 self._finish(live, FinishReason.ERROR, str(error))
 
-    def _move_out(self, move: MoveOut) -> None:
-        session = self._scheduler.sessions[move.session_id]
-        copied = self._host.out(move.session_id, move.slot, move.tokens, move.valid_tokens)
-        self.totals.swap_out_count += 1
-        self.totals.swap_out_bytes += copied.moved_bytes
-        self.totals.swap_out_ns += copied.duration_ns
-        self._moved(session, Tier.DEVICE, move.tier, move.tokens, copied.moved_bytes, copied.duration_ns, move)
-
-    def _move_in(self, move: MoveIn) -> bool:
-        session = self._scheduler.sessions[move.session_id]
+    def _carry_out_move(self, move: Move) -> bool:
+        """Carry out one move. False where the KV was lost: it is computed again."""
+        if isinstance(move, Discard):
+            self._discard(move)
+            return True
         try:
-            copied = self._host.back(move.session_id, move.slot, move.tokens)
+            match move:
+                case MoveOut():
+                    copied, from_tier, to_tier = self._swapper.out(move), Tier.DEVICE, move.tier
+                case MoveIn():
+                    copied, from_tier, to_tier = self._swapper.back(move), move.tier, Tier.DEVICE
+                case MoveDown():
+                    copied, from_tier, to_tier = self._swapper.down(move), Tier.HOST, Tier.DISK
         except SwapError as error:
-            _log.error("swap_in_failed session=%s error=%r", move.session_id, str(error))
-            self.totals.swap_failures += 1
-            self._host.discard(move.session_id)
-            self._runner.cut(move.slot, 0)
-            self._scheduler.lost(move.session_id)
-            if move.directive_id:
-                self._settle(Outcome(move.directive_id, OutcomeStatus.REJECTED, str(error)))
+            self._lose(move, error)
             return False
-        self.totals.swap_in_count += 1
-        self.totals.swap_in_bytes += copied.moved_bytes
-        self.totals.swap_in_ns += copied.duration_ns
-        self._moved(session, move.tier, Tier.DEVICE, move.tokens, copied.moved_bytes, copied.duration_ns, move)
+        self._count(move, copied)
+        session = self._scheduler.sessions.get(move.session_id)
+        if session is not None:
+            self._moved(session, from_tier, to_tier, move.tokens, copied, move.directive_id)
+        if move.directive_id:
+            self._settle(Outcome(move.directive_id, OutcomeStatus.COMPLETED))
         return True
 
+    def _count(self, move: MoveOut | MoveIn | MoveDown, copied: Copied) -> None:
+        totals = self.totals
+        if isinstance(move, MoveIn):
+            totals.swap_in_count += 1
+            totals.swap_in_bytes += copied.moved_bytes
+            totals.swap_in_ns += copied.duration_ns
+        elif isinstance(move, MoveOut):
+            totals.swap_out_count += 1
+            totals.swap_out_bytes += copied.moved_bytes
+            totals.swap_out_ns += copied.duration_ns
+
+    def _lose(self, move: MoveOut | MoveIn | MoveDown, error: SwapError) -> None:
+        _log.error("swap_failed session=%s error=%r", move.session_id, str(error))
+        self.totals.swap_failures += 1
+        if not isinstance(move, MoveDown):
+            self._runner.cut(move.slot, 0)
+        for tier in (Tier.HOST, Tier.DISK):
+            self._swapper.discard(move.session_id, tier)
+        self._scheduler.lost(move.session_id)
+        if move.directive_id:
+            self._settle(Outcome(move.directive_id, OutcomeStatus.REJECTED, str(error)))
+
     def _discard(self, move: Discard) -> None:
-        if move.tier is Tier.HOST:
-            self._host.discard(move.session_id)
+        if move.tier is not Tier.DEVICE:
+            self._swapper.discard(move.session_id, move.tier)
             return
-        if move.slot is None:
-            return
+        assert move.slot is not None
         dropped = self._runner.held_tokens(move.slot) - move.from_token
         self._runner.cut(move.slot, move.from_token)
         session = self._scheduler.sessions.get(move.session_id)
         if session is not None and move.from_token == 0 and dropped > 0:
-            self._moved(session, Tier.DEVICE, Tier.NONE, dropped, 0, 0, move)
+            self._moved(session, Tier.DEVICE, Tier.NONE, dropped, Copied(0, 0), move.directive_id)
 
     def _moved(
-        self,
-        session: Session,
-        from_tier: Tier,
-        to_tier: Tier,
-        tokens: int,
-        moved_bytes: int,
-        duration_ns: int,
-        move: MoveOut | MoveIn | Discard,
+        self, session: Session, from_tier: Tier, to_tier: Tier, tokens: int, copied: Copied, directive_id: str
     ) -> None:
         self._occupancy_due = True
         self._report(
             SessionMoved(
-                session.id,
-                session.tenant_id,
-                from_tier,
-                to_tier,
-                tokens,
-                moved_bytes,
-                duration_ns,
-                move.directive_id,
+                session_id=session.id,
+                tenant_id=session.tenant_id,
+                from_tier=from_tier,
+                to_tier=to_tier,
+                tokens=tokens,
+                moved_bytes=copied.moved_bytes,
+                duration_ns=copied.duration_ns,
+                directive_id=directive_id,
             )
         )
-        if move.directive_id and not isinstance(move, Discard):
-            self._settle(Outcome(move.directive_id, OutcomeStatus.COMPLETED))
+
+    def _note_failed_writes(self) -> None:
+        for session_id, reason in self._swapper.take_failures().items():
+            _log.error("disk_write_failed session=%s error=%r", session_id, reason)
+            self.totals.swap_failures += 1
+            self._scheduler.copy_lost(session_id, Tier.DISK)
 
     # Directives and reports
 
     def _direct(self, directive: Directive) -> None:
         known = self._outcomes.get(directive.directive_id)
-        outcome = known or self._scheduler.apply(directive, time.monotonic_ns())
+        outcome = known or self._director.apply(directive, time.monotonic_ns())
         self._occupancy_due = True
         self._settle(outcome)
 

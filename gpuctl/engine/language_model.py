@@ -38,6 +38,8 @@ class LanguageModel:
             raise ModelError(f"{path}: a recurrent model: its state cannot be cut at a token, as this engine needs")
         if self._lib.llama_model_has_encoder(handle):
             raise ModelError(f"{path}: an encoder-decoder model: give a decoder-only one")
+        if self._lib.llama_model_n_swa(handle) > 0:
+            raise ModelError(f"{path}: a sliding-window model: its KV is not a plain prefix, as this engine needs")
         self.vocabulary_size: int = self._lib.llama_vocab_n_tokens(self._vocab)
         self.trained_context_tokens: int = self._lib.llama_model_n_ctx_train(handle)
         self.layer_count: int = self._lib.llama_model_n_layer(handle)

@@ -8,8 +8,8 @@ Cache modes
 - split (kv_unified=False): each slot has its own cells, so what a sequence computes does not depend on its neighbours'
   cells and a resumed sequence is bit-exact. The context is divided evenly: a conversation is bounded by its share. Only
   neighbouring slots are batched together. A partial llama_memory_seq_cp aborts the process, so none is ever made.
-- unified: one pool of cells; any turn may take all of it and prefixes can be shared. A swap can change how neighbours
-  round: their tokens may differ from an undisturbed run, never the swapped sequence's own.
+- unified: one pool of cells; any turn may take all of it, prefixes can be shared, and any slots batch together. Where a
+  sequence's cells lie depends on its neighbours, so a swap can change how sums round, here and next door.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ import numpy.typing as npt
 
 from . import llama
 from .errors import ContextError, RequestError, SwapError
+from .kv_image import Blob, KvChunk, compose, parse
 from .language_model import LanguageModel
 from .sequence import SamplingParams, Slot, Token, TokenLogprob
 
-Blob = npt.NDArray[np.uint8]
 CELL_ALIGNMENT = 256  # llama.cpp pads n_ctx to this
 
 
@@ -78,8 +78,8 @@ class Runner(Protocol):
     def step(self, slices: Sequence[BatchSlice]) -> StepResult: ...
     def cut(self, slot: Slot, from_token: int) -> None: ...
     def held_tokens(self, slot: Slot) -> int: ...
-    def save(self, slot: Slot) -> Blob: ...
-    def load(self, slot: Slot, blob: Blob) -> None: ...
+    def take(self, slot: Slot, from_token: int) -> KvChunk: ...
+    def put(self, slot: Slot, chunks: Sequence[KvChunk]) -> None: ...
     def interrupt(self) -> None: ...
     def close(self) -> None: ...
 
@@ -202,16 +202,20 @@ class LlamaRunner:
         self._capacity = capacity
 
     def _measure_bytes_per_token(self) -> int:
-        """Bytes a saved token takes, and a proof that saving and loading work as this binding believes."""
+        """Bytes a saved token takes, and a proof that saving, cutting and joining work as this binding believes."""
         probe = Slot(0)
         self.step([BatchSlice(probe, 0, [1, 1])])
-        two = self.save(probe)
+        two = self._save(probe)
         self.step([BatchSlice(probe, 2, [1])])
-        three = self.save(probe)
-        self.cut(probe, 0)
-        self.load(probe, three)
-        if self.held_tokens(probe) != 3:
-            raise ContextError("a saved sequence does not come back whole: unexpected llama.cpp build")
+        three = self._save(probe)
+        try:
+            chunk = parse(three)
+            tail = self.take(probe, 2)
+            self.put(probe, [chunk.head(2), tail])
+            if not np.array_equal(self._save(probe), three):
+                raise SwapError("a sequence saved in two pieces does not come back the same")
+        except SwapError as error:
+            raise ContextError(f"unexpected llama.cpp build or model: {error}") from None
         self.cut(probe, 0)
         return three.size - two.size
 
@@ -272,21 +276,33 @@ class LlamaRunner:
         """Tokens llama.cpp itself says the slot holds."""
         return int(self._lib.llama_memory_seq_pos_max(self._memory, slot)) + 1
 
-    def save(self, slot: Slot) -> Blob:
-        """A copy of the slot's KV in llama.cpp's own format."""
+    def take(self, slot: Slot, from_token: int) -> KvChunk:
+        """Copy the slot's KV from `from_token` on and empty the slot.
+
+        llama.cpp saves whole sequences only. As the slot is emptied anyway, what need not be copied is removed first:
+        so a second swap-out costs what was appended. Raises SwapError; the slot is empty then, too.
+        """
+        self._lib.llama_memory_seq_rm(self._memory, slot, 0, from_token)
+        try:
+            return parse(self._save(slot))
+        finally:
+            self.cut(slot, 0)
+
+    def put(self, slot: Slot, chunks: Sequence[KvChunk]) -> None:
+        """Replace the slot's KV by saved pieces that begin at token 0. Raises SwapError with the slot left empty."""
+        blob = compose(chunks)
+        read = self._lib.llama_state_seq_set_data(self._context, blob.ctypes.data, blob.size, slot)
+        if read != blob.size or self.held_tokens(slot) != chunks[-1].end_token:
+            self.cut(slot, 0)
+            raise SwapError(f"slot {slot}: llama.cpp does not take the saved KV back: {llama.last_error()}")
+
+    def _save(self, slot: Slot) -> Blob:
         size = self._lib.llama_state_seq_get_size(self._context, slot)
         blob = np.empty(size, np.uint8)
         written = self._lib.llama_state_seq_get_data(self._context, blob.ctypes.data, size, slot)
         if written != size:
             raise SwapError(f"slot {slot}: saved {written} of {size} bytes: {llama.last_error()}")
         return blob
-
-    def load(self, slot: Slot, blob: Blob) -> None:
-        """Replace the slot's KV by a saved copy. Raises SwapError, with the slot left empty, where it does not fit."""
-        read = self._lib.llama_state_seq_set_data(self._context, blob.ctypes.data, blob.size, slot)
-        if read != blob.size:
-            self.cut(slot, 0)
-            raise SwapError(f"slot {slot}: read {read} of {blob.size} bytes back: {llama.last_error()}")
 
     def interrupt(self) -> None:
         """Make the step under way end ABORTED at its next graph node. From any thread; CPU backend."""

@@ -1,6 +1,7 @@
-"""Copies KV between the device and the other tiers and keeps what was copied.
+"""Copies KV between the device and the other tiers, and keeps the copies.
 
-Owns: the stored copies. Must not: decide who moves (scheduler.py) nor keep the books (ledger.py).
+Owns: the host copies (in pieces, as they were appended) and the disk tier. Must not: decide who moves (placement.py) or
+keep the books (ledger.py). Every call runs on the engine's thread; only the disk tier has one of its own.
 """
 
 from __future__ import annotations
@@ -8,9 +9,12 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from .disk_tier import DiskTier
 from .errors import SwapError
-from .runner import Blob, Runner
-from .sequence import SessionId, Slot
+from .kv_image import KvChunk, cut_to
+from .plan import MoveDown, MoveIn, MoveOut
+from .runner import Runner
+from .sequence import SessionId, Tier
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,40 +25,92 @@ class Copied:
     duration_ns: int
 
 
-class HostStore:
-    """Copies in host RAM."""
-
-    def __init__(self, runner: Runner) -> None:
+class Swapper:
+    def __init__(self, runner: Runner, disk: DiskTier | None = None) -> None:
         self._runner = runner
-        self._copies: dict[SessionId, Blob] = {}
+        self._disk = disk
+        self._host: dict[SessionId, list[KvChunk]] = {}
 
-    def out(self, session_id: SessionId, slot: Slot, tokens: int, valid_tokens: int) -> Copied:
-        """Copy the slot to the host and empty it. Nothing is copied where the stored copy is long enough."""
+    def out(self, move: MoveOut) -> Copied:
+        """Empty the slot into the tier, copying only what the tier does not hold yet. Raises SwapError."""
         began = time.monotonic_ns()
-        moved = 0
-        if valid_tokens < tokens:
-            blob = self._runner.save(slot)
-            self._copies[session_id] = blob
-            moved = blob.size
-        self._runner.cut(slot, 0)
-        return Copied(moved, time.monotonic_ns() - began)
+        if move.valid_tokens >= move.tokens:
+            self._runner.cut(move.slot, 0)
+            return Copied(0, time.monotonic_ns() - began)
+        chunk = self._runner.take(move.slot, move.valid_tokens)
+        if chunk.first_token != move.valid_tokens or chunk.end_token != move.tokens:
+            raise SwapError(
+                f"{move.session_id}: the device held tokens {chunk.first_token} to {chunk.end_token}, "
+                f"the books say {move.valid_tokens} to {move.tokens}"
+            )
+        if move.tier is Tier.HOST:
+            kept = cut_to(self._host.get(move.session_id, []), move.valid_tokens)
+            self._host[move.session_id] = [*kept, chunk]
+        else:
+            self._require_disk().append(move.session_id, [chunk], move.valid_tokens)
+        return Copied(chunk.nbytes, time.monotonic_ns() - began)
 
-    def back(self, session_id: SessionId, slot: Slot, tokens: int) -> Copied:
-        """Fill the slot with the first `tokens` of the stored copy, which stays valid. Raises SwapError."""
+    def back(self, move: MoveIn) -> Copied:
+        """Fill the slot with the first tokens of the copy, which stays valid. Raises SwapError, the slot then empty."""
         began = time.monotonic_ns()
-        blob = self._copies.get(session_id)
-        if blob is None:
-            raise SwapError(f"{session_id}: no copy on the host")
-        self._runner.load(slot, blob)
-        self._runner.cut(slot, tokens)
-        if self._runner.held_tokens(slot) != tokens:
-            raise SwapError(f"{session_id}: the copy on the host is shorter than {tokens} tokens")
-        return Copied(blob.size, time.monotonic_ns() - began)
+        if move.tier is Tier.HOST:
+            chunks = cut_to(self._host.get(move.session_id, []), move.tokens)
+        else:
+            chunks = self._require_disk().read(move.session_id, move.tokens)
+        if not chunks or chunks[-1].end_token != move.tokens:
+            raise SwapError(f"{move.session_id}: the {move.tier.value} copy is shorter than {move.tokens} tokens")
+        self._runner.put(move.slot, chunks)
+        return Copied(sum(chunk.nbytes for chunk in chunks), time.monotonic_ns() - began)
 
-    def discard(self, session_id: SessionId) -> None:
-        """Forget the copy. Safe where there is none."""
-        self._copies.pop(session_id, None)
+    def down(self, move: MoveDown) -> Copied:
+        """Hand the host copy to the disk's thread. Raises SwapError where it is shorter than the books say."""
+        began = time.monotonic_ns()
+        chunks = cut_to(self._host.pop(move.session_id, []), move.tokens)
+        if not chunks or chunks[-1].end_token != move.tokens:
+            raise SwapError(f"{move.session_id}: the host copy is shorter than {move.tokens} tokens")
+        if move.valid_tokens < move.tokens:
+            chunks = _from(chunks, move.valid_tokens)
+            self._require_disk().append(move.session_id, chunks, move.valid_tokens)
+        else:
+            chunks = []
+        return Copied(sum(chunk.nbytes for chunk in chunks), time.monotonic_ns() - began)
 
-    @property
-    def stored_bytes(self) -> int:
-        return sum(blob.size for blob in self._copies.values())
+    def discard(self, session_id: SessionId, tier: Tier) -> None:
+        """Forget a copy. Safe where there is none."""
+        if tier is Tier.HOST:
+            self._host.pop(session_id, None)
+        elif tier is Tier.DISK and self._disk is not None:
+            self._disk.discard(session_id)
+
+    def read_ahead(self, session_id: SessionId) -> None:
+        """The session will soon be wanted on the device: begin to read its file."""
+        if self._disk is not None:
+            self._disk.read_ahead(session_id)
+
+    def take_failures(self) -> dict[SessionId, str]:
+        """Disk copies that could not be written since the last call, and why."""
+        return self._disk.take_failures() if self._disk is not None else {}
+
+    def host_tokens(self, session_id: SessionId) -> int:
+        """Tokens really kept on the host: for tests of the books."""
+        chunks = self._host.get(session_id)
+        return chunks[-1].end_token if chunks else 0
+
+    def close(self) -> None:
+        self._host.clear()
+        if self._disk is not None:
+            self._disk.close()
+
+    def _require_disk(self) -> DiskTier:
+        if self._disk is None:
+            raise SwapError("no disk tier: start the engine with --disk-bytes and --disk-folder")
+        return self._disk
+
+
+def _from(chunks: list[KvChunk], token: int) -> list[KvChunk]:
+    """The pieces from `token` on."""
+    kept = []
+    for chunk in chunks:
+        if chunk.end_token > token:
+            kept.append(chunk if chunk.first_token >= token else chunk.tail(token - chunk.first_token))
+    return kept

@@ -1,0 +1,193 @@
+"""Where each session's KV lives: who leaves the device, to which tier, and how it comes back.
+
+Owns: eviction order, moves between tiers, retention marks, and every change of the ledger other than growth.
+Pure, like the scheduler it serves. Must not: know of queues beyond who is computing, nor move bytes.
+
+Order of leaving: idle sessions as their retention ends, then waiting turns that still hold KV, from the back of the
+queue; sessions pinned by a directive last, and only where the caller allows it.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Container, Iterable
+
+from .ledger import Ledger
+from .plan import Discard, Move, MoveDown, MoveIn, MoveOut
+from .sequence import Session, SessionId, Slot, Tier
+from .service import TokenService
+
+
+class Reach(enum.Enum):
+    """How far making room may go."""
+
+    EXPIRED = 1
+    """Idle sessions whose retention has ended."""
+    UNPINNED = 2
+    """Whatever no directive has pinned."""
+    PINNED = 3
+
+
+class Placement:
+    """Its decisions collect in `moves`, in the order they must be carried out, until the scheduler takes them."""
+
+    def __init__(
+        self, ledger: Ledger, sessions: dict[SessionId, Session], computing: Container[SessionId], service: TokenService
+    ) -> None:
+        self.ledger = ledger
+        self.moves: list[Move] = []
+        self._sessions = sessions
+        self._computing = computing
+        self._service = service
+
+    def take_moves(self) -> list[Move]:
+        taken, self.moves = self.moves, []
+        return taken
+
+    # Room
+
+    def reclaimable(self, now_ns: int, reach: Reach, keep: Iterable[SessionId] = ()) -> int:
+        """Device tokens `make_room` could free."""
+        return sum(self.ledger.holding(s.id).device_tokens for s in self._candidates(now_ns, reach, keep))
+
+    def make_room(self, tokens: int, now_ns: int, reach: Reach, keep: Iterable[SessionId] = ()) -> None:
+        """Evict until `tokens` have been freed or nobody is left to evict. Zero or less is a safe no-op."""
+        if tokens <= 0:
+            return
+        for session in self._candidates(now_ns, reach, keep):
+            tokens -= self.ledger.holding(session.id).device_tokens
+            self.evict(session)
+            if tokens <= 0:
+                return
+
+    def ensure_slot(self, session: Session, now_ns: int, reach: Reach) -> bool:
+        """Whether the session has a slot or a free one exists, evicting one other session if that helps."""
+        if self.ledger.holding(session.id).slot is None and not self.ledger.free_slot_count:
+            for other in self._candidates(now_ns, reach, {session.id})[:1]:
+                self.evict(other)
+        return self.ledger.holding(session.id).slot is not None or self.ledger.free_slot_count > 0
+
+    def _candidates(self, now_ns: int, reach: Reach, keep: Iterable[SessionId]) -> list[Session]:
+        """Sessions that hold a slot and are not computing, in the order they should leave."""
+        spared = set(keep)
+        found: list[tuple[tuple[int, float, int], Session]] = []
+        for session_id in self.ledger:
+            session = self._sessions[session_id]
+            if session_id in spared or session_id in self._computing or self.ledger.holding(session_id).slot is None:
+                continue
+            pinned = session.pinned_until_ns is not None
+            if pinned and reach is not Reach.PINNED:
+                continue
+            if session.turn is not None:
+                if reach is Reach.EXPIRED:
+                    continue
+                # Its turn waits: the later it will run, the sooner it may leave.
+                rank = (2 if pinned else 1, -self._service.counter(session.tenant_id), -session.turn.arrival_ns)
+            else:
+                if reach is Reach.EXPIRED and session.retain_until_ns > now_ns:
+                    continue
+                rank = (2 if pinned else 0, float(session.retain_until_ns), 0)
+            found.append((rank, session))
+        return [session for _, session in sorted(found, key=lambda entry: entry[0])]
+
+    # Down
+
+    def evict(self, session: Session, tier: Tier | None = None, directive_id: str = "") -> Tier:
+        """Free the session's device KV and slot; returns where its longest copy is then.
+
+        `tier` None: the host where there is room, else disk, else nowhere. A tier without room means nowhere, too: ask
+        `fits` first where that matters. What a tier already holds is not copied again.
+        """
+        holding = self.ledger.holding(session.id)
+        slot, tokens = holding.slot, holding.device_tokens
+        if slot is None:
+            return holding.longest()[0]
+        session.pinned_until_ns = None
+        for wanted in (Tier.HOST, Tier.DISK) if tier is None else (tier,):
+            if wanted is Tier.NONE or not tokens or not self.fits(session, wanted, tokens):
+                continue
+            valid = self._valid(session, wanted)
+            self.ledger.copied(session.id, wanted, max(tokens, valid))
+            self.ledger.leave_device(session.id)
+            self.moves.append(MoveOut(session.id, slot, wanted, tokens, min(valid, tokens), directive_id))
+            return wanted
+        self.ledger.leave_device(session.id)
+        self.moves.append(Discard(session.id, slot, 0, Tier.DEVICE, directive_id))
+        # An older, shorter copy elsewhere is still a true prefix and stays.
+        return self.ledger.holding(session.id).longest()[0]
+
+    def demote(self, session: Session, directive_id: str = "") -> bool:
+        """Move a session's host copy to disk. False where the disk has no room or there is nothing to move."""
+        tokens = self.ledger.holding(session.id).host_tokens
+        valid = self._valid(session, Tier.DISK)
+        if not tokens or not self.ledger.room(Tier.DISK, max(0, tokens - valid)):
+            return False
+        self.ledger.copied(session.id, Tier.DISK, max(tokens, valid))
+        self.ledger.copied(session.id, Tier.HOST, 0)
+        self.moves.append(MoveDown(session.id, tokens, min(valid, tokens), directive_id))
+        return True
+
+    def fits(self, session: Session, tier: Tier, tokens: int) -> bool:
+        """Whether `tier` takes the session's first `tokens`, making room in the host tier where that helps."""
+        appended = max(0, tokens - self._valid(session, tier))
+        if tier is Tier.HOST and not self.ledger.room(tier, appended):
+            self.shed_host(appended, keep=session.id)
+        return self.ledger.room(tier, appended)
+
+    def shed_host(self, appended: int, keep: SessionId | None = None) -> None:
+        """Make room for `appended` tokens in the host tier.
+
+        Copies the device also holds go first (they cost nothing now), then idle sessions' copies move to disk, longest
+        unused first, where there is a disk tier.
+        """
+        if self.ledger.room(Tier.HOST, appended):
+            return
+        holders = [self._sessions[s] for s in self.ledger if s != keep and self.ledger.holding(s).host_tokens]
+        holders.sort(key=lambda s: (s.turn is not None, s.last_used_ns))
+        for session in holders:
+            holding = self.ledger.holding(session.id)
+            if holding.host_tokens <= holding.device_tokens:
+                self.discard_copy(session, Tier.HOST)
+                if self.ledger.room(Tier.HOST, appended):
+                    return
+        for session in holders:
+            if session.turn is None and self.demote(session) and self.ledger.room(Tier.HOST, appended):
+                return
+
+    def _valid(self, session: Session, tier: Tier) -> int:
+        holding = self.ledger.holding(session.id)
+        return holding.host_tokens if tier is Tier.HOST else holding.disk_tokens
+
+    # Up
+
+    def move_in(self, session: Session, directive_id: str = "") -> Slot:
+        """Bring the longest copy back to the device. The caller has seen to room and a slot; a no-op if it is there."""
+        tier, tokens = self.ledger.holding(session.id).longest()
+        slot = self.ledger.open(session.id)
+        if tier in (Tier.HOST, Tier.DISK):
+            self.ledger.restored(session.id, tokens)
+            self.moves.append(MoveIn(session.id, slot, tier, tokens, directive_id))
+        return slot
+
+    # Away
+
+    def truncate(self, session: Session, to_tokens: int, directive_id: str = "") -> None:
+        """Forget what lies beyond `to_tokens` in every tier; the store cuts its copies when it next uses them."""
+        slot = self.ledger.holding(session.id).slot
+        self.ledger.truncate(session.id, to_tokens)
+        if slot is not None:
+            self.moves.append(Discard(session.id, slot, to_tokens, Tier.DEVICE, directive_id))
+
+    def discard_copy(self, session: Session, tier: Tier) -> None:
+        self.ledger.copied(session.id, tier, 0)
+        self.moves.append(Discard(session.id, None, 0, tier))
+
+    def discard_all(self, session: Session, directive_id: str = "") -> None:
+        holding = self.ledger.holding(session.id)
+        slot = holding.slot
+        for tier, tokens in ((Tier.HOST, holding.host_tokens), (Tier.DISK, holding.disk_tokens)):
+            if tokens:
+                self.discard_copy(session, tier)
+        self.ledger.leave_device(session.id)
+        if slot is not None:
+            self.moves.append(Discard(session.id, slot, 0, Tier.DEVICE, directive_id))
