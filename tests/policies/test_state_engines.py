@@ -1,0 +1,254 @@
+"""What each event about engines, sessions, decisions and outcomes means to the state."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from equipoise.policies.actions import (
+    Drop,
+    OutcomeStatus,
+    Retain,
+    SetTenantWeight,
+    SwapIn,
+    SwapOut,
+)
+from equipoise.policies.events import (
+    EngineAttached,
+    EngineDetached,
+    SessionMoved,
+    TurnEnded,
+    TurnPreempted,
+    TurnStarted,
+)
+from equipoise.policies.model import (
+    CostModel,
+    EngineId,
+    FinishReason,
+    KvTier,
+    Session,
+    SessionId,
+    SessionPhase,
+    TenantId,
+    Verdict,
+)
+from equipoise.policies.state import State
+from equipoise.tests.policies.facts import (
+    ENGINE,
+    came_of_it,
+    decided,
+    ended,
+    engine,
+    ns,
+    observed,
+    session,
+    started,
+    state_with_a_call,
+    the_call,
+)
+
+ADA = SessionId("gold/ada")
+SWAP = SwapOut(ENGINE, ADA, KvTier.HOST, ns(9))
+
+
+def ada(state: State) -> Session:
+    return state.sessions[ADA]
+
+
+def turn_started(at_s: float, turn: str = "t1") -> TurnStarted:
+    return TurnStarted(ns(at_s), ENGINE, ADA, turn, prompt_tokens=10, cached_tokens=0)
+
+
+def turn_ended(at_s: float, reason: FinishReason = FinishReason.TOOL_CALLS) -> TurnEnded:
+    return TurnEnded(ns(at_s), ENGINE, ADA, "t1", reason, 10, 0, 0, 5, 0, 0)
+
+
+def moved(at_s: float, to: KvTier, directive: str | None = None) -> SessionMoved:
+    return SessionMoved(ns(at_s), ENGINE, ADA, KvTier.DEVICE, to, 1000, 1000, 1, directive)
+
+
+def test_an_observation_is_the_whole_picture_of_its_engine() -> None:
+    state = state_with_a_call().apply(EngineAttached(0, engine("e2")))
+    state.apply(observed(1.0, session("other", engine=EngineId("e2")), engine="e2"))
+    assert set(state.sessions) == {"gold/ada", "other"}
+    state.apply(observed(2.0, session("new")))
+    assert set(state.sessions) == {"new", "other"}
+
+
+def test_an_observation_updates_the_engine_and_keeps_a_cost_it_does_not_tell() -> None:
+    cost = CostModel(prefill_seconds_per_token=0.5)
+    state = state_with_a_call().apply(observed(1.0, session(), device_used_tokens=7, waiting_count=3, cost=cost))
+    state.apply(observed(2.0, session(), device_used_tokens=8))
+    known = state.engines[ENGINE]
+    assert (known.device_used_tokens, known.waiting_count, known.cost) == (8, 0, cost)
+    assert known.observed_ns == ns(2)
+
+
+def test_an_observation_by_an_unknown_engine_is_late() -> None:
+    state = State().apply(observed(0.0, session()))
+    assert not state.sessions and state.late_count == 1
+
+
+def test_a_session_belongs_to_the_engine_that_reports_it() -> None:
+    state = state_with_a_call().apply(observed(1.0, session("x", engine=EngineId("nobody"))))
+    assert state.sessions[SessionId("x")].engine == ENGINE
+    state.apply(ended(2.0)).check_integrity()
+
+
+def test_what_the_engine_does_not_report_is_remembered() -> None:
+    state = state_with_a_call().apply(turn_started(1.0)).apply(turn_ended(2.0)).apply(decided(SWAP, 3.0))
+    state.apply(observed(4.0, session("gold/ada")))
+    assert (ada(state).turn_count, ada(state).last_finish) == (1, FinishReason.TOOL_CALLS)
+    assert (ada(state).verdict, ada(state).verdict_ns) == (Verdict.SWAP_HOST, ns(3))
+
+
+def test_a_turn_is_running_from_its_start_to_its_end() -> None:
+    state = state_with_a_call().apply(turn_started(1.0))
+    assert ada(state).phase is SessionPhase.RUNNING
+    assert state.apply(turn_ended(2.0)).sessions[ADA].phase is SessionPhase.IDLE
+
+
+def test_a_turn_ends_the_verdict_of_the_last_tool_call() -> None:
+    state = state_with_a_call().apply(decided(SWAP, 1.0)).apply(turn_started(2.0))
+    assert (ada(state).verdict, ada(state).verdict_ns) == (None, 0)
+
+
+def test_a_session_that_moved_is_in_its_new_tier_at_once() -> None:
+    assert ada(state_with_a_call().apply(moved(1.0, KvTier.HOST))).tier is KvTier.HOST
+    dropped = ada(state_with_a_call().apply(moved(1.0, KvTier.NONE)))
+    assert (dropped.tier, dropped.held_tokens) == (KvTier.NONE, 0)
+
+
+def test_a_preemption_waits_for_the_report_that_says_where_the_kv_is() -> None:
+    state = state_with_a_call()
+    before = ada(state)
+    assert ada(state.apply(TurnPreempted(ns(1), ENGINE, ADA, "t1", KvTier.HOST, None))) == before
+
+
+def test_a_detached_engine_takes_its_sessions_along() -> None:
+    state = state_with_a_call().apply(observed(0.0, session("gold/ada"), host_used_bytes=5))
+    state.apply(EngineDetached(ns(1), ENGINE))
+    known = state.engines[ENGINE]
+    assert not state.sessions
+    assert (known.attached, known.device_used_tokens, known.host_used_bytes) == (False, 0, 0)
+    state.check_integrity()
+
+
+# -- KV charged to the call
+
+
+def test_a_call_is_charged_for_what_its_idle_session_held_where() -> None:
+    state = state_with_a_call()  # 1000 tokens of 1 KiB from 0 s
+    state.apply(moved(2.0, KvTier.HOST))
+    state.apply(observed(2.0, session("gold/ada", tier=KvTier.HOST, host_bytes=500)))
+    state.apply(ended(5.0))
+    kv = the_call(state).kv
+    assert kv.held_bytes == 1000 * 1024
+    assert kv.idle_byte_seconds == pytest.approx(2 * 1000 * 1024)
+    assert kv.host_byte_seconds == pytest.approx(3 * 500)
+
+
+def test_a_call_is_not_charged_while_its_session_computes() -> None:
+    state = state_with_a_call().apply(turn_started(1.0)).apply(turn_ended(4.0)).apply(ended(5.0))
+    assert the_call(state).kv.idle_byte_seconds == pytest.approx(2 * 1000 * 1024)
+
+
+def test_charging_ends_with_the_call() -> None:
+    state = state_with_a_call().apply(ended(1.0)).apply(observed(9.0, session("gold/ada")))
+    assert the_call(state).kv.idle_byte_seconds == pytest.approx(1000 * 1024)
+
+
+def test_charging_ends_with_the_engine() -> None:
+    state = state_with_a_call().apply(EngineDetached(ns(2), ENGINE)).apply(ended(5.0))
+    assert the_call(state).kv.idle_byte_seconds == pytest.approx(2 * 1000 * 1024)
+
+
+def test_a_later_report_about_an_earlier_time_is_not_charged_twice() -> None:
+    state = state_with_a_call().apply(observed(3.0, session("gold/ada")))
+    state.apply(observed(2.0, session("gold/ada"))).apply(ended(4.0))
+    assert the_call(state).kv.idle_byte_seconds == pytest.approx(4 * 1000 * 1024)
+
+
+# -- verdicts
+
+
+@pytest.mark.parametrize(
+    ("action", "verdict"),
+    [
+        (SWAP, Verdict.SWAP_HOST),
+        (SwapOut(ENGINE, ADA, KvTier.DISK, ns(9)), Verdict.SWAP_DISK),
+        (Retain(ENGINE, ADA, ns(5), ns(9)), Verdict.KEEP),
+        (Drop(ENGINE, ADA, 0, ns(9)), Verdict.DROP),
+    ],
+)
+def test_a_decision_is_the_verdict_on_session_and_call(action: SwapOut | Retain | Drop, verdict: Verdict) -> None:
+    state = state_with_a_call().apply(decided(action, 1.0))
+    assert (ada(state).verdict, ada(state).verdict_ns, the_call(state).verdict) == (verdict, ns(1), verdict)
+
+
+def test_a_call_nothing_was_asked_for_kept_its_kv() -> None:
+    assert the_call(state_with_a_call().apply(ended(1.0))).verdict is Verdict.KEEP
+
+
+def test_bringing_kv_back_leaves_the_record_of_the_call_alone() -> None:
+    state = state_with_a_call().apply(decided(SWAP, 1.0)).apply(ended(2.0))
+    state.apply(decided(SwapIn(ENGINE, ADA, ns(9)), 2.1, "d2"))
+    assert (ada(state).verdict, the_call(state).verdict) == (Verdict.KEEP, Verdict.SWAP_HOST)
+
+
+@pytest.mark.parametrize("status", [OutcomeStatus.REJECTED, OutcomeStatus.EXPIRED, OutcomeStatus.FAILED])
+def test_a_verdict_the_engine_did_not_follow_is_taken_back(status: OutcomeStatus) -> None:
+    state = state_with_a_call().apply(decided(SWAP, 1.0)).apply(came_of_it(status, 1.5))
+    assert (ada(state).verdict, ada(state).verdict_ns) == (None, ns(1)), "it is still known when it was asked"
+    assert the_call(state.apply(ended(2.0))).verdict is Verdict.KEEP
+
+
+def test_a_late_refusal_of_an_older_verdict_changes_nothing() -> None:
+    state = state_with_a_call().apply(decided(SWAP, 1.0, "d1"))
+    state.apply(decided(Retain(ENGINE, ADA, ns(5), ns(9)), 4.0, "d2"))
+    state.apply(came_of_it(OutcomeStatus.EXPIRED, 5.0, "d1"))
+    assert ada(state).verdict is Verdict.KEEP
+
+
+def test_a_verdict_does_not_reach_calls_of_other_sessions() -> None:
+    state = state_with_a_call().apply(started(0.0, id=2, session=SessionId("other")))
+    state.apply(decided(SWAP, 1.0))
+    assert the_call(state, 2).verdict is None
+
+
+# -- tenant weights
+
+
+def told(state: State) -> frozenset[tuple[str, str, float]]:
+    return frozenset(state.snapshot(0).weights_told)
+
+
+def tell(weight: float, id: str = "d1") -> SetTenantWeight:
+    return SetTenantWeight(ENGINE, TenantId("gold"), weight, ns(9))
+
+
+def test_a_weight_is_told_from_the_decision_on_and_not_when_it_failed() -> None:
+    state = state_with_a_call().apply(decided(tell(2.0)))
+    assert told(state) == {(ENGINE, "gold", 2.0)}
+    assert told(state.apply(came_of_it(OutcomeStatus.REJECTED))) == frozenset()
+
+
+def test_only_the_last_weight_told_is_known_to_the_engine() -> None:
+    state = state_with_a_call()
+    for number, weight in enumerate((1.0, 2.0, 1.0)):
+        state.apply(decided(tell(weight), id=f"d{number}"))
+        assert told(state) == {(ENGINE, "gold", weight)}
+
+
+@pytest.mark.parametrize("leaves_first", [True, False])
+def test_an_engine_that_attaches_again_knows_no_weights(leaves_first: bool) -> None:
+    state = state_with_a_call().apply(decided(tell(2.0)))
+    if leaves_first:
+        state.apply(EngineDetached(1, ENGINE))
+    assert told(state.apply(EngineAttached(2, engine()))) == frozenset()
+
+
+def test_a_session_is_never_less_than_what_it_holds() -> None:
+    state = state_with_a_call().apply(observed(1.0, replace(session("x", held_tokens=9), context_tokens=3)))
+    assert state.sessions[SessionId("x")].context_tokens == 9
+    state.check_integrity()
