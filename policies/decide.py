@@ -85,6 +85,10 @@ def _place_kv(snapshot: Snapshot, policy: Policy, engine: Engine, decisions: _De
     for session in snapshot.sessions:
         if session.engine != engine.id or session.phase is not SessionPhase.IDLE or session.held_tokens == 0:
             continue
+        if session.id in snapshot.left_behind:
+            if "drop" in can and session.verdict is not Verdict.DROP:
+                _forget_session(snapshot, policy, engine, session, decisions)
+            continue
         call = snapshot.running_call_of(session.id)
         if call is None:
             if "swap_in" in can and _wants_back(snapshot, session) and session.held_tokens <= device_free:
@@ -159,6 +163,21 @@ def _wants_back(snapshot: Snapshot, session: Session) -> bool:
         return False
     return session.verdict in (Verdict.SWAP_HOST, Verdict.SWAP_DISK) and any(
         c.session == session.id and c.end_ns is not None and c.end_ns >= session.verdict_ns for c in snapshot.tool_calls
+    )
+
+
+def _forget_session(
+    snapshot: Snapshot, policy: Policy, engine: Engine, session: Session, decisions: _Decisions
+) -> None:
+    decisions.add(
+        Drop(engine.id, session.id, 0, snapshot.now_ns + policy.kv.directive_ns),
+        session.tenant,
+        str(session.id),
+        "session's sandbox has been removed",
+        f"no agent will come back for its {session.held_tokens} tokens in {session.tier.value}",
+        session.held_tokens,
+        0,
+        "tokens",
     )
 
 

@@ -28,7 +28,7 @@ BURST_QUANTILE = 0.9
 
 @dataclass(frozen=True, slots=True)
 class Prices:
-    """Rent per byte and second, relative to a device byte at half occupancy."""
+    """Rent per byte and second, relative to a device byte at three quarters of its tier's capacity."""
 
     device: float
     host: float
@@ -45,25 +45,36 @@ class Weighed:
 
 
 def barrier(used_ratio: float) -> float:
-    """Price of a tier by its occupancy: (u / (1-u))^2; 0 when empty, 1 at half, 81 at nine tenths, capped."""
+    """Price of a tier by its occupancy: (u / (1-u) / 3)^3, capped.
+
+    0 when empty, 0.04 at half, 1 (InferCept's price) at three quarters, 27 at nine tenths: memory that nobody else
+    asks for is nearly free, and the last of it is not to be had.
+    """
     if used_ratio <= 0.0:
         return 0.0
     if used_ratio >= 1.0:
         return PRICE_CAP
-    return min(PRICE_CAP, (used_ratio / (1.0 - used_ratio)) ** 2)
+    return min(PRICE_CAP, (used_ratio / (1.0 - used_ratio) / 3.0) ** 3)
 
 
 def predicted_burst_bytes(snapshot: Snapshot) -> int:
-    """RAM that the tool calls now running may still grow by: the 0.9 quantile of their kind's peak, less their use.
+    """RAM that the tool calls now running may still grow by: each to its kind's mean peak, and the worst one beyond it.
 
-    Never past a hard budget: the kernel stops a call there until it is asked for more.
+    The worst is the largest gap between a kind's 0.9 quantile and its mean: bursts last a second or two and seldom
+    meet, so the sum of all quantiles would keep free what is never used. Never past a hard budget: the kernel stops a
+    call there until it is asked for more.
     """
-    total = 0
+    expected = worst = 0
     for call in snapshot.tool_calls:
-        if call.running and call.phase is not ToolCallPhase.KILLED:
-            peak = call.expected_bytes or snapshot.estimates.peak_quantile_bytes(call.kind, BURST_QUANTILE)
-            total += max(0, min(peak, call.hard_bytes or peak) - call.used_bytes)
-    return total
+        if not call.running or call.phase is ToolCallPhase.KILLED:
+            continue
+        mean = call.expected_bytes or snapshot.estimates.peak_mean_bytes(call.kind)
+        peak = call.expected_bytes or snapshot.estimates.peak_quantile_bytes(call.kind, BURST_QUANTILE)
+        most = call.hard_bytes or max(mean, peak)
+        to_mean = max(0, min(mean, most) - call.used_bytes)
+        expected += to_mean
+        worst = max(worst, max(0, min(peak, most) - call.used_bytes) - to_mean)
+    return expected + worst
 
 
 def prices(snapshot: Snapshot, policy: Policy, engine: Engine) -> Prices:

@@ -42,6 +42,7 @@ _LONGEST_COMMAND = 4096
 _DEEPEST = 8
 """Shells within shells that are looked into: a command line comes from outside and must not exhaust the stack."""
 _BUCKETS = 48
+_OWN_MODULE = "equipoise.daemon.cli"
 PRIOR_WEIGHT = 2.0
 """A kind's prior counts as this many observations."""
 MOST_KINDS = 1024
@@ -80,8 +81,13 @@ def _kind_of(words: list[str], depth: int) -> str:
             return (_shell_kind(rest, depth - 1) if depth else "") or name
         if name.startswith("python"):
             return _python_kind(rest) or "python"
-        return name
+        return (_wrapped_kind(rest) if name == "equipoise" else "") or name
     return ""
+
+
+def _wrapped_kind(words: list[str]) -> str:
+    """What our own wrapper runs: `equipoise tool -- pytest`."""
+    return _kind_of(words[words.index("--") + 1 :], 0) if words[:1] == ["tool"] and "--" in words else ""
 
 
 def _shell_kind(words: list[str], depth: int) -> str:
@@ -104,7 +110,8 @@ def _script_kind(script: str, depth: int) -> str:
 def _python_kind(words: list[str]) -> str:
     for index, word in enumerate(words):
         if word == "-m" and index + 1 < len(words):
-            return words[index + 1]
+            module, rest = words[index + 1], words[index + 2 :]
+            return (_wrapped_kind(rest) if module == _OWN_MODULE else "") or module
         if word == "-c":
             return "python"
         if not word.startswith("-") and (not index or words[index - 1] not in ("-W", "-X")):
@@ -172,9 +179,12 @@ def _prior_durations() -> LogHistogram:
 
 
 def _prior_peaks() -> LogHistogram:
+    # Growth of the container's memory during 6,641 tool calls of the AgentCgroup traces: p50 2.6 MiB, p90 21 MiB,
+    # p99 130 MiB, most 1.8 GiB. Percent of the calls by power of two.
     prior = LogHistogram()
-    for value_mib, weight in ((16, 50.0), (64, 25.0), (256, 20.0), (1024, 5.0)):
-        prior = prior.observe(value_mib * MIB, weight)
+    percents = ((1, 42.4), (3, 22.4), (6, 19.7), (12, 4.6), (24, 2.2), (48, 5.2), (96, 2.4), (192, 0.9), (384, 0.2))
+    for value_mib, percent in percents:
+        prior = prior.observe(value_mib * MIB, percent)
     return prior
 
 
@@ -208,5 +218,10 @@ class Estimates:
         return (beyond if beyond is not None else float(elapsed_ns)) / NS_PER_S
 
     def peak_quantile_bytes(self, kind: str, q: float) -> int:
-        known = self.peaks.get(kind, LogHistogram()).plus(self.prior_peaks, PRIOR_WEIGHT)
-        return int(known.quantile(q) or 0)
+        return int(self._known_peaks(kind).quantile(q) or 0)
+
+    def peak_mean_bytes(self, kind: str) -> int:
+        return int(self._known_peaks(kind).mean_beyond(0.0) or 0)
+
+    def _known_peaks(self, kind: str) -> LogHistogram:
+        return self.peaks.get(kind, LogHistogram()).plus(self.prior_peaks, PRIOR_WEIGHT)

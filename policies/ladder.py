@@ -149,7 +149,8 @@ def _grant(call: ToolCall, hard: int, used: int, pool: int, policy: Policy) -> S
         pool / MIB,
         "MiB",
         f"stopped at {_mib(call.used_bytes)}; the pool holds {_mib(used)} of {_mib(pool)}: granted up to {_mib(hard)}",
-        trigger_ns=_stopped_ns(call),
+        # After a wait the time since the stop is the policy's, not the answer's.
+        trigger_ns=_stopped_ns(call) if call.waiting_until_ns is None else None,
     )
 
 
@@ -218,7 +219,6 @@ def _kill_payer(
         f"{why}; the pool holds {_mib(used)} of {_mib(pool)}; {call.tenant} stands at "
         f"{share.weighted:.2f} of weighted {share.resource} share",
         tuple(Candidate(f"kill {c.kind} of {c.tenant}", -by_tenant[c.tenant].weighted) for c in payers),
-        trigger_ns=_stopped_ns(call),
     )
 
 
@@ -265,7 +265,6 @@ def _relieve(snapshot: Snapshot, policy: Policy, by_tenant: dict[TenantId, Share
             f"the pool holds {_mib(used)} of {_mib(pool)}; {call.tenant} is furthest above its share "
             f"({share.weighted:.2f} weighted {share.resource})",
             tuple(Candidate(f"throttle {c.kind} of {c.tenant}", -by_tenant[c.tenant].weighted) for c in running),
-            trigger_ns=snapshot.pressure_since_ns,
         )
     ]
 

@@ -26,6 +26,9 @@ class Snapshot:
     weights_told: frozenset[tuple[EngineId, TenantId, float]] = frozenset()
     """Tenant weights the engines have been asked to use."""
 
+    left_behind: frozenset[SessionId] = frozenset()
+    """Sessions whose sandbox has been removed: no agent will come back for their KV."""
+
     def weight(self, tenant: TenantId) -> float:
         return next((t.weight for t in self.tenants if t.id == tenant), 1.0)
 

@@ -115,6 +115,7 @@ class State:
         self._intents: dict[tuple[CgroupId, str], IntentDeclared] = {}
         self._decisions: dict[DecisionId, Decision] = {}
         self._weights: set[tuple[EngineId, TenantId, float]] = set()
+        self._left_behind: set[SessionId] = set()
         self._pressure_since_ns: int | None = None
 
     def resolve(self, tool_call: ToolCallId) -> ToolCallId:
@@ -128,8 +129,10 @@ class State:
                 self.policy = event.policy
             case SandboxRegistered():
                 self.sandboxes[event.sandbox.cgroup_id] = event.sandbox
+                self._left_behind.discard(event.sandbox.session)
             case SandboxRemoved():
-                self.sandboxes.pop(event.cgroup_id, None)
+                if removed := self.sandboxes.pop(event.cgroup_id, None):
+                    self._left_behind.add(removed.session)
                 self._intents = {key: i for key, i in self._intents.items() if key[0] != event.cgroup_id}
             case SandboxSampled():
                 self._sandbox_sampled(event)
@@ -196,6 +199,7 @@ class State:
             estimates=self.estimates,
             pressure_since_ns=self._pressure_since_ns,
             weights_told=frozenset(self._weights),
+            left_behind=frozenset(self._left_behind & self.sessions.keys()),
         )
 
     def check_integrity(self) -> None:
@@ -606,6 +610,7 @@ class State:
         if old:
             self._aliases = {alias: to for alias, to in self._aliases.items() if to in self.tool_calls}
             self._wrappers &= self._aliases.keys()
+        self._left_behind &= self.sessions.keys()
         for decision in [d for d in self._decisions.values() if now_ns - d.at_ns > REMEMBER_NS]:
             del self._decisions[decision.id]
 
