@@ -159,6 +159,26 @@ static __always_inline void leave_mm(u64 key)
 	bpf_map_delete_elem(&mms, &key);
 }
 
+/* What an address space holds is another tool call's from now on. `old` is NULL where that record is gone already. */
+static __always_inline void move_mm(struct mm_record *record, struct tool_record *old, struct tool_record *tool,
+				    u64 tag, u32 slot)
+{
+	s64 private_bytes = record->private_pages << tunables.page_shift;
+	s64 shared_pages = record->shared_pages;
+
+	if (old) {
+		__sync_fetch_and_add(&old->private_bytes, -private_bytes);
+		count_shared(old, record, 0);
+		update_usage(old);
+	}
+	record->shared_pages = 0;
+	record->tag = tag;
+	record->slot = slot;
+	__sync_fetch_and_add(&tool->private_bytes, private_bytes);
+	count_shared(tool, record, shared_pages);
+	update_usage(tool);
+}
+
 /* The tool call's own memory cgroup, if user space says it has one: the kernel's exact figure, page cache included. */
 static __always_inline void sample_memory_cgroup(struct tool_record *tool, struct task_struct *task)
 {

@@ -123,49 +123,6 @@ static __always_inline void emit_exec(u32 kind, struct tool_record *tool, u32 sl
 	event_submit(event, kind == EVENT_TOOL_EXEC);
 }
 
-SEC("tp_btf/sched_process_exec")
-int BPF_PROG(on_exec, struct task_struct *task, int old_pid, struct linux_binprm *bprm)
-{
-	struct process_record *process;
-	struct tool_record *tool, *agent;
-	struct task_tag *tag;
-	u32 tgid = task->tgid, slot;
-
-	process = bpf_map_lookup_elem(&processes, &tgid);
-	if (!process)
-		return 0;
-	tag = bpf_task_storage_get(&task_tags, task, NULL, 0);
-	if (!tag)
-		return 0;
-	leave_mm(process->mm);
-	process->mm = (u64)task->mm;
-	slot = tag->slot;
-	tool = tool_of(tag->tag, slot);
-	if (!tool)
-		return 0;
-
-	/* The registered process may exec (a shell or env that becomes the agent): it stays the agent. */
-	if (tag->role == ROLE_AGENT && tool->root_tgid != tgid) {
-		agent = tool;
-		tool = new_tool(agent, tag->tag, tgid, &slot);
-		if (!tool) {
-			join_mm(agent, tag->tag, tag->slot, task->mm, false);
-			return 0;
-		}
-		__sync_fetch_and_sub(&agent->processes, 1);
-		tool->processes = 1;
-		process->tag = tag->tag = tool->tag;
-		process->slot = tag->slot = slot;
-		process->role = tag->role = ROLE_TOOL;
-		emit_exec(EVENT_TOOL_EXEC, tool, slot, task, bprm);
-	} else if (tunables.report_child_execs) {
-		emit_exec(EVENT_CHILD_EXEC, tool, slot, task, bprm);
-	}
-	__sync_fetch_and_add(&tool->execs, 1);
-	join_mm(tool, tag->tag, slot, task->mm, false);
-	return 0;
-}
-
 static __always_inline void emit_exit(u32 kind, struct tool_record *tool, u32 slot, struct task_struct *task,
 				      u32 processes_left)
 {
@@ -186,6 +143,56 @@ static __always_inline void emit_exit(u32 kind, struct tool_record *tool, u32 sl
 	event->processes = processes_left;
 	event->padding = 0;
 	event_submit(event, true);
+}
+
+/* A process left the tool call (or agent) without exiting; the last one's leaving ends it all the same. */
+static __always_inline void remove_process(struct tool_record *tool, u32 slot, struct task_struct *task)
+{
+	if (__sync_fetch_and_sub(&tool->processes, 1) == 1)
+		emit_exit(EVENT_TOOL_GONE, tool, slot, task, 0);
+}
+
+SEC("tp_btf/sched_process_exec")
+int BPF_PROG(on_exec, struct task_struct *task, int old_pid, struct linux_binprm *bprm)
+{
+	struct process_record *process;
+	struct tool_record *tool, *agent;
+	struct task_tag *tag;
+	u32 tgid = task->tgid, slot, agent_slot;
+
+	process = bpf_map_lookup_elem(&processes, &tgid);
+	if (!process)
+		return 0;
+	tag = bpf_task_storage_get(&task_tags, task, NULL, 0);
+	if (!tag)
+		return 0;
+	leave_mm(process->mm);
+	process->mm = (u64)task->mm;
+	slot = agent_slot = tag->slot;
+	tool = tool_of(tag->tag, slot);
+	if (!tool)
+		return 0;
+
+	/* The registered process may exec (a shell or env that becomes the agent): it stays the agent. */
+	if (tag->role == ROLE_AGENT && tool->root_tgid != tgid) {
+		agent = tool;
+		tool = new_tool(agent, tag->tag, tgid, &slot);
+		if (!tool) {
+			join_mm(agent, tag->tag, tag->slot, task->mm, false);
+			return 0;
+		}
+		tool->processes = 1;
+		process->tag = tag->tag = tool->tag;
+		process->slot = tag->slot = slot;
+		process->role = tag->role = ROLE_TOOL;
+		emit_exec(EVENT_TOOL_EXEC, tool, slot, task, bprm);
+		remove_process(agent, agent_slot, task);
+	} else if (tunables.report_child_execs) {
+		emit_exec(EVENT_CHILD_EXEC, tool, slot, task, bprm);
+	}
+	__sync_fetch_and_add(&tool->execs, 1);
+	join_mm(tool, tag->tag, slot, task->mm, false);
+	return 0;
 }
 
 SEC("tp_btf/sched_process_exit")
@@ -219,32 +226,21 @@ int BPF_PROG(on_exit, struct task_struct *task)
 
 /* Move a process that is already followed from one tool call (or the agent) to another. */
 static __always_inline void move_process(struct process_record *process, struct tool_record *tool, u64 tag, u32 slot,
-					 u32 role)
+					 u32 role, struct task_struct *task)
 {
 	struct tool_record *old = tool_of(process->tag, process->slot);
 	struct mm_record *record = bpf_map_lookup_elem(&mms, &process->mm);
-	s64 private_pages, shared_pages;
+	u32 old_slot = process->slot;
 
-	if (old)
-		__sync_fetch_and_sub(&old->processes, 1);
 	__sync_fetch_and_add(&tool->processes, 1);
 	process->tag = tag;
 	process->slot = slot;
 	process->role = role;
-	if (!record || record->users != 1) /* a vfork child: the memory is still its parent's, until it execs */
-		return;
-	private_pages = record->private_pages;
-	shared_pages = record->shared_pages;
-	if (old) {
-		count_shared(old, record, 0);
-		__sync_fetch_and_add(&old->private_bytes, -(private_pages << tunables.page_shift));
-		update_usage(old);
-	}
-	record->tag = tag;
-	record->slot = slot;
-	__sync_fetch_and_add(&tool->private_bytes, private_pages << tunables.page_shift);
-	count_shared(tool, record, shared_pages);
-	update_usage(tool);
+	/* A vfork child's memory is still its parent's, until it execs. */
+	if (record && record->users == 1)
+		move_mm(record, old, tool, tag, slot);
+	if (old)
+		remove_process(old, old_slot, task);
 }
 
 /*
@@ -287,7 +283,7 @@ int retag_process(struct bpf_iter__task *ctx)
 	if (!process)
 		add_process(tool, fresh.tag, fresh.slot, fresh.role, task, task->real_parent->tgid, false);
 	else if (process->tag != fresh.tag)
-		move_process(process, tool, fresh.tag, fresh.slot, fresh.role);
+		move_process(process, tool, fresh.tag, fresh.slot, fresh.role, task);
 	return 0;
 }
 

@@ -195,3 +195,44 @@ def test_nothing_is_followed_outside_registered_agents(bench):
     bench.finish(child)
     assert bench.events == []
     assert bench.tools.tag_of(os.getpid()) is None
+
+
+def test_the_agents_record_is_given_back_when_its_last_fork_becomes_a_tool_call(bench):
+    agent, tag = bench.agent(
+        """
+        if os.fork(): os._exit(0)
+        time.sleep(0.2)
+        os.execv(PYTHON, [PYTHON, '-S', '-c', 'import time; time.sleep(30)'])
+        """
+    )
+    bench.wait(lambda: agent.poll() is not None and bench.started(), "the fork's exec")
+    bench.tick()
+    assert bench.tools.tags() == (bench.started()[0].id,)
+    assert bench.tools.usage(tag) is None
+    bench.tools.kill(bench.started()[0].id)
+
+
+def test_a_tool_call_taken_over_by_a_hook_ends_under_its_first_tag(bench):
+    agent, _ = bench.agent("tool('import time; time.sleep(30)').wait()")
+    bench.wait(bench.started, "the tool call")
+    found = bench.started()[0]
+    taken = bench.tools.begin_tool(found.pid, 4242)
+    bench.wait(lambda: bench.gone(found.id), "the end of the first tag")
+    assert bench.tools.processes(taken) == (found.pid,)
+    assert bench.tools.usage(found.id) is None
+    bench.tools.kill(taken)
+    bench.finish(agent)
+    assert bench.ended(taken).signal == 9
+
+
+def test_hundreds_of_short_processes_leave_no_trace_in_the_books(bench):
+    churn = "for n in $(seq 60); do (true | /bin/true; /bin/true &) ; done; wait"
+    agent, _ = bench.agent(
+        f"ts = [subprocess.Popen(['sh', '-c', {churn!r}]) for _ in range(4)]; [t.wait() for t in ts]"
+    )
+    bench.finish(agent)
+    bench.wait(lambda: not bench.tools.tags(), "the last process")
+    assert len(bench.started()) == 4
+    assert bench.tools.followed_count() == (0, 0)
+    assert bench.tools.losses().events_count == 0
+    assert all(count == 0 for _, count in bench.tools.losses().untracked)
