@@ -123,8 +123,17 @@ _Arrival = _Submit | _Cancel | _Direct | _Call
 
 class Engine:
     def __init__(
-        self, model: LanguageModel, runner: Runner, config: EngineConfig, disk: DiskTier | None = None
+        self,
+        model: LanguageModel,
+        runner: Runner,
+        config: EngineConfig,
+        disk: DiskTier | None = None,
+        clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
+        """`clock` answers CLOCK_MONOTONIC nanoseconds; tests give their own."""
+        self._clock = clock
+        self._wake_ns: int | None = None
+        self._stuck = False
         self.model = model
         self.config = config
         self.engine_id = f"embedded-{os.getpid()}-{uuid.uuid4().hex[:8]}"
@@ -168,7 +177,7 @@ class Engine:
     def submit(self, request: TurnRequest, sink: Sink) -> TurnId:
         """Queue a turn. `sink` gets TurnAccepted or TurnRefused first, then its text, then TurnFinished."""
         turn_id = TurnId(f"turn-{next(self._turn_numbers)}")
-        self._inbox.put(_Submit(turn_id, request, sink, time.monotonic_ns()))
+        self._inbox.put(_Submit(turn_id, request, sink, self._clock()))
         return turn_id
 
     def cancel(self, turn_id: TurnId) -> None:
@@ -221,24 +230,8 @@ class Engine:
     # The loop
 
     def _loop(self) -> None:
-        wake_ns: int | None = None
         while not self._stopping.is_set():
-            self._take_arrivals(wake_ns)
-            self._note_failed_writes()
-            now_ns = time.monotonic_ns()
-            for outcome in self._director.retry_deferred(now_ns):
-                self._settle(outcome)
-            plan = self._scheduler.plan(now_ns)
-            wake_ns = min((at for at in (plan.wake_ns, self._director.next_deadline_ns()) if at), default=None)
-            try:
-                self._carry_out(plan)
-            except ContextError as error:
-                self._fail_step(plan, error)
-            if not plan.slices and not plan.moves and self._scheduler.busy():
-                # Nothing can run until something ends by itself (a pin, a hold): do not spin.
-                wake_ns = min(wake_ns or 1 << 63, time.monotonic_ns() + 20_000_000)
-                self._take_arrivals(wake_ns, idle=True)
-            self._report_occupancy()
+            self.cycle(wait=True)
         for live in list(self._live.values()):
             self._finish(live, FinishReason.CANCELLED)
         for waiting in self._behind.values():
@@ -246,12 +239,34 @@ class Engine:
                 arrival.sink(TurnRefused(RequestError("the engine is stopping", status=503, kind="server_error")))
         self._swapper.close()
 
-    def _take_arrivals(self, wake_ns: int | None, *, idle: bool = False) -> None:
-        """Handle all that has arrived; block for the next arrival only where there is nothing to compute."""
-        if idle or not self._scheduler.busy():
-            wait_s = _IDLE_WAIT_S
-            if wake_ns is not None:
-                wait_s = min(wait_s, max(0.0, (wake_ns - time.monotonic_ns()) / 1e9))
+    def cycle(self, *, wait: bool = False) -> bool:
+        """One step border and one step: apply what arrived, plan, carry out. Whether anything was done.
+
+        The engine's thread calls it for ever, waiting for arrivals where there is nothing to compute; a test that never
+        calls `start` may call it instead.
+        """
+        self._take_arrivals(wait)
+        self._note_failed_writes()
+        now_ns = self._clock()
+        for outcome in self._director.retry_deferred(now_ns):
+            self._settle(outcome)
+        plan = self._scheduler.plan(now_ns)
+        self._wake_ns = min((at for at in (plan.wake_ns, self._director.next_deadline_ns()) if at), default=None)
+        try:
+            self._carry_out(plan)
+        except ContextError as error:
+            self._fail_step(plan, error)
+        self._stuck = not plan.slices and not plan.moves and self._scheduler.busy()
+        self._report_occupancy()
+        return bool(plan.slices or plan.moves)
+
+    def _take_arrivals(self, wait: bool) -> None:
+        """Handle all that has arrived; where there is nothing to compute and `wait` is set, block for the next one."""
+        if wait and (self._stuck or not self._scheduler.busy()):
+            # Stuck: turns wait and none can run until something ends by itself (a pin, a hold); do not spin meanwhile.
+            wait_s = 0.02 if self._stuck else _IDLE_WAIT_S
+            if self._wake_ns is not None:
+                wait_s = min(wait_s, max(0.0, (self._wake_ns - self._clock()) / 1e9))
             if self._occupancy_due:
                 wait_s = min(wait_s, OCCUPANCY_PERIOD_NS / 1e9)
             try:
@@ -358,7 +373,7 @@ class Engine:
 
     def _finish(self, live: _Live, reason: FinishReason, error: str | None = None) -> None:
         turn, session = live.turn, self._scheduler.sessions[live.turn.session_id]
-        now_ns = time.monotonic_ns()
+        now_ns = self._clock()
         rest = live.stream.flush()
         live.text += rest
         if rest:
@@ -440,7 +455,7 @@ class Engine:
         if result.status is StepStatus.ABORTED:
             self._book_aborted(slices)
             return
-        now_ns = time.monotonic_ns()
+        now_ns = self._clock()
         for item, sampled in zip(slices, result.sampled, strict=True):
             self._book(item, item.count)
             if sampled is not None:
@@ -578,7 +593,7 @@ class Engine:
 
     def _direct(self, directive: Directive) -> None:
         known = self._outcomes.get(directive.directive_id)
-        outcome = known or self._director.apply(directive, time.monotonic_ns())
+        outcome = known or self._director.apply(directive, self._clock())
         self._occupancy_due = True
         self._settle(outcome)
 
@@ -594,7 +609,7 @@ class Engine:
         self._occupancy_due = True
 
     def _report(self, report: Report) -> None:
-        reported = Reported(time.monotonic_ns(), report)
+        reported = Reported(self._clock(), report)
         for listener in self._listeners:
             listener(reported)
 
@@ -612,7 +627,7 @@ class Engine:
         )
 
     def _report_occupancy(self) -> None:
-        now_ns = time.monotonic_ns()
+        now_ns = self._clock()
         busy = bool(self._scheduler.running)
         if not self._listeners or not (self._occupancy_due or busy):
             return

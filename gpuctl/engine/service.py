@@ -19,6 +19,7 @@ class TokenService:
         self._counters: dict[TenantId, float] = {}
         self._weights: dict[TenantId, float] = {}
         self._active: dict[TenantId, int] = {}
+        self._last_left: TenantId | None = None
 
     def weight(self, tenant_id: TenantId) -> float:
         return self._weights.get(tenant_id, 1.0)
@@ -32,19 +33,21 @@ class TokenService:
         return self._counters.get(tenant_id, 0.0)
 
     def arrive(self, tenant_id: TenantId) -> None:
-        """A turn of the tenant arrives. One that was idle is lifted to the least counter among the active.
+        """A turn of the tenant arrives. One that was idle is lifted to the least counter among the active, or to that
+        of the tenant active last where nobody is.
 
         Without the lift a tenant could save up service while it sends nothing and then starve the others.
         """
         if not self._active.get(tenant_id):
-            counters = [self.counter(other) for other, turns in self._active.items() if turns]
-            if counters:
-                self._counters[tenant_id] = max(self.counter(tenant_id), min(counters))
+            active = [self.counter(other) for other, turns in self._active.items() if turns]
+            floor = min(active) if active else self.counter(self._last_left) if self._last_left else 0.0
+            self._counters[tenant_id] = max(self.counter(tenant_id), floor)
         self._active[tenant_id] = self._active.get(tenant_id, 0) + 1
 
     def leave(self, tenant_id: TenantId) -> None:
         """A turn of the tenant ended."""
         self._active[tenant_id] -= 1
+        self._last_left = tenant_id
 
     def charge_input(self, tenant_id: TenantId, tokens: int) -> None:
         self._charge(tenant_id, tokens * INPUT_TOKEN_COST)
