@@ -36,10 +36,11 @@ from ..policies.events import (
     SandboxRegistered,
     SandboxRemoved,
     ToolCallEnded,
+    ToolCallMemoryStepped,
     ToolCallMerged,
     ToolCallStarted,
 )
-from ..policies.model import ToolCall
+from ..policies.model import ToolCall, ToolCallId
 from ..policies.policy import Policy
 from ..policies.snapshot import Snapshot
 from ..policies.state import State
@@ -305,7 +306,14 @@ class Service:
         action = decision.action
         if isinstance(action, EngineAction):
             return self.hook.send(decision, action)
+        self._read_usage(action.tool_call)
         return self.actuator.execute(decision)
+
+    def _read_usage(self, tool_call: ToolCallId) -> None:
+        """What a call uses before something is done to it: a stopped one may have grown until all of it stood still."""
+        usage = self.probes.usage(tool_call) if self.probes is not None else None
+        if usage is not None:
+            self.loop.emit(ToolCallMemoryStepped(now_ns(), tool_call, usage.used_bytes, usage.peak_bytes))
 
     def _on_event(self, event: Event, state: State) -> None:
         """Sink: sandboxes, leaves and holds follow what happens."""

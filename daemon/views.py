@@ -94,7 +94,7 @@ def tool_call_view(call: ToolCall, names: dict[CgroupId, str], history: History)
         kv_held_bytes=call.kv.held_bytes,
         kv_idle_byte_seconds=call.kv.idle_byte_seconds,
         verdict=call.verdict.value if call.verdict else "",
-        actions=[f"{words.of_decision(t.decision, t.outcome)}: {t.decision.rule}" for t in history.about(call)],
+        actions=[f"{words.of_decision(t.decision, t.outcome)} ({t.decision.rule})" for t in history.about(call)],
         kv_at_peak_bytes=call.kv.at_peak_bytes,
         peak_ns=call.peak_ns,
         pid=call.pid or 0,

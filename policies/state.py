@@ -131,7 +131,8 @@ class State:
                 self.sandboxes[event.sandbox.cgroup_id] = event.sandbox
                 self._left_behind.discard(event.sandbox.session)
             case SandboxRemoved():
-                if removed := self.sandboxes.pop(event.cgroup_id, None):
+                removed = self.sandboxes.pop(event.cgroup_id, None)
+                if removed and all(s.session != removed.session for s in self.sandboxes.values()):
                     self._left_behind.add(removed.session)
                 self._intents = {key: i for key, i in self._intents.items() if key[0] != event.cgroup_id}
             case SandboxSampled():
@@ -318,6 +319,10 @@ class State:
         if peak_bytes > call.peak_bytes:
             kv = replace(call.kv, at_peak_bytes=self._held_bytes(call.session))
             call = replace(call, peak_bytes=peak_bytes, peak_ns=event.at_ns, kv=kv)
+        if call.stopped_ns is not None and call.hard_bytes:
+            # Its other threads and processes ran on until the stop reached them.
+            overshoot = max(call.overshoot_bytes or 0, event.used_bytes - call.hard_bytes)
+            call = replace(call, overshoot_bytes=overshoot)
         self._put(replace(call, used_bytes=event.used_bytes if call.gone_ns is None else 0))
 
     def _budget_reached(self, event: BudgetReached) -> None:
@@ -483,6 +488,7 @@ class State:
         self.sessions = seen
 
     def _turn_started(self, event: TurnStarted) -> None:
+        self._left_behind.discard(event.session)
         if session := self.sessions.get(event.session):
             self._accrue_all(event.at_ns)
             self.sessions[session.id] = replace(

@@ -26,6 +26,13 @@ def tenant_markup(tenant: str, text: str) -> str:
 
 def print_report(report: Report, console: Console) -> None:
     console.print(_tool_calls(report))
+    console.print("What was done to them, and why", style="bold")
+    for call in report.tool_calls:
+        if call.actions:
+            at = f"{(call.start_ns - report.start_ns) / 1e9:5.1f}"
+            who = f"{tenant_markup(call.tenant, call.label)} {escape(shortened(call.command, 40))}"
+            console.print(f"[dim]{at}[/]  {who}: {escape('; '.join(call.actions))}", highlight=False)
+    console.print()
     console.print(_decisions(report))
     console.print(_fairness(report))
     console.print(_agents(report))
@@ -49,7 +56,6 @@ def _tool_calls(report: Report) -> Table:
     table.add_column("KV idle", justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     table.add_column("ended", no_wrap=True)
-    table.add_column("what was done to it, and why", ratio=1)
     for call in report.tool_calls:
         table.add_row(
             f"{(call.start_ns - report.start_ns) / 1e9:.1f}",
@@ -62,7 +68,6 @@ def _tool_calls(report: Report) -> Table:
             byte_seconds(call.kv_idle_byte_seconds),
             f"[{_VERDICT_STYLES.get(call.verdict, 'dim')}]{call.verdict or DASH}[/]",
             _ended(call),
-            escape("; ".join(call.actions)),
         )
     return table
 
