@@ -23,6 +23,9 @@ _ASSUMED_HOST_BYTES_PER_S = 2e9
 _ASSUMED_DISK_BYTES_PER_S = 2e8
 _ASSUMED_PREFILL_S_PER_TOKEN = 5e-3
 """Used until the engine has reported what it measured."""
+STEP_BORDER_S = 0.05
+"""What each transfer waits for besides the copy itself: the engine moves KV between two steps. Without it, any price
+above nothing would move sessions off an empty device."""
 BURST_QUANTILE = 0.9
 
 
@@ -138,11 +141,11 @@ def weigh(
         options.append(Weighed(Verdict.KEEP, price.device * held * wait_s / GIB))
     if in_host or (in_device and host_room and can_swap):
         trips = 1 if in_host else 2
-        cost = price.host * held * wait_s + trips * host_s * (held + running_bytes)
+        cost = price.host * held * wait_s + trips * (STEP_BORDER_S + host_s) * (held + running_bytes)
         options.append(Weighed(Verdict.SWAP_HOST, cost / GIB))
     if in_disk or (can_swap and engine.disk_used_bytes + held <= engine.disk_capacity_bytes):
         trips = 1 if in_disk else 2
-        cost = price.disk * held * wait_s + trips * disk_s * (held + running_bytes)
+        cost = price.disk * held * wait_s + trips * (STEP_BORDER_S + disk_s) * (held + running_bytes)
         options.append(Weighed(Verdict.SWAP_DISK, cost / GIB))
     return sorted(options, key=lambda o: (o.cost, o.verdict.value))
 

@@ -146,8 +146,8 @@ def _agents(report: Report) -> Table:
     table.add_column("plan")
     for heading in ("turns", "tools", "tokens in", "cached", "out"):
         table.add_column(heading, justify="right")
-    table.add_column("ended", max_width=40)
-    table.add_column("its last words", ratio=1, style="dim", no_wrap=True, overflow="ellipsis")
+    table.add_column("ended", no_wrap=True)
+    table.add_column("its last words", max_width=60, style="dim", no_wrap=True, overflow="ellipsis")
     for agent in report.agents:
         style = "green" if agent.exit_code == 0 else "bold red"
         table.add_row(
