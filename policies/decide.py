@@ -86,7 +86,7 @@ def _place_kv(snapshot: Snapshot, policy: Policy, engine: Engine, decisions: _De
         if session.engine != engine.id or session.phase is not SessionPhase.IDLE or session.held_tokens == 0:
             continue
         if session.id in snapshot.left_behind:
-            if "drop" in can and session.verdict is not Verdict.DROP:
+            if "drop" in can and session.verdict is not Verdict.DROP and not _dwells(session, snapshot, policy):
                 _forget_session(snapshot, policy, engine, session, decisions)
             continue
         call = snapshot.running_call_of(session.id)
@@ -104,9 +104,7 @@ def _place_kv(snapshot: Snapshot, policy: Policy, engine: Engine, decisions: _De
             continue
         now = standing(session)
         chosen = choose(options, now, policy.kv.hysteresis_ratio)
-        # verdict_ns outlives a refused verdict: an engine that said no is not asked again at once
-        dwelling = session.verdict_ns > 0 and snapshot.now_ns - session.verdict_ns < policy.kv.dwell_ns
-        if dwelling or not _says_something_new(chosen.verdict, session, snapshot.now_ns):
+        if _dwells(session, snapshot, policy) or not _says_something_new(chosen.verdict, session, snapshot.now_ns):
             continue
         if chosen.verdict is Verdict.KEEP and "retain" not in can:
             continue  # it stays where it is, as long as the engine likes
@@ -134,6 +132,11 @@ def _kv_evidence(engine: Engine, session: Session, call: ToolCall, wait_s: float
         f"device {engine.device_used_ratio:.0%} full with {engine.waiting_count} turns waiting: price "
         f"{price.device:.2f}; host RAM: price {price.host:.2f}"
     )
+
+
+def _dwells(session: Session, snapshot: Snapshot, policy: Policy) -> bool:
+    """Whether it is too early to ask again. verdict_ns outlives a verdict that was refused: no is an answer as well."""
+    return session.verdict_ns > 0 and snapshot.now_ns - session.verdict_ns < policy.kv.dwell_ns
 
 
 def _says_something_new(verdict: Verdict, session: Session, now_ns: int) -> bool:

@@ -40,6 +40,9 @@ from equipoise.policies.model import MIB, NS_PER_S
         ("", "unknown"),
         ("  ", "unknown"),
         ("A=1 B=2", "unknown"),
+        ("equipoise tool --tenant gold -- pytest -q", "pytest"),
+        ("/venv/bin/python -m equipoise.daemon.cli tool -- cc a.c", "cc"),
+        ("equipoise top", "equipoise"),
     ],
 )
 def test_the_kind_is_the_program_that_does_the_work(command: str, kind: str) -> None:
@@ -49,6 +52,7 @@ def test_the_kind_is_the_program_that_does_the_work(command: str, kind: str) -> 
 def test_a_hostile_command_line_is_answered_all_the_same() -> None:
     assert command_kind("bash -c " * 10_000) == "bash"
     assert command_kind("'" * 10_000) == "unknown"
+    assert command_kind("equipoise tool -- " * 10_000)
 
 
 @pytest.mark.parametrize(("value", "bucket"), [(0, 0), (1, 0), (2, 1), (3, 1), (4, 2), (1023, 9), (1 << 60, 47)])
@@ -112,7 +116,8 @@ def test_a_call_that_outlived_all_history_is_expected_to_run_as_long_again() -> 
 
 def test_an_unknown_kind_leans_on_the_prior() -> None:
     assert 0.5 < Estimates().mean_residual_s("never seen", 0) < 5.0
-    assert Estimates().peak_quantile_bytes("never seen", 0.5) == 32 * MIB
+    assert Estimates().peak_quantile_bytes("never seen", 0.5) == 4 * MIB
+    assert 5 * MIB < Estimates().peak_mean_bytes("never seen") < 20 * MIB
 
 
 def test_observing_leaves_the_former_estimate_as_it_was() -> None:

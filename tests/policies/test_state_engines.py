@@ -16,12 +16,15 @@ from equipoise.policies.actions import (
 from equipoise.policies.events import (
     EngineAttached,
     EngineDetached,
+    SandboxRegistered,
+    SandboxRemoved,
     SessionMoved,
     TurnEnded,
     TurnPreempted,
     TurnStarted,
 )
 from equipoise.policies.model import (
+    CgroupId,
     CostModel,
     EngineId,
     FinishReason,
@@ -41,6 +44,7 @@ from equipoise.tests.policies.facts import (
     engine,
     ns,
     observed,
+    sandbox,
     session,
     started,
     state_with_a_call,
@@ -252,3 +256,23 @@ def test_a_session_is_never_less_than_what_it_holds() -> None:
     state = state_with_a_call().apply(observed(1.0, replace(session("x", held_tokens=9), context_tokens=3)))
     assert state.sessions[SessionId("x")].context_tokens == 9
     state.check_integrity()
+
+
+# -- sessions whose sandbox is gone
+
+
+def test_the_session_of_a_removed_sandbox_is_left_behind_until_somebody_uses_it() -> None:
+    state = state_with_a_call().apply(SandboxRemoved(1, CgroupId(1)))
+    assert state.snapshot(2).left_behind == {ADA}
+    assert state.apply(turn_started(1.0)).snapshot(ns(1)).left_behind == frozenset()
+
+
+def test_a_session_that_another_sandbox_uses_is_not_left_behind() -> None:
+    state = state_with_a_call().apply(SandboxRegistered(0, replace(sandbox(2, name="bo"), session=ADA)))
+    assert state.apply(SandboxRemoved(1, CgroupId(1))).snapshot(2).left_behind == frozenset()
+    assert state.apply(SandboxRemoved(2, CgroupId(2))).snapshot(3).left_behind == {ADA}
+
+
+def test_a_sandbox_that_comes_back_claims_its_session() -> None:
+    state = state_with_a_call().apply(SandboxRemoved(1, CgroupId(1))).apply(SandboxRegistered(2, sandbox()))
+    assert state.snapshot(3).left_behind == frozenset()

@@ -1,0 +1,229 @@
+"""What is done to tool calls: grants, waits, kills, throttles and their ends."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from equipoise.policies.actions import Grant, Kill, Thaw, Throttle, Wait
+from equipoise.policies.ladder import Step, climb, subject
+from equipoise.policies.model import MIB, Host, KvTier, ToolCall, ToolCallPhase
+from equipoise.policies.policy import Policy
+from equipoise.tests.policies.facts import call, engine, host, ns, policy, sandbox, session, snapshot, stopped
+
+
+def steps(now_s: float, *calls: ToolCall, of: Policy | None = None, **more: object) -> list[Step]:
+    of = of or policy()
+    return climb(snapshot(now_s, of, tool_calls=calls, **more), of)
+
+
+def done(now_s: float, *calls: ToolCall, of: Policy | None = None, **more: object) -> dict[int, str]:
+    """What is done to which call: {1: "Grant"}."""
+    made = steps(now_s, *calls, of=of, **more)
+    assert len({step.call.id for step in made}) == len(made), "one answer a call"
+    return {int(step.call.id): type(step.action).__name__ for step in made}
+
+
+# -- a call that stands at its budget
+
+
+def test_a_stopped_call_is_granted_a_step_while_the_pool_has_room() -> None:
+    (step,) = steps(1.0, stopped(used_mib=512), of=policy(pool_mib=1024, step_bytes=256 * MIB))
+    assert step.action == Grant(step.call.id, 576 * MIB, 768 * MIB)
+    assert step.trigger_ns == 0
+    assert (step.measurement, step.threshold, step.unit) == (768, 1024, "MiB")
+
+
+def test_a_grant_covers_what_the_call_overshot() -> None:
+    (step,) = steps(1.0, stopped(used_mib=520, hard_mib=512))
+    assert isinstance(step.action, Grant) and step.action.hard_bytes == 776 * MIB
+
+
+def test_a_grant_never_passes_the_largest_budget() -> None:
+    (step,) = steps(1.0, stopped(used_mib=900), of=policy(pool_mib=4096, max_bytes=1024 * MIB))
+    assert isinstance(step.action, Grant) and step.action.hard_bytes == 1024 * MIB
+
+
+@pytest.mark.parametrize("standing", [stopped(used_mib=1024), stopped(used_mib=900, hard_mib=1024)])
+def test_at_the_largest_budget_a_call_ends_and_is_told_why(standing: ToolCall) -> None:
+    (step,) = steps(1.0, standing, of=policy(pool_mib=4096))
+    assert isinstance(step.action, Kill)
+    assert "largest budget" in step.rule
+    assert f"{standing.peak_bytes // MIB} MiB" in step.action.message and "1024 MiB" in step.action.message
+    assert "\n" not in step.action.message
+
+
+def test_a_call_already_past_the_largest_budget_is_not_granted_less_than_it_has() -> None:
+    assert done(1.0, stopped(used_mib=1500, hard_mib=512), of=policy(pool_mib=4096)) == {1: "Kill"}
+
+
+def test_a_soft_budget_stays_in_proportion() -> None:
+    (step,) = steps(1.0, stopped(used_mib=512))
+    assert isinstance(step.action, Grant)
+    assert step.action.soft_bytes == step.action.hard_bytes * 384 // 512
+
+
+def test_without_room_a_stopped_call_waits_while_another_can_still_free_some() -> None:
+    (step,) = steps(1.0, stopped(1, used_mib=512, since_s=0.5), call(2, used_mib=400))
+    assert step.action == Wait(step.call.id, 256 * MIB, ns(20.5))
+
+
+def test_a_call_that_was_told_to_wait_is_not_told_again() -> None:
+    waiting = replace(stopped(1, used_mib=512), waiting_until_ns=ns(20))
+    assert done(1.0, waiting, call(2, used_mib=400)) == {}
+
+
+def test_a_waiting_call_is_granted_as_soon_as_there_is_room() -> None:
+    waiting = replace(stopped(1, used_mib=512), waiting_until_ns=ns(20))
+    assert done(1.0, waiting, call(2, used_mib=100)) == {1: "Grant"}
+
+
+def test_a_wait_that_is_over_ends_the_call() -> None:
+    waiting = replace(stopped(1, used_mib=512), waiting_until_ns=ns(20))
+    (step,) = steps(20.0, waiting, call(2, used_mib=400))
+    assert isinstance(step.action, Kill)
+    assert "waited 20.0 s" in step.action.message and "512 MiB" in step.action.message
+
+
+def test_the_host_must_have_what_the_pool_would_give() -> None:
+    roomy = policy(pool_mib=4096)
+    assert done(1.0, stopped(used_mib=512), call(2), of=roomy, host=host(available_mib=256)) == {1: "Grant"}
+    assert done(1.0, stopped(used_mib=512), call(2), of=roomy, host=host(available_mib=255)) == {1: "Wait"}
+
+
+def test_nobody_is_judged_before_the_host_is_known() -> None:
+    unknown = replace(policy(), memory=replace(policy().memory, tool_pool_bytes=None))
+    assert done(99.0, stopped(used_mib=512), of=unknown, host=Host()) == {}
+
+
+def test_a_stopped_call_whose_processes_are_gone_needs_no_answer() -> None:
+    assert done(1.0, replace(stopped(used_mib=512), gone_ns=ns(0.5))) == {}
+
+
+def test_an_escapee_that_stands_is_answered_like_a_call() -> None:
+    escapee = replace(stopped(used_mib=512), phase=ToolCallPhase.ENDED, end_ns=ns(0.5))
+    assert done(1.0, escapee) == {1: "Grant"}
+    assert done(1.0, escapee, call(2, used_mib=400)) == {1: "Wait"}
+    assert done(99.0, escapee, call(2, used_mib=400)) == {1: "Kill"}
+
+
+# -- who is served first and who pays
+
+
+def test_room_for_one_goes_to_the_tenant_with_the_least_share() -> None:
+    poor, rich = stopped(1, "gold", used_mib=200), stopped(2, "silver", used_mib=500)
+    assert done(1.0, rich, poor, call(3)) == {1: "Grant", 2: "Wait"}
+
+
+def test_among_equals_the_one_that_stands_longest_is_served_first() -> None:
+    late, early = stopped(1, used_mib=380, since_s=0.5), stopped(2, used_mib=380, since_s=0.2)
+    assert done(1.0, late, early, call(3)) == {2: "Grant", 1: "Wait"}
+
+
+def test_several_grants_of_one_moment_do_not_overdraw_the_pool() -> None:
+    calls = [stopped(i, used_mib=100, since_s=i / 100) for i in range(1, 8)]
+    made = done(1.0, *calls, call(8), of=policy(pool_mib=700 + 2 * 256))
+    assert made == {1: "Grant", 2: "Grant", 3: "Wait", 4: "Wait", 5: "Wait", 6: "Wait", 7: "Wait"}
+
+
+def test_where_every_call_stands_the_one_furthest_above_its_share_pays() -> None:
+    (kill, grant) = steps(1.0, stopped(1, "gold", used_mib=400), stopped(2, "silver", used_mib=600))
+    assert (kill.call.id, type(kill.action)) == (2, Kill)
+    assert kill.rule == "every tool call waits for memory"
+    assert (grant.call.id, type(grant.action)) == (1, Grant), "its memory is free for the other"
+    assert [c.name for c in kill.candidates] == ["kill pytest of silver", "kill pytest of gold"]
+
+
+def test_a_weight_decides_who_pays() -> None:
+    of = policy(tenants={"gold": 4.0, "silver": 1.0})
+    assert done(1.0, stopped(1, "gold", used_mib=600), stopped(2, "silver", used_mib=400), of=of)[2] == "Kill"
+
+
+def test_within_a_tenant_its_largest_call_pays() -> None:
+    assert done(1.0, stopped(1, used_mib=300), stopped(2, used_mib=700)) == {2: "Kill", 1: "Grant"}
+
+
+def test_nobody_pays_while_a_killed_call_is_still_dying() -> None:
+    dying = call(3, used_mib=100, phase=ToolCallPhase.KILLED)
+    assert done(1.0, stopped(1, used_mib=500), stopped(2, "silver", used_mib=424), dying) == {1: "Wait", 2: "Wait"}
+
+
+def test_nobody_pays_where_one_of_those_standing_can_go_on() -> None:
+    small, large = stopped(1, "gold", used_mib=100), stopped(2, "silver", used_mib=600)
+    assert done(1.0, small, large) == {1: "Grant", 2: "Wait"}
+
+
+def test_when_two_waits_end_together_only_the_richer_tenant_pays() -> None:
+    poor = replace(stopped(1, "gold", used_mib=300), waiting_until_ns=ns(20))
+    rich = replace(stopped(2, "silver", used_mib=500), waiting_until_ns=ns(20))
+    assert done(20.0, poor, rich, call(3, used_mib=200)) == {2: "Kill", 1: "Grant"}
+
+
+def test_memory_of_a_call_that_ends_at_the_largest_budget_serves_the_others() -> None:
+    runaway, modest = stopped(1, "silver", used_mib=1024), stopped(2, "gold", used_mib=500)
+    assert done(1.0, runaway, modest, of=policy(pool_mib=1524)) == {1: "Kill", 2: "Grant"}
+
+
+# -- lasting pressure
+
+
+def pressed(now_s: float, *calls: ToolCall, since_s: float = 0.0, of: Policy | None = None) -> dict[int, str]:
+    return done(now_s, *calls, of=of, pressure_since_ns=ns(since_s))
+
+
+def test_lasting_pressure_slows_down_the_largest_call_of_the_richest_tenant() -> None:
+    calls = (call(1, "gold", used_mib=300), call(2, "silver", used_mib=200), call(3, "silver", used_mib=450))
+    (step,) = steps(2.0, *calls, pressure_since_ns=0)
+    assert step.action == Throttle(step.call.id, 450 * MIB, 0.2, ns(7))
+    assert step.call.id == 3
+    assert step.rule == "tool pool above 0.90 for 2s"
+    assert [c.name for c in step.candidates][:2] == ["throttle pytest of silver", "throttle pytest of silver"]
+
+
+def test_short_pressure_is_only_observed() -> None:
+    assert pressed(1.99, call(used_mib=950)) == {}
+    assert pressed(2.0, call(used_mib=950)) == {1: "Throttle"}
+
+
+def test_calls_are_slowed_down_one_at_a_time() -> None:
+    slowed = call(1, used_mib=500, phase=ToolCallPhase.THROTTLED, phase_since_ns=ns(2))
+    assert pressed(3.0, slowed, call(2, used_mib=450)) == {}
+    assert pressed(4.0, slowed, call(2, used_mib=450)) == {2: "Throttle"}
+
+
+def test_a_call_that_holds_next_to_nothing_is_left_alone() -> None:
+    assert pressed(9.0, call(used_mib=9)) == {}
+    escapee = call(2, used_mib=950, end_ns=1, phase=ToolCallPhase.ENDED)
+    assert pressed(9.0, call(used_mib=9), escapee) == {}
+
+
+def test_throttled_calls_are_let_go_when_the_pressure_has_passed() -> None:
+    slowed = [call(i, used_mib=100, phase=ToolCallPhase.THROTTLED) for i in (1, 2)]
+    made = steps(3.0, *slowed, pressure_since_ns=None)
+    assert [step.action for step in made] == [Thaw(c.id) for c in slowed]
+
+
+def test_throttled_calls_stay_slow_between_the_marks() -> None:
+    assert pressed(1.0, call(1, used_mib=850, phase=ToolCallPhase.THROTTLED)) == {}
+
+
+def test_kv_on_the_device_makes_a_tenant_richer_too() -> None:
+    held = session("s", "gold", held_tokens=900, tier=KvTier.DEVICE)
+    made = steps(
+        2.0,
+        call(1, "gold", used_mib=450),
+        call(2, "silver", used_mib=500),
+        pressure_since_ns=0,
+        sessions=(held,),
+        engines=(engine(capacity_tokens=1000),),
+    )
+    assert [step.call.id for step in made] == [1]
+
+
+def test_without_calls_there_is_nothing_to_do() -> None:
+    assert done(5.0, pressure_since_ns=0) == {}
+
+
+def test_a_call_is_named_by_its_sandbox_or_at_least_its_tenant() -> None:
+    assert subject(call(), (sandbox(),)) == "gold/ada pytest"
+    assert subject(call(), ()) == "gold pytest"
