@@ -1,1 +1,1 @@
-"""`equipoise top`: a Textual application that talks gRPC only."""
+"""The terminal dashboard: `equipoise top`. Speaks gRPC with the daemon and nothing else."""
