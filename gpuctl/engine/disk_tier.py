@@ -114,9 +114,9 @@ class DiskTier:
             self._append_records(path, chunks)
             self._stored_tokens[session_id] = chunks[-1].end_token
         except (OSError, SwapError) as error:
-            self._remove(session_id)
             with self._guard:
                 self._failed[session_id] = f"{path}: {getattr(error, 'strerror', None) or error}"
+            self._remove(session_id)
 
     def _remove(self, session_id: SessionId) -> None:
         self._stored_tokens.pop(session_id, None)

@@ -290,6 +290,8 @@ class LlamaRunner:
 
     def put(self, slot: Slot, chunks: Sequence[KvChunk]) -> None:
         """Replace the slot's KV by saved pieces that begin at token 0. Raises SwapError with the slot left empty."""
+        if chunks and chunks[0].first_token:
+            raise SwapError(f"slot {slot}: the saved KV begins at token {chunks[0].first_token}, not 0")
         blob = compose(chunks)
         read = self._lib.llama_state_seq_set_data(self._context, blob.ctypes.data, blob.size, slot)
         if read != blob.size or self.held_tokens(slot) != chunks[-1].end_token:

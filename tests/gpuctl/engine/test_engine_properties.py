@@ -48,6 +48,7 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(count=st.integers(1, 12))
     def step(self, count: int) -> None:
         self.driven.steps(count)
+        self.capacity_is_kept()
         self.collect()
 
     @rule(seconds=st.floats(0, 20))
@@ -100,6 +101,14 @@ class EngineMachine(RuleBasedStateMachine):
     @invariant()
     def the_books_are_whole(self) -> None:
         self.driven.engine._ledger.check_integrity()
+        assert self.driven.engine.totals.swap_failures == 0
+
+    def capacity_is_kept(self) -> None:
+        """After a step, unless one turn runs alone (it always may) or a lowered capacity meets a pinned session."""
+        scheduler = self.driven.engine._scheduler
+        pinned = any(session.pinned_until_ns is not None for session in scheduler.sessions.values())
+        if len(scheduler.running) > 1 and not pinned:
+            assert scheduler.ledger.device_free_tokens >= 0
 
     def teardown(self) -> None:
         """Nobody is starved: once holds have run out, every turn ends."""
