@@ -52,7 +52,7 @@ $(VENV)/.stamp: pyproject.toml constraints.txt
 
 # Where the type checkers and protoc find the package by its name, whatever this folder is called.
 build/types/equipoise:
-	mkdir -p build/types && ln -sfn ../.. $@
+	@mkdir -p build/types && ln -sfn ../.. $@
 
 proto: $(PROTO_STAMP) ## generate the gRPC code
 $(PROTO_STAMP): $(PROTOS) $(VENV)/.stamp | build/types/equipoise
@@ -67,8 +67,11 @@ ebpf: venv ## compile the eBPF objects
 model: venv ## prepare the default model once
 	@$(PY) -m equipoise.gpuctl.engine.model
 
-bench: setup model ## run the benches
-	$(PY) -m equipoise.tests.bench
+BENCHES := $(filter-out report,$(basename $(notdir $(wildcard tests/bench/*.py))))
+bench: $(addprefix bench-,$(BENCHES)) ## run every bench; `make bench-NAME` runs one family
+
+bench-%: setup model
+	$(PY) -m equipoise.tests.bench.$*
 
 clean: ## remove what was built, the environment included
 	rm -rf build $(VENV) ebpf/objects
