@@ -31,7 +31,7 @@ class Dashboard(Screen[None]):
         Binding("tab", "app.focus_next", "Next table", show=False),
     ]
 
-    HORIZONTAL_BREAKPOINTS: ClassVar[list[tuple[int, str]]] = [(0, "-narrow"), (120, "-wide")]
+    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (120, "-wide")]  # noqa: RUF012 - Textual declares it without ClassVar
 
     class Ready(Message):
         """The widgets stand: answers may come."""
@@ -115,6 +115,8 @@ class Dashboard(Screen[None]):
                 self.post_message(self.DecisionChosen(decision, self._shown.now_ns))
 
     def _show(self, response: WatchResponse) -> None:
+        if not self.query(HostLine):
+            return  # an answer that arrives while the application is being taken down
         self._shown = response
         self.query_one(HostLine).host = response.host
         self.query_one(KvPanel).response = response
@@ -130,6 +132,8 @@ class Dashboard(Screen[None]):
         table.border_subtitle = f"by {self.order.value}, enter: explain"
 
     def _show_banner(self) -> None:
+        if not self.query(Banner):
+            return
         banner = self.query_one(Banner)
         banner.alarm = bool(self.lost)
         paused = "paused: press p to go on"

@@ -11,6 +11,7 @@ from rich.text import Text
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import VerticalScroll
+from textual.content import Content
 from textual.reactive import reactive
 from textual.screen import ModalScreen
 from textual.widgets import Static
@@ -35,7 +36,7 @@ class Detail(ModalScreen[None]):
 
     def compose(self) -> ComposeResult:
         with VerticalScroll(id="detail") as box:
-            box.border_title = text.one_line(self._title, 80)
+            box.border_title = Content(text.one_line(self._title, 80))  # not markup: commands hold brackets
             box.border_subtitle = "esc: back"
             if self._call is not None:
                 yield Static(_facts(self._call, self._now_ns), id="facts")
@@ -62,10 +63,7 @@ def _facts(call: ToolCallView, now_ns: int) -> RenderableType:
         table.add_row("memory", text.memory(call, 24))
     table.add_row("peak", text.size(call.peak_bytes))
     if call.HasField("overshoot_bytes"):
-        above = call.overshoot_bytes
-        table.add_row(
-            "stopped", f"in the kernel, {text.size(above)} above its budget at most" if above else "at budget"
-        )
+        table.add_row("stopped", f"at its budget, {text.size(call.overshoot_bytes)} above it at most")
     if call.stalled_ns:
         table.add_row("held back", text.duration(call.stalled_ns))
     if call.escaped_count:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from textual.content import Content
 from textual.reactive import reactive
 from textual.widgets import Static
 
@@ -13,7 +14,7 @@ class Banner(Static):
     alarm: reactive[bool] = reactive(False)
 
     def watch_text(self, text: str) -> None:
-        self.update(text)
+        self.update(Content(text))
         self.display = bool(text)
 
     def watch_alarm(self, alarm: bool) -> None:
