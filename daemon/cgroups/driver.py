@@ -94,10 +94,7 @@ class CgroupDriver(CgroupTree):
 
     def memory_usage(self, path: str) -> int | None:
         """Bytes charged to the cgroup and all below it, page cache included; None: gone."""
-        used = self._meter.read_int(f"{self._memory_mount}/{path}/{self._memory_files.usage}")
-        if used is not None and used > self._highest.get(path, -1):
-            self._highest[path] = used
-        return used
+        return self._meter.read_int(f"{self._memory_mount}/{path}/{self._memory_files.usage}")
 
     def memory_resident(self, path: str) -> int | None:
         """Bytes that cannot simply be dropped: usage without the page cache of files (shared memory is kept in)."""
@@ -111,9 +108,14 @@ class CgroupDriver(CgroupTree):
         return max(0, used - cache)
 
     def memory_peak(self, path: str) -> int | None:
-        """Most that was charged since it was made; on kernels without memory.peak (before 5.19) the most we saw."""
+        """Most that was charged since it was made.
+
+        On kernels without memory.peak (v2 before 5.19) it is the most that was seen by asking here again and again.
+        """
         peak = self._meter.read_int(f"{self._memory_mount}/{path}/{self._memory_files.peak}")
-        return peak if peak is not None else self._highest.get(path)
+        if peak is None and (used := self.memory_usage(path)) is not None:
+            peak = self._highest[path] = max(used, self._highest.get(path, 0))
+        return peak
 
     def cpu_ns(self, path: str) -> int | None:
         """CPU time of the cgroup and all below it. The v2 mount counts it on either layout."""

@@ -44,8 +44,12 @@ class Meter:
             raise
 
     def read_int(self, path: str) -> int | None:
+        """None: gone, or no number (`max`)."""
         text = self.read(path)
-        return int(text) if text is not None and text.strip().isdigit() else None
+        try:
+            return int(text) if text is not None else None
+        except ValueError:
+            return None
 
     def forget(self, below: str) -> None:
         """Close what is kept for a cgroup and everything below it."""

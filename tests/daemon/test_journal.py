@@ -1,0 +1,344 @@
+"""The journal: what is written can be read back, and what is none of ours is one clear line."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from equipoise.daemon.errors import JournalError
+from equipoise.daemon.holds import Hold, HoldCause, HoldKind
+from equipoise.daemon.journal import Journal, JournalReader, Loss, Sample, Series, Turn, lock_holder
+from equipoise.daemon.journal import writer as writer_module
+from equipoise.daemon.processes import ProcessRef, boot_id
+from equipoise.policies.actions import (
+    Action,
+    Candidate,
+    Decision,
+    Freeze,
+    Kill,
+    Outcome,
+    OutcomeStatus,
+    SetTenantWeight,
+    SwapOut,
+)
+from equipoise.policies.events import DecisionMade, EventsLost, OutcomeObserved, SessionMoved, TurnEnded, TurnStarted
+from equipoise.policies.model import (
+    CgroupId,
+    DecisionId,
+    EngineId,
+    FinishReason,
+    KvMeanwhile,
+    KvTier,
+    Sandbox,
+    SessionId,
+    TenantId,
+    ToolCall,
+    ToolCallId,
+    ToolCallPhase,
+    ToolCallSource,
+    Verdict,
+)
+
+BOOT = "boot-1"
+CALL = ToolCall(
+    id=ToolCallId(2**64 - 2),
+    tenant=TenantId("gold"),
+    sandbox=CgroupId(7),
+    session=SessionId("gold/ada"),
+    command="pytest -q 'über'",
+    kind="pytest",
+    source=ToolCallSource.LINEAGE,
+    confidence=0.9,
+    start_ns=5,
+    end_ns=9,
+    phase=ToolCallPhase.ENDED,
+    peak_bytes=1 << 40,
+    exit_code=0,
+    kv=KvMeanwhile(10, 0.5, 0.0, 3),
+    verdict=Verdict.SWAP_HOST,
+)
+
+
+def decision(action: Action, name: str = "d1") -> Decision:
+    return Decision(
+        DecisionId(name),
+        11,
+        "tool pool above 0.90 for 2s",
+        0.93,
+        0.9,
+        "of the pool",
+        action,
+        TenantId("gold"),
+        "gold/ada pytest",
+        "the pool holds 9 of 10 MiB",
+        (Candidate("freeze", 1.0), Candidate("kill", 2.5)),
+        trigger_ns=4,
+    )
+
+
+def opened(path: Path, boot: str = BOOT) -> Journal:
+    return Journal.open(path, boot_id=boot, started_ns=1)
+
+
+def hold(**changes: object) -> Hold:
+    made = Hold(HoldKind.FREEZE, HoldCause.FREEZE, 1, 100, ToolCallId(3), DecisionId("d1"), path="a/b")
+    return replace(made, **changes)  # type: ignore[arg-type]  # the fields of Hold
+
+
+def test_facts_are_read_back_as_they_were_written(tmp_path: Path) -> None:
+    journal = opened(tmp_path / "j")
+    sandbox = Sandbox(CgroupId(7), TenantId("gold"), "ada", "equipoise/gold/ada", SessionId("gold/ada"), None, 1)
+    outcome = Outcome(DecisionId("d1"), OutcomeStatus.COMPLETED, 12, "cgroup.freeze", "", 8)
+    moved = SessionMoved(
+        20, EngineId("e"), SessionId("gold/ada"), KvTier.DEVICE, KvTier.HOST, 10, 2300, 5, directive="d2"
+    )
+    samples = (
+        Sample(1, Series.SANDBOX_MEMORY, TenantId("gold"), "gold/ada", 10),
+        Sample(2, Series.KV, TenantId("gold"), "host", 20),
+    )
+    journal.record_sandbox(sandbox)
+    journal.record_tool_call(replace(CALL, end_ns=None, phase=ToolCallPhase.RUNNING))
+    journal.record_tool_call(CALL)
+    made = [
+        decision(Freeze(CALL.id, 99)),
+        decision(Kill(CALL.id, "why"), "d2"),
+        decision(SwapOut(EngineId("e"), SessionId("gold/ada"), KvTier.HOST, 99), "d3"),
+        decision(SetTenantWeight(EngineId("e"), TenantId("gold"), 2.0, 99), "d4"),
+    ]
+    for each in made:
+        journal.record(DecisionMade(11, each))
+    journal.record(OutcomeObserved(12, outcome))
+    journal.record(moved)
+    journal.record(EventsLost(13, "ring", 4))
+    journal.record_samples(samples)
+    assert journal.flush()
+    with JournalReader(tmp_path / "j") as reader:  # while the writer lives
+        assert reader.tool_calls() == (CALL,)
+        assert reader.tool_call(CALL.id) == CALL
+        assert reader.sandboxes() == (sandbox,)
+        assert reader.decisions() == tuple(made)
+        assert reader.decisions(tool_call=CALL.id) == tuple(made[:2])
+        assert reader.outcomes() == reader.outcomes(decision=DecisionId("d1")) == (outcome,)
+        assert reader.moves() == (moved,)
+        assert reader.losses() == (Loss(13, "ring", 4),)
+        assert reader.samples() == samples
+    journal.close()
+
+
+def test_a_turn_is_one_row_from_its_start_to_its_end(tmp_path: Path) -> None:
+    journal = opened(tmp_path / "j")
+    engine, session = EngineId("e"), SessionId("s")
+    journal.record(TurnStarted(5, engine, session, "t1", 100, 20))
+    journal.flush()
+    with JournalReader(tmp_path / "j") as reader:
+        assert reader.turns() == (Turn(engine, session, "t1", 100, 20, started_ns=5),)
+    journal.record(TurnEnded(9, engine, session, "t1", FinishReason.TOOL_CALLS, 100, 20, 3, 40, 2, 1))
+    journal.close()
+    with JournalReader(tmp_path / "j") as reader:
+        (turn,) = reader.turns()
+    assert (turn.started_ns, turn.ended_ns, turn.output_tokens) == (5, 9, 40)
+    assert turn.finish_reason is FinishReason.TOOL_CALLS
+
+
+def test_a_hold_is_on_disk_before_take_returns_and_outlives_the_process(tmp_path: Path) -> None:
+    path = tmp_path / "j"
+    code = f"""
+import os, signal
+from pathlib import Path
+from equipoise.daemon.journal import Journal
+from equipoise.daemon.holds import Hold, HoldKind, HoldCause
+from equipoise.daemon.processes import ProcessRef, boot_id
+j = Journal.open(Path({str(path)!r}), boot_id=boot_id(), started_ns=1)
+j.take([Hold(HoldKind.STOP, HoldCause.FREEZE, 1, 100, process=ProcessRef(7, 8))])
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    with JournalReader(path) as reader:
+        (found,) = reader.holds(boot_id())
+        assert reader.latest_run().ended_ns is None
+    assert found.process == ProcessRef(7, 8) and found.id == 1
+    assert lock_holder(path) is None, "the lock died with the process"
+
+
+def test_holds_can_be_extended_and_struck_out(tmp_path: Path) -> None:
+    journal = opened(tmp_path / "j")
+    first, second = journal.take([hold(), hold(path="c")])
+    extended = journal.extend(first, 500)
+    assert journal.held() == (extended, second) and extended.expires_ns == 500
+    journal.clear([first])
+    assert journal.held() == (second,)
+    journal.close()
+
+
+def test_holds_of_another_boot_are_void_and_of_this_boot_are_not(tmp_path: Path) -> None:
+    first = opened(tmp_path / "j")
+    (kept,) = first.take([hold()])
+    first.close()
+    second = opened(tmp_path / "j")
+    assert second.held() == (kept,)
+    second.close()
+    third = opened(tmp_path / "j", boot="boot-2")
+    assert third.held() == ()
+    third.close()
+
+
+def test_answers_are_about_the_latest_run_unless_one_is_named(tmp_path: Path) -> None:
+    first = opened(tmp_path / "j")
+    first.record_tool_call(CALL)
+    first.close(ended_ns=50)
+    opened(tmp_path / "j").close()
+    with JournalReader(tmp_path / "j") as reader:
+        runs = reader.runs()
+        assert [r.ended_ns for r in runs] == [50, None]
+        assert reader.tool_calls() == ()
+        assert reader.tool_calls(runs[0].id) == (CALL,)
+        assert reader.tool_call(CALL.id) == CALL
+
+
+def test_a_second_daemon_is_told_who_has_the_journal(tmp_path: Path) -> None:
+    journal = opened(tmp_path / "j")
+    assert lock_holder(tmp_path / "j") == os.getpid()
+    with pytest.raises(JournalError, match=rf"in use by another daemon \(pid {os.getpid()}\)"):
+        opened(tmp_path / "j")
+    journal.close()
+    opened(tmp_path / "j").close()
+
+
+def test_a_file_that_is_no_database_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "j").write_bytes(b"GGUF" * 4096)
+    for attempt in (lambda: opened(tmp_path / "j"), lambda: JournalReader(tmp_path / "j")):
+        with pytest.raises(JournalError, match="damaged or not a journal") as caught:
+            attempt()
+        assert "\n" not in str(caught.value) and "move it away" in str(caught.value)
+    assert (tmp_path / "j").read_bytes() == b"GGUF" * 4096, "and it is left as it was"
+    assert lock_holder(tmp_path / "j") is None
+
+
+def test_somebody_elses_database_is_refused_and_untouched(tmp_path: Path) -> None:
+    theirs = sqlite3.connect(tmp_path / "j")
+    theirs.execute("CREATE TABLE photos (name TEXT)")
+    theirs.commit()
+    theirs.close()
+    for attempt in (lambda: opened(tmp_path / "j"), lambda: JournalReader(tmp_path / "j")):
+        with pytest.raises(JournalError, match="not a journal of Equipoise"):
+            attempt()
+    again = sqlite3.connect(tmp_path / "j")
+    assert [row[0] for row in again.execute("SELECT name FROM sqlite_master")] == ["photos"]
+    again.close()
+
+
+def test_a_journal_cut_short_is_one_clear_line(tmp_path: Path) -> None:
+    journal = opened(tmp_path / "j")
+    for number in range(2000):
+        journal.record_outcome(Outcome(DecisionId(f"d{number}"), OutcomeStatus.COMPLETED, number, "x" * 50))
+    journal.close()
+    os.truncate(tmp_path / "j", 3 * 4096)
+    with pytest.raises(JournalError, match="damaged"), JournalReader(tmp_path / "j") as reader:
+        reader.outcomes()
+
+
+def test_a_journal_of_a_later_version_says_so(tmp_path: Path) -> None:
+    opened(tmp_path / "j").close()
+    later = sqlite3.connect(tmp_path / "j")
+    later.execute("PRAGMA user_version = 99")
+    later.close()
+    with pytest.raises(JournalError, match="schema 99"):
+        opened(tmp_path / "j")
+
+
+def test_a_missing_journal_is_not_made_by_reading_it(tmp_path: Path) -> None:
+    with pytest.raises(JournalError, match="no journal there: start the daemon"):
+        JournalReader(tmp_path / "none")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_directory_that_cannot_be_made_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(JournalError, match="give a directory that is yours to write"):
+        opened(tmp_path / "file" / "j")
+
+
+def test_a_dead_daemons_journal_is_read_where_nothing_may_be_written() -> None:
+    # Not under tmp_path, which is closed to other users.
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        journal = opened(folder / "j")
+        journal.record_tool_call(CALL)
+        journal.close()
+        code = f"""
+import os
+from pathlib import Path
+from equipoise.daemon.journal import JournalReader
+if os.geteuid() == 0:
+    os.setuid(65534)
+print(len(JournalReader(Path({str(folder / "j")!r})).tool_calls()))
+"""
+        (folder / "j").chmod(0o444)
+        folder.chmod(0o555)
+        ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        folder.chmod(0o755)
+    assert ran.stdout == "1\n", ran.stderr
+
+
+def test_when_the_disk_refuses_observations_wait_and_holds_are_refused(tmp_path: Path) -> None:
+    journal = opened(tmp_path / "j")
+    journal._connection.execute("PRAGMA max_page_count = 1")  # the file may not grow: SQLITE_FULL, as a full disk gives
+    journal.record_outcome(Outcome(DecisionId("d1"), OutcomeStatus.COMPLETED, 1, "x" * 9000))
+    assert not journal.flush()
+    with pytest.raises(JournalError, match="free space"):
+        journal.take([hold()])
+    journal._connection.execute("PRAGMA max_page_count = 100000")
+    assert journal.flush()
+    journal.close()
+    with JournalReader(tmp_path / "j") as reader:
+        assert len(reader.outcomes()) == 1, "what waited was written once there was room"
+        assert reader.holds(BOOT) == ()
+
+
+def test_what_waits_for_a_full_disk_is_bounded_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer_module, "WAITING_ROWS", 10)
+    journal = opened(tmp_path / "j")
+    journal._connection.execute("PRAGMA max_page_count = 1")
+    for number in range(25):
+        journal.record_outcome(Outcome(DecisionId(f"d{number}"), OutcomeStatus.COMPLETED, number, "x" * 9000))
+    assert not journal.flush()
+    assert journal.lost_rows_count == 15
+    journal._connection.execute("PRAGMA max_page_count = 100000")
+    journal.close()
+    with JournalReader(tmp_path / "j") as reader:
+        assert [o.at_ns for o in reader.outcomes()] == list(range(15, 25)), "the newest were kept"
+
+
+def test_samples_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(writer_module.ROW_LIMITS, "samples", 100)
+    journal = opened(tmp_path / "j")
+    for number in range(1000):
+        journal.record_samples([Sample(number, Series.KV, TenantId("gold"), "host", 1)])
+        if number % 5 == 0:
+            journal.flush()
+    journal.close()
+    with JournalReader(tmp_path / "j") as reader:
+        kept = reader.samples()
+    assert kept[-1].at_ns == 999 and 100 <= len(kept) <= 100 + 64 * 5
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"expires_ns": None},
+        {"kind": HoldKind.ARMED},
+        {"process": ProcessRef(1, 2)},
+        {"kind": HoldKind.STOP},
+        {"kind": HoldKind.MEMORY_HIGH},
+        {"restore": "max"},
+    ],
+)
+def test_a_hold_that_could_not_be_undone_from_its_record_cannot_be_made(changes: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="a hold of kind"):
+        hold(**changes)
