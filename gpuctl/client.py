@@ -38,7 +38,7 @@ from .engine.sequence import FinishReason, SessionId, SessionPhase, TenantId, Ti
 _log = logging.getLogger(__name__)
 
 FIRST_RETRY_S = 0.2
-LONGEST_RETRY_S = 5.0
+LONGEST_RETRY_S = 3.0
 # A daemon that stops reading must not grow the engine's memory; the next occupancy is a full picture again.
 _MAX_QUEUED_REPORTS = 4096
 _DEFAULT_LIFE_NS = 60 * 10**9

@@ -1,0 +1,47 @@
+"""The engine as its users start it: a process of its own, awaited by its first line, ended by SIGTERM."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+
+@dataclass
+class EngineProcess:
+    url: str
+    process: subprocess.Popen[str]
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "equipoise.gpuctl.engine", "--threads", "1", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@contextmanager
+def running(*arguments: str) -> Iterator[EngineProcess]:
+    process = start("--listen", "127.0.0.1:0", *arguments)
+    try:
+        assert process.stdout is not None
+        first = process.stdout.readline()
+        assert first.startswith("listening http://"), process.communicate()
+        yield EngineProcess(first.split()[1], process)
+    finally:
+        process.terminate()
+        try:
+            process.communicate(timeout=20)
+        finally:
+            process.kill()
+
+
+def failing(*arguments: str) -> tuple[int, str]:
+    """Exit code and stderr of a process that should not start."""
+    process = start(*arguments)
+    _, errors = process.communicate(timeout=60)
+    return process.returncode, errors

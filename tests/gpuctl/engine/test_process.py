@@ -1,0 +1,272 @@
+"""The engine as a process, asked by the official client: what works, and what each bad start says."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import httpx
+import openai
+import pytest
+from equipoise.tests.gpuctl.engine.processes import EngineProcess, failing, running, start
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(scope="module")
+def engine(model) -> Iterator[EngineProcess]:
+    with running("--kv-tokens", "2048", "--slots", "8", "--max-queued", "4", "--max-running", "4") as process:
+        yield process
+
+
+@pytest.fixture
+def client(engine: EngineProcess) -> openai.OpenAI:
+    return openai.OpenAI(
+        base_url=f"{engine.url}/v1",
+        api_key="none",
+        max_retries=0,
+        default_headers={"X-Equipoise-Session": f"s-{time.monotonic_ns()}", "X-Equipoise-Tenant": "blue"},
+    )
+
+
+ASK = [{"role": "user", "content": "Name three colours."}]
+
+
+def test_the_official_client_lists_the_model_and_gets_an_answer(client):
+    (served,) = client.models.list().data
+    assert client.models.retrieve(served.id).id == served.id
+    answer = client.chat.completions.create(model=served.id, messages=ASK, temperature=0, max_tokens=12)
+    assert answer.choices[0].message.content
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage.completion_tokens == 12
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + 12
+
+
+def test_a_stream_says_the_same_as_the_whole_answer_and_ends_with_usage(client):
+    whole = client.chat.completions.create(model="default", messages=ASK, temperature=0, max_tokens=12)
+    chunks = list(
+        client.chat.completions.create(
+            model="default",
+            messages=ASK,
+            temperature=0,
+            max_tokens=12,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert chunks[-1].usage.completion_tokens == 12
+    assert chunks[-1].usage.prompt_tokens_details.cached_tokens > 0
+
+
+def test_the_second_turn_of_a_conversation_is_served_from_the_cache(client):
+    first = client.chat.completions.create(model="default", messages=ASK, temperature=0, max_tokens=12)
+    messages = [
+        *ASK,
+        {"role": "assistant", "content": first.choices[0].message.content},
+        {"role": "user", "content": "And three animals?"},
+    ]
+    second = client.chat.completions.create(model="default", messages=messages, temperature=0, max_tokens=12)
+    held = first.usage.total_tokens - 1
+    assert second.usage.prompt_tokens_details.cached_tokens == held
+
+
+def test_the_same_seed_gives_the_same_text_and_another_one_another(client):
+    def text(seed: int) -> str:
+        answer = client.completions.create(
+            model="default", prompt="Once upon a time", temperature=1.2, seed=seed, max_tokens=16
+        )
+        return answer.choices[0].text
+
+    assert text(1) == text(1)
+    assert text(1) != text(2)
+
+
+def test_logprobs_are_given_per_token_and_ordered(client):
+    answer = client.chat.completions.create(
+        model="default", messages=ASK, temperature=0, max_tokens=4, logprobs=True, top_logprobs=3
+    )
+    tokens = answer.choices[0].logprobs.content
+    assert len(tokens) == 4
+    for token in tokens:
+        tops = [top.logprob for top in token.top_logprobs]
+        assert tops == sorted(tops, reverse=True)
+        assert token.logprob == pytest.approx(tops[0])  # greedy takes the likeliest
+        assert token.logprob <= 0
+
+
+def test_a_stop_string_is_not_part_of_the_answer(client):
+    whole = client.completions.create(model="default", prompt="1, 2, 3, 4,", temperature=0, max_tokens=16)
+    text = whole.choices[0].text
+    stop = text[6:9]
+    cut = client.completions.create(model="default", prompt="1, 2, 3, 4,", temperature=0, max_tokens=16, stop=stop)
+    assert cut.choices[0].text == text[: text.index(stop)]
+    assert cut.choices[0].finish_reason == "stop"
+
+
+def test_a_grammar_holds_the_model_to_it(client):
+    answer = client.completions.create(
+        model="default",
+        prompt="Is water wet? Answer:",
+        temperature=0,
+        max_tokens=8,
+        extra_body={"grammar": 'root ::= "yes" | "no"'},
+    )
+    assert answer.choices[0].text in ("yes", "no")
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "word"),
+    [
+        ({"model": "nope"}, 404, "nope"),
+        ({"temperature": 7}, 400, "temperature"),
+        ({"max_tokens": 0}, 400, "max_tokens"),
+        ({"messages": []}, 400, "messages"),
+        ({"messages": [{"content": "x"}]}, 400, "role"),
+        ({"messages": [{"role": "user", "content": "a b c d " * 2000}]}, 400, "2048"),
+        ({"n": 2}, 400, "n:"),
+        ({"stop": [1]}, 400, "stop"),
+        ({"grammar": "root ::= ("}, 400, "grammar"),
+        ({"logit_bias": [1]}, 400, "logit_bias"),
+    ],
+)
+def test_a_bad_field_is_an_error_that_names_it(engine, change, status, word):
+    answer = httpx.post(f"{engine.url}/v1/chat/completions", json={"messages": ASK, "max_tokens": 1, **change})
+    assert answer.status_code == status
+    assert word in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "word"),
+    [(b"{", "not JSON"), (b'{"messages": "\xff"}', "UTF-8"), (b"[1]", "object"), (b"[" * 100_000, "JSON")],
+)
+def test_a_body_that_is_no_json_is_refused_in_words(engine, body, word):
+    answer = httpx.post(f"{engine.url}/v1/chat/completions", content=body)
+    assert answer.status_code == 400
+    assert word in answer.json()["error"]["message"]
+
+
+def test_a_body_past_the_limit_is_refused(engine):
+    answer = httpx.post(f"{engine.url}/v1/chat/completions", content=b" " * (9 << 20))
+    assert answer.status_code == 413
+
+
+def test_an_unknown_route_answers_in_the_openai_format(engine):
+    answer = httpx.get(f"{engine.url}/v1/nothing")
+    assert answer.status_code == 404
+    assert "/v1/nothing" in answer.json()["error"]["message"]
+
+
+def test_a_client_that_goes_away_frees_its_place(engine):
+    body = {"messages": ASK, "max_tokens": 1500, "stream": True, "ignore_eos": True, "temperature": 0}
+    for _ in range(2):
+        with httpx.stream("POST", f"{engine.url}/v1/chat/completions", json=body) as answer:
+            next(answer.iter_lines())
+    # A request that does not stream and whose client gives up waiting.
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{engine.url}/v1/chat/completions", json={**body, "stream": False}, timeout=0.5)
+    began = time.monotonic()
+    quick = httpx.post(f"{engine.url}/v1/chat/completions", json={**body, "stream": False, "max_tokens": 4}, timeout=60)
+    assert quick.status_code == 200
+    # Three abandoned turns of 1500 tokens would still run for tens of seconds.
+    assert time.monotonic() - began < 10
+
+
+def test_more_turns_than_the_queue_takes_are_told_when_to_come_back(engine):
+    body = {"messages": ASK, "max_tokens": 30, "temperature": 0, "ignore_eos": True}
+    answers: list[httpx.Response] = []
+
+    def ask() -> None:
+        answers.append(httpx.post(f"{engine.url}/v1/chat/completions", json=body, timeout=120))
+
+    threads = [threading.Thread(target=ask) for _ in range(24)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    refused = [a for a in answers if a.status_code == 429]
+    assert refused
+    assert all(int(a.headers["retry-after"]) > 0 for a in refused)
+    assert all(a.status_code in (200, 429) for a in answers)
+    assert len([a for a in answers if a.status_code == 200]) >= 4
+
+
+def test_sigterm_ends_a_process_under_load_cleanly():
+    with running("--kv-tokens", "512", "--slots", "2") as engine:
+        body = {"messages": ASK, "max_tokens": 400, "stream": True, "ignore_eos": True}
+        with httpx.stream("POST", f"{engine.url}/v1/chat/completions", json=body) as answer:
+            next(answer.iter_lines())
+            engine.process.send_signal(signal.SIGTERM)
+            assert engine.process.wait(timeout=15) == 0
+
+
+# Starts that must fail
+
+
+def test_a_port_in_use_is_one_line_and_an_exit_code():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        code, errors = failing("--listen", f"127.0.0.1:{port}")
+    assert code == 1
+    assert errors.count("\n") == 1
+    assert str(port) in errors
+    assert "another port" in errors
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        (None, "no such model file"),
+        (b"not a model at all, sorry", "not a GGUF"),
+        (b"GGUF", "not a GGUF"),
+        (b"GGUF\x63\x00\x00\x00" + bytes(16), "version 99"),
+        (b"GGUF\x03\x00\x00\x00" + b"\x01" + bytes(7) + b"\x01" + bytes(7) + b"\xff" * 64, "cannot load it"),
+    ],
+)
+def test_a_broken_model_file_is_one_line_and_an_exit_code(tmp_path, content, word):
+    path = tmp_path / "broken.gguf"
+    if content is not None:
+        path.write_bytes(content)
+    code, errors = failing("--listen", "127.0.0.1:0", "--model", str(path))
+    assert code == 1
+    assert errors.count("\n") == 1
+    assert word in errors
+    assert str(path) in errors
+
+
+def test_a_truncated_model_is_refused_before_it_serves(tmp_path, model):
+    path = tmp_path / "half.gguf"
+    with model.path.open("rb") as whole:
+        path.write_bytes(whole.read(20_000_000))
+    code, errors = failing("--listen", "127.0.0.1:0", "--model", str(path))
+    assert code == 1
+    assert "half.gguf" in errors
+    assert errors.count("\n") == 1
+
+
+def test_an_address_that_is_none_is_one_line():
+    code, errors = failing("--listen", "nonsense")
+    assert (code, errors.count("\n")) == (1, 1)
+    assert "HOST:PORT" in errors
+
+
+def test_keys_are_asked_for_where_given(model):
+    with running("--kv-tokens", "512", "--slots", "2", "--api-key", "blue=secret") as engine:
+        ask = {"messages": ASK, "max_tokens": 1}
+        url = f"{engine.url}/v1/chat/completions"
+        assert httpx.post(url, json=ask).status_code == 401
+        assert httpx.post(url, json=ask, headers={"Authorization": "Bearer wrong"}).status_code == 401
+        good = httpx.post(url, json=ask, headers={"Authorization": "Bearer secret"}, timeout=30)
+        assert good.status_code == 200
+
+
+def test_an_unknown_option_is_told_by_the_command_line():
+    process = start("--nonsense")
+    process.communicate(timeout=30)
+    assert process.returncode == 2
