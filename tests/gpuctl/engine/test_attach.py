@@ -61,7 +61,8 @@ class Daemon(engine_pb2_grpc.EngineServiceServicer):
             return [o for o in outcomes if o.directive_id == name and o.status not in unfinished]
 
         await self.until(lambda: bool(final()))
-        return final()[-1]
+        outcome: pb.DirectiveOutcome = final()[-1]
+        return outcome
 
 
 @asynccontextmanager

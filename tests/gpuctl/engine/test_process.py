@@ -80,7 +80,7 @@ def test_the_same_seed_gives_the_same_text_and_another_one_another(client):
         answer = client.completions.create(
             model="default", prompt="Once upon a time", temperature=1.2, seed=seed, max_tokens=16
         )
-        return answer.choices[0].text
+        return str(answer.choices[0].text)
 
     assert text(1) == text(1)
     assert text(1) != text(2)
