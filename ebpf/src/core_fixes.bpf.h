@@ -102,6 +102,15 @@ static __always_inline u32 learn_cpu_offsets(u32 cpu_count)
 }
 
 /*
+ * A task that carries no storage of anybody's carries no tag. This spares most page faults of the machine the helper's
+ * call (20 of 30 ns); where the field is gone the helper alone decides.
+ */
+static __always_inline bool may_have_storage(struct task_struct *task)
+{
+	return !bpf_core_field_exists(task->bpf_storage) || task->bpf_storage;
+}
+
+/*
  * "exit: move and extend sched_process_exit() tracepoint" (6.16) fires it before exit_mm() instead of after, and adds
  * the argument group_dead. Reading signal->live works on both sides of that change, since do_exit() lowers it first.
  * Before 6.16 two threads that leave together may both read 0, so callers let the deletion of a record choose one.

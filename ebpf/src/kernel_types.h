@@ -103,6 +103,7 @@ struct task_struct {
 	struct task_struct *group_leader;
 	struct signal_struct *signal;
 	struct css_set *cgroups;
+	struct bpf_local_storage *bpf_storage;
 } CORE;
 
 struct bpf_array {

@@ -113,6 +113,8 @@ int BPF_PROG(on_rss_stat, struct mm_struct *mm, int member)
 	u64 key = (u64)mm;
 	s64 grown;
 
+	if (!may_have_storage(task))
+		return 0;
 	/* Reclaim, fork and exit move other address spaces' counters too; their owner's next charge reads the result. */
 	if (task->mm != mm || member == MM_SWAPENTS)
 		return 0;
