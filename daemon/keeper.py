@@ -3,6 +3,7 @@
 Owns the bookkeeping between a sandbox, its directories, its agent's tag in the kernel, the leaf of each tool call and
 the ids that callers use. It applies no policy: budgets come from the policy in force, verdicts from decide().
 Works without eBPF: then a call's boundaries come from wrappers and hooks alone, its memory from its leaf's counter.
+Works without cgroups: then a sandbox is its agent and the processes below it, and no tool call has a leaf.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ import asyncio
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import count
 
 from ..ebpf.errors import EbpfError
 from ..ebpf.tool_memory import ToolMemory
+from ..policies.document import NAME
 from ..policies.events import (
     BudgetChanged,
     Event,
@@ -22,19 +25,20 @@ from ..policies.events import (
     SandboxRemoved,
     ToolCallAttributed,
     ToolCallEnded,
-    ToolCallMemoryStepped,
     ToolCallMerged,
     ToolCallStarted,
 )
 from ..policies.model import CgroupId, Sandbox, SessionId, TenantId, ToolCall, ToolCallId, ToolCallSource
 from ..policies.state import State
-from . import log
+from . import log, processes
 from .cgroups import CgroupDriver, SandboxCgroup
 from .errors import CgroupError
 
 WRAPPER_CONFIDENCE = 1.0
 HOOK_CONFIDENCE = 0.95
 """A hook's boundaries are exact; which processes are meant is inferred from what is exec'd meanwhile."""
+REPORT_GRACE_S = 0.5
+"""Without probes: how long after its root process has exited a wrapper may say with which exit code."""
 
 
 @dataclass(slots=True)
@@ -54,8 +58,6 @@ class _Leaf:
 
     path: str
     sandbox: CgroupId
-    pidfd: int | None = None
-    """Of the root process, where no probe tells of its end."""
 
 
 class SandboxKeeper:
@@ -63,19 +65,25 @@ class SandboxKeeper:
 
     def __init__(
         self,
-        driver: CgroupDriver,
+        driver: CgroupDriver | None,
         probes: ToolMemory | None,
         state: State,
         emit: Callable[[Event], None],
+        settle: Callable[[], None],
         now_ns: Callable[[], int],
     ) -> None:
+        """`settle` takes in everything that waits, the kernel's events too; never called as a sink."""
         self._driver = driver
         self._probes = probes
         self._state = state
         self._emit = emit
+        self._settle = settle
         self._now_ns = now_ns
         self._kept: dict[CgroupId, _Kept] = {}
         self._leaves: dict[ToolCallId, _Leaf] = {}
+        self._roots: dict[ToolCallId, int] = {}
+        """Without probes: a pidfd of the root process of each call."""
+        self._names = count(1)
         self._external: dict[tuple[CgroupId, str], ToolCallId] = {}
 
     # -- sandboxes
@@ -93,11 +101,23 @@ class SandboxKeeper:
             kept = next((key for key, k in self._kept.items() if k.agent_tag == tag), None)
             if kept is not None:
                 return self._state.sandboxes.get(kept)
+        if self._driver is None:
+            return self._find_by_ancestry(pid)
         path = self._driver.cgroup_of(pid)
         if path is None:
             return None
         inside = (s for s in self._state.sandboxes.values() if f"{path}/".startswith(f"{s.path}/"))
         return max(inside, key=lambda s: len(s.path), default=None)
+
+    def _find_by_ancestry(self, pid: int) -> Sandbox | None:
+        """One that was orphaned has left its agent's tree and is missed."""
+        agents = {s.agent_pid: s for s in self._state.sandboxes.values()}
+        while (sandbox := agents.get(pid)) is None:
+            found = processes.stat(pid)
+            if found is None or found.parent_pid == 0:
+                return None
+            pid = found.parent_pid
+        return sandbox
 
     def register(
         self, tenant: TenantId, name: str, pid: int | None, cgroup_path: str | None, session: SessionId | None
@@ -110,17 +130,15 @@ class SandboxKeeper:
         known = self.find(tenant, name)
         if known is not None and known.cgroup_id in self._kept:
             cgroup, session = self._kept[known.cgroup_id].cgroup, session or known.session
-        elif cgroup_path:
-            cgroup = self._driver.adopt(cgroup_path)
         else:
-            cgroup = self._driver.create_sandbox(tenant, name)
+            cgroup = self._cgroup(tenant, name, cgroup_path)
         kept = self._kept.get(cgroup.cgroup_id) or _Kept(cgroup)
         try:
             if pid is not None:
                 self._take_in_agent(kept, pid)
         except (CgroupError, EbpfError, ProcessLookupError):
             if known is None and cgroup.own:
-                self._driver.remove(cgroup.path)
+                self._cgroups.remove(cgroup.path)
             raise
         self._kept[cgroup.cgroup_id] = kept
         sandbox = Sandbox(
@@ -136,10 +154,26 @@ class SandboxKeeper:
         log.event("sandbox_registered", sandbox=sandbox.label, cgroup=cgroup.path, cgroup_id=cgroup.cgroup_id, pid=pid)
         return sandbox
 
+    @property
+    def _cgroups(self) -> CgroupDriver:
+        """For what has a cgroup of ours: without a driver nothing has."""
+        assert self._driver is not None
+        return self._driver
+
+    def _cgroup(self, tenant: TenantId, name: str, cgroup_path: str | None) -> SandboxCgroup:
+        if self._driver is not None:
+            return self._driver.adopt(cgroup_path) if cgroup_path else self._driver.create_sandbox(tenant, name)
+        if cgroup_path:
+            raise CgroupError(f"{cgroup_path}: no cgroups can be used here: run the daemon as root, see its `lacks`")
+        if not NAME.fullmatch(name):
+            raise CgroupError(f"sandbox name {name!r}: use up to 64 letters, digits, '.', '_' and '-'")
+        # A number of ours stands for the cgroup id that there is none of.
+        return SandboxCgroup("", CgroupId(next(self._names)), "", own=False)
+
     def _take_in_agent(self, kept: _Kept, pid: int) -> None:
         cgroup = kept.cgroup
         if cgroup.own:
-            joined = self._driver.attach(pid, cgroup.runtime)
+            joined = self._cgroups.attach(pid, cgroup.runtime)
             if not joined.done:
                 raise CgroupError(f"pid {pid} could not be moved to {cgroup.runtime}: {joined.detail or 'it is gone'}")
         if self._probes is not None:
@@ -153,9 +187,9 @@ class SandboxKeeper:
                 hard_bytes=budget.hard_bytes if budget else 0,
             )
         self._unwatch(kept.pidfd)
-        kept.pidfd = self._watch(pid, lambda: self._agent_gone(cgroup.cgroup_id))
+        kept.pidfd = self._watch(pid, lambda: self._agent_exited(cgroup.cgroup_id))
 
-    def _agent_gone(self, cgroup_id: CgroupId) -> None:
+    def _agent_exited(self, cgroup_id: CgroupId) -> None:
         kept = self._kept.get(cgroup_id)
         if kept is None:
             return
@@ -163,6 +197,10 @@ class SandboxKeeper:
         kept.pidfd = None
         sandbox = self._state.sandboxes.get(cgroup_id)
         log.event("agent_gone", sandbox=sandbox.label if sandbox else cgroup_id)
+        self._settle()  # what it started last may still wait in the kernel's buffer
+        self._remove_unless_used(cgroup_id)
+
+    def _remove_unless_used(self, cgroup_id: CgroupId) -> None:
         if not any(c.sandbox == cgroup_id and c.gone_ns is None for c in self._state.tool_calls.values()):
             self.remove(cgroup_id)
 
@@ -175,10 +213,12 @@ class SandboxKeeper:
         if kept.agent_tag is not None and self._probes is not None:
             self._probes.forget(kept.agent_tag)
         for call in [key for key, leaf in self._leaves.items() if leaf.sandbox == cgroup_id]:
-            self._unwatch(self._leaves.pop(call).pidfd)
+            del self._leaves[call]
         self._external = {key: call for key, call in self._external.items() if key[0] != cgroup_id}
-        self._driver.forget(kept.cgroup.path)
         self._emit(SandboxRemoved(self._now_ns(), cgroup_id, kept.cgroup.path))
+        if self._driver is None:
+            return ""
+        self._driver.forget(kept.cgroup.path)
         if not kept.cgroup.own:
             return ""
         removed = self._driver.remove(kept.cgroup.path)
@@ -192,6 +232,9 @@ class SandboxKeeper:
 
     def close(self) -> None:
         """Forget everything; sandboxes in which something still runs keep their cgroups."""
+        for pidfd in self._roots.values():
+            self._unwatch(pidfd)
+        self._roots.clear()
         for cgroup_id in list(self._kept):
             if problem := self.remove(cgroup_id):
                 log.warning("sandbox_left", problem=problem)
@@ -276,7 +319,10 @@ class SandboxKeeper:
         known = self._state.tool_calls.get(self._state.resolve(call))
         if known is None or not known.running:
             return
-        self._emit(ToolCallEnded(self._now_ns(), known.id, exit_code, None, escaped_count=self._left_count(known.id)))
+        leaf = self._leaves.get(known.id) if self._probes is None else None
+        peak = self._cgroups.memory_peak(leaf.path) if leaf else None
+        left = len(self.processes(known.id))
+        self._emit(ToolCallEnded(self._now_ns(), known.id, exit_code, None, escaped_count=left, peak_bytes=peak))
         if kept := self._kept.get(known.sandbox):
             kept.announced = [c for c in kept.announced if c != call]
 
@@ -288,18 +334,12 @@ class SandboxKeeper:
         if self._probes is not None and (pids := self._probes.processes(call)):
             return pids
         leaf = self._leaves.get(call)
-        return self._driver.processes(leaf.path) if leaf else ()
+        return self._cgroups.processes(leaf.path) if leaf else ()
 
     def leaf(self, call: ToolCallId) -> str | None:
         """The tool call's own cgroup; None where it has none."""
         leaf = self._leaves.get(call)
         return leaf.path if leaf else None
-
-    def leaves(self) -> dict[ToolCallId, str]:
-        return {call: leaf.path for call, leaf in self._leaves.items()}
-
-    def _left_count(self, call: ToolCallId) -> int:
-        return len(self.processes(call))
 
     def _new_id(self) -> ToolCallId:
         if self._probes is not None:
@@ -333,39 +373,36 @@ class SandboxKeeper:
             self._emit(ToolCallMerged(event.at_ns, kept.announced.pop(0), event.id))
         if event.pid is not None and kept.cgroup.own and event.id not in self._leaves:
             self._move_to_leaf(event.id, event.pid, kept.cgroup, event.sandbox)
+        if event.pid is not None and self._probes is None:
+            self._watch_root(event.id, event.pid)
         self._set_kind_budget(call, state)
 
     def _move_to_leaf(self, call: ToolCallId, pid: int, cgroup: SandboxCgroup, sandbox: CgroupId) -> None:
         """Give a call its own cgroup; children that were forked before the move follow."""
         try:
-            path = self._driver.create_tool_leaf(cgroup.path, call)
+            path = self._cgroups.create_tool_leaf(cgroup.path, call)
         except CgroupError as error:
             log.warning("tool_leaf_failed", call=f"{call:016x}", error=str(error))
             return
-        leaf = self._leaves[call] = _Leaf(path, sandbox)
-        joined = self._driver.attach(pid, path)
+        self._leaves[call] = _Leaf(path, sandbox)
+        joined = self._cgroups.attach(pid, path)
         if self._probes is not None:
             for child in self._probes.processes(call):
                 if child != pid:
-                    self._driver.attach(child, path)
-        elif joined.done:
-            leaf.pidfd = self._watch(pid, lambda: self._root_gone(call))
-        if not joined.done and not self._driver.processes(path):
+                    self._cgroups.attach(child, path)
+        if not joined.done and not self._cgroups.processes(path):
             self._drop_leaf(call)  # it was over before we could move it
 
+    def _watch_root(self, call: ToolCallId, pid: int) -> None:
+        """Without probes: nothing else tells that a call has ended whose wrapper was killed."""
+        pidfd = self._watch(pid, lambda: self._root_gone(call))
+        if pidfd is not None:
+            self._roots[call] = pidfd
+
     def _root_gone(self, call: ToolCallId) -> None:
-        """Without probes: the root process of a wrapped call has exited; its exit code comes with EndToolCall."""
-        leaf = self._leaves.get(call)
-        if leaf is None:
-            return
-        self._unwatch(leaf.pidfd)
-        leaf.pidfd = None
-        now_ns = self._now_ns()
-        peak = self._driver.memory_peak(leaf.path)
-        if peak is not None:
-            self._emit(ToolCallMemoryStepped(now_ns, call, 0, peak))
-        left = len(self._driver.processes(leaf.path))
-        self._emit(ToolCallEnded(now_ns, call, None, None, escaped_count=left, peak_bytes=peak))
+        self._unwatch(self._roots.pop(call, None))
+        # Its wrapper knows the exit code and says it within milliseconds; then the call has ended already.
+        asyncio.get_running_loop().call_later(REPORT_GRACE_S, self.end, call, None)
 
     def _set_kind_budget(self, call: ToolCall, state: State) -> None:
         budget = state.policy.memory.budget_for(call.kind)
@@ -389,15 +426,14 @@ class SandboxKeeper:
         known = state.tool_calls.get(call)
         kept = self._kept.get(known.sandbox) if known else None
         if known is not None and kept is not None and kept.pidfd is None and kept.agent_tag is not None:
-            self._agent_gone(known.sandbox)  # the agent has gone before its last escapee
+            self._remove_unless_used(known.sandbox)  # the agent has gone before its last escapee
 
     def _drop_leaf(self, call: ToolCallId) -> None:
         leaf = self._leaves.pop(call, None)
         if leaf is None:
             return
-        self._unwatch(leaf.pidfd)
-        self._driver.forget(leaf.path)
-        removed = self._driver.remove(leaf.path, patience_s=0.0)
+        self._cgroups.forget(leaf.path)
+        removed = self._cgroups.remove(leaf.path, patience_s=0.0)
         if not removed.done and removed.detail:
             # A zombie of it is not reaped yet, or an escapee lives on: the sandbox's removal takes it along.
             log.debug("tool_leaf_left", problem=removed.detail)

@@ -45,7 +45,7 @@ def tool_calls(calls: list[pb.ToolCallView], console: Console | None = None) -> 
         table.add_row(
             call.tool_call_id,
             f"{call.tenant_id}/{call.sandbox}",
-            call.command,
+            " ".join(call.command.split()),
             f"{call.source} {call.confidence:.2f}",
             call.phase,
             seconds,

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import signal
 import socket as sockets
+import stat
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from ..gpuctl.api.v1 import engine_pb2, engine_pb2_grpc
 from ..gpuctl.hook import EngineHook
 from ..policies.actions import Decision, EngineAction, Outcome
 from ..policies.events import (
+    BudgetChanged,
     BudgetReached,
     Event,
     EventsLost,
@@ -49,7 +51,7 @@ from .actuators import Actuator, Budgets
 from .api.v1 import policy_pb2, policy_pb2_grpc, sandbox_pb2, sandbox_pb2_grpc
 from .cgroups import CgroupDriver
 from .engine_process import EngineConfig, EngineProcess
-from .errors import ListenError
+from .errors import CgroupError, ListenError
 from .fallback_budget import FallbackBudget
 from .guardian import Guardian, release
 from .history import History
@@ -65,6 +67,7 @@ from .sources import HostSampler, SandboxSampler, Source
 from .tallies import Tallies
 
 SOCKET_MODE = 0o660
+GUARDIAN_CHECK_S = 1.0
 SAMPLE_S = 0.5
 """Between two points of the journal's timeline, and two writes of what waits."""
 
@@ -122,10 +125,11 @@ class Service:
         self.state = State(policy)
         self.history = History()
         self.journal: Journal
-        self.driver: CgroupDriver
+        self.driver: CgroupDriver | None = None
         self.probes: ToolMemory | None = None
         self.polling: FallbackBudget | None = None
         """Stands in for the probes."""
+        self.guardian: Guardian
         self.loop: Loop
         self.hook: EngineHook
         self.holds: Holds
@@ -142,6 +146,8 @@ class Service:
         service.journal = Journal.open(config.journal, boot_id=boot_id(), started_ns=service.started_ns)
         parts.callback(lambda: service.journal.close(now_ns()))
         service._open_cgroups(parts)
+        service._start_guardian()
+        parts.callback(service._end_guardian)
         service._open_probes(parts)
         service._compose(parts)
         await service._serve(parts)
@@ -159,8 +165,14 @@ class Service:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
         except OSError as error:
             raise ListenError(f"{path.parent}: {error.strerror}: give --state-dir a folder that is yours") from error
-        if not path.exists():
+        try:
+            mode = path.lstat().st_mode
+        except FileNotFoundError:
             return
+        except OSError as error:
+            raise ListenError(f"{path}: {error.strerror}: give --socket a path that is yours") from error
+        if not stat.S_ISSOCK(mode):
+            raise ListenError(f"{path}: is there and is no socket: remove it, or give --socket another path")
         with sockets.socket(sockets.AF_UNIX) as probe:
             try:
                 probe.connect(str(path))
@@ -168,17 +180,49 @@ class Service:
                 path.unlink()
                 return
             except OSError as error:
-                raise ListenError(f"{path}: {error.strerror}: remove it, or give --socket another path") from error
+                reason = error.strerror or error
+                raise ListenError(f"{path}: {reason}: remove it, or give --socket another path") from error
         raise ListenError(f"{path}: another daemon listens there: stop it, or give --socket another path")
 
     def _open_cgroups(self, parts: contextlib.AsyncExitStack) -> None:
-        self.driver = CgroupDriver.open(base=self.config.cgroup_base)
-        parts.callback(self.driver.close)
-        left = release(self.config.journal, self.driver)
+        """Undo what an earlier run left, then make the base. Without cgroups the daemon runs on, unless the base was
+        asked for by name.
+        """
+        try:
+            driver = CgroupDriver.open(base=self.config.cgroup_base)
+        except CgroupError as error:
+            self._without_cgroups(error)
+            self._release_earlier(None)
+            return
+        self._release_earlier(driver)
+        try:
+            sweep(driver)
+            driver.prepare()
+        except CgroupError as error:
+            driver.close()
+            self._without_cgroups(error)
+            return
+        self.driver = driver
+        self.cgroup_layout = driver.layout.kind.value
+        parts.callback(driver.close)
+        parts.callback(sweep, driver)
+
+    def _release_earlier(self, driver: CgroupDriver | None) -> None:
+        left = release(self.config.journal, driver)
         if left.undone_count or left.found_count:
             log.event("released", undone=left.undone_count, found=left.found_count, why="left by an earlier run")
-        self.driver.prepare()
-        self.cgroup_layout = self.driver.layout.kind.value
+
+    def _without_cgroups(self, error: CgroupError) -> None:
+        if self.config.cgroup_base is not None:
+            raise error
+        self.cgroup_layout = f"none: {error}"
+        self.lacks.append(
+            f"no cgroups ({error}): a sandbox is its agent and the processes below it, nothing is throttled, and what "
+            "leaves its agent's process tree is not seen"
+        )
+
+    def _start_guardian(self) -> None:
+        self.guardian = Guardian.start(self.config.journal, base=self.driver.base if self.driver else None)
 
     def _open_probes(self, parts: contextlib.AsyncExitStack) -> None:
         if not self.config.ebpf:
@@ -197,14 +241,14 @@ class Service:
     def _without_probes(self, reason: str) -> None:
         self.probe_backend = f"none: {reason}"
         self.lacks.append(
-            f"no eBPF ({reason}): tool calls are found by wrappers and hooks alone, and stopped at their budget "
-            "from user space, some MiB late"
+            f"no eBPF ({reason}): tool calls are found by wrappers and hooks alone, those of hooks are not measured, "
+            "and they are stopped at their budget from user space, some MiB late"
         )
 
     def _compose(self, parts: contextlib.AsyncExitStack) -> None:
         self.holds = Holds(self.journal, self.driver)
         self.loop = Loop(self.state, self._act, (self.history, self.tallies, self._to_journal, self._on_event), now_ns)
-        self.keeper = SandboxKeeper(self.driver, self.probes, self.state, self.loop.emit, now_ns)
+        self.keeper = SandboxKeeper(self.driver, self.probes, self.state, self.loop.emit, self._settle, now_ns)
         self.hook = EngineHook(self.loop.emit, now_ns)
         budgets: Budgets
         if self.probes is not None:
@@ -217,8 +261,6 @@ class Service:
         self.loop.every_turn(self._at_turn)
 
     async def _serve(self, parts: contextlib.AsyncExitStack) -> None:
-        guardian = Guardian.start(self.config.journal, base=self.driver.base)
-        parts.callback(guardian.close)
         if self.config.metrics_listen:
             metrics = MetricsServer.start(self.config.metrics_listen, self._metrics_facts)
             self.metrics_url = metrics.url
@@ -261,15 +303,15 @@ class Service:
             running.add_reader(self.probes.fileno(), self._drain)
             parts.callback(running.remove_reader, self.probes.fileno())
         self._task(self.loop.run(), parts)
-        self.sources = [
-            HostSampler(self.loop.emit, now_ns, gpu=self._gpu_memory(parts)),
-            SandboxSampler(self.driver, lambda: self.loop.snapshot, self.loop.emit, now_ns),
-        ]
+        self.sources = [HostSampler(self.loop.emit, now_ns, gpu=self._gpu_memory(parts))]
+        if self.driver is not None:
+            self.sources.append(SandboxSampler(self.driver, lambda: self.loop.snapshot, self.loop.emit, now_ns))
         for source in self.sources:
             self._task(source.run(), parts)
         if self.polling is not None:
             self._task(self.polling.run(), parts)
         self._task(self._keep_journal(), parts)
+        self._task(self._keep_guardian(), parts)
         self._task(notify.watchdog(lambda: self.loop.turn_count, self.summary), parts)
 
     def _gpu_memory(self, parts: contextlib.AsyncExitStack) -> Callable[[], tuple[int, int] | None] | None:
@@ -318,7 +360,7 @@ class Service:
     def _on_event(self, event: Event, state: State) -> None:
         """Sink: sandboxes, leaves and holds follow what happens."""
         match event:
-            case SandboxRegistered(sandbox=registered):
+            case SandboxRegistered(sandbox=registered) if self.driver is not None:
                 if not self.actuator.arm(registered.path):
                     self.keeper.disarm(registered.cgroup_id)
             case SandboxRemoved(path=path):
@@ -327,6 +369,9 @@ class Service:
                 self.actuator.merge(event.id, event.into)
             case BudgetReached():
                 self.actuator.stopped_at_budget(event)
+            case BudgetChanged() if self.polling is not None:
+                with contextlib.suppress(LookupError):  # it has ended meanwhile
+                    self.polling.set_budget(event.id, soft_bytes=event.soft_bytes, hard_bytes=event.hard_bytes)
             case _:
                 pass
         self.keeper(event, state)
@@ -399,6 +444,18 @@ class Service:
             self.journal.record_samples(samples_of(self.loop.snapshot))
             self.journal.flush()
 
+    async def _keep_guardian(self) -> None:
+        while True:
+            await asyncio.sleep(GUARDIAN_CHECK_S)
+            if self.guardian.alive():
+                continue
+            log.warning("guardian_died", pid=self.guardian.pid)
+            self.guardian.close()
+            self._start_guardian()
+
+    def _end_guardian(self) -> None:
+        self.guardian.close()
+
     # -- said to the outside
 
     def status(self) -> policy_pb2.GetStatusResponse:
@@ -446,9 +503,17 @@ class Service:
 
     def _let_go(self) -> None:
         """At the end: nobody stays stopped or throttled, and no cgroup of ours stays that is empty."""
-        self._settle()
-        self.actuator.release_all()
-        self.keeper.close()
+        try:
+            self._settle()
+        finally:
+            self.actuator.release_all(ending=True)
+            self.keeper.close()
+
+
+def sweep(driver: CgroupDriver) -> None:
+    """Remove what is empty below our base, and the base: sandboxes that an earlier run left, tenants without any."""
+    for path in reversed(driver.below(driver.base)):
+        driver.remove(path, patience_s=0.0)
 
 
 def boot_id() -> str:
