@@ -81,13 +81,19 @@ def require_kernel() -> None:
 
 
 def checked_object(unit: str) -> Path:
-    """The unit's object, compiled first if a source is newer. Raises ProbesUnavailable."""
+    """The unit's object, compiled first if a source is newer. Raises ProbesUnavailable.
+
+    An object that cannot be compiled anew serves as it is: an installed package has no compiler to count on, its files
+    have arbitrary times, and the object's ABI version is checked at load anyway.
+    """
+    path = build.object_path(unit)
     if not build.is_current(unit):
         try:
             build.compile_unit(unit)
         except (BuildFailed, OSError) as error:
-            raise ProbesUnavailable(str(error), "then run `make ebpf`") from error
-    return build.object_path(unit)
+            if not path.exists():
+                raise ProbesUnavailable(str(error), "then run `make ebpf`") from error
+    return path
 
 
 def _online_cpu_count() -> int:

@@ -7,9 +7,10 @@ import errno
 import os
 
 import pytest
+from equipoise.ebpf import build
 from equipoise.ebpf.errors import LibbpfError, ProbesUnavailable
 from equipoise.ebpf.libbpf import BpfObject, library
-from equipoise.ebpf.probes import Probes, require_kernel
+from equipoise.ebpf.probes import Probes, checked_object, require_kernel
 
 
 @pytest.fixture(autouse=True)
@@ -70,3 +71,14 @@ def test_without_kernel_types_the_reason_and_the_remedy_are_said(monkeypatch, tm
     monkeypatch.setattr("equipoise.ebpf.probes.BTF_PATH", tmp_path / "vmlinux")
     with pytest.raises(ProbesUnavailable, match="CONFIG_DEBUG_INFO_BTF=y"):
         require_kernel()
+
+
+def test_an_installed_object_serves_without_a_compiler(object_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "OBJECTS", tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ProbesUnavailable, match="clang not found"):
+        checked_object("equipoise")
+    installed = tmp_path / "equipoise.bpf.o"
+    installed.write_bytes(object_file.read_bytes())
+    os.utime(installed, (0, 0))
+    assert checked_object("equipoise") == installed
