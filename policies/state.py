@@ -212,7 +212,8 @@ class State:
             assert (call.end_ns is not None) == (call.phase is ToolCallPhase.ENDED), f"{call.id:x}: phase, end"
             assert call.end_ns is None or call.end_ns >= call.start_ns, f"{call.id:x}: ends before it starts"
             assert call.gone_ns is None or call.used_bytes == 0, f"{call.id:x}: gone and uses memory"
-            assert call.phase is not ToolCallPhase.STOPPED or call.stopped_ns is not None, f"{call.id:x}: stopped when?"
+            if call.phase is ToolCallPhase.STOPPED and call.gone_ns is None:
+                assert call.stopped_ns is not None, f"{call.id:x}: stopped, but not since when"
         for session in self.sessions.values():
             assert session.engine in self.engines, f"{session.id}: its engine is unknown"
             assert session.held_tokens <= session.context_tokens, f"{session.id}: holds more than its context"

@@ -1,0 +1,137 @@
+"""What every decision must obey, whatever the situation: checked on literals, random states and replays alike."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from equipoise.policies.actions import (
+    Action,
+    Decision,
+    Drop,
+    Freeze,
+    Grant,
+    Kill,
+    Retain,
+    SetHostTierCapacity,
+    SetTenantWeight,
+    SwapIn,
+    SwapOut,
+    Thaw,
+    Throttle,
+    Wait,
+)
+from equipoise.policies.decide import decide
+from equipoise.policies.model import KvTier, SessionPhase, ToolCall, ToolCallPhase
+from equipoise.policies.policy import Policy
+from equipoise.policies.snapshot import Snapshot
+
+DIRECTIVE = {
+    SwapOut: "swap_out",
+    SwapIn: "swap_in",
+    Retain: "retain",
+    Drop: "drop",
+    SetTenantWeight: "set_tenant_weight",
+    SetHostTierCapacity: "set_host_tier_capacity",
+}
+
+
+def decide_lawfully(snapshot: Snapshot, policy: Policy) -> tuple[Decision, ...]:
+    """decide(), checked. Raises AssertionError where a law is broken."""
+    made = decide(snapshot, policy)
+    assert made == decide(snapshot, policy), "the same snapshot gives the same decisions"
+    assert len({d.id for d in made}) == len(made)
+    for decision in made:
+        _check_record(decision, snapshot)
+        _check_expiry(decision.action, snapshot.now_ns)
+        match decision.action:
+            case Throttle() | Freeze() | Thaw() | Grant() | Wait() | Kill():
+                _check_call(decision.action, snapshot, policy)
+            case SwapOut() | SwapIn() | Retain() | Drop() | SetTenantWeight() | SetHostTierCapacity():
+                _check_directive(decision.action, snapshot)
+    _check_together([d.action for d in made], snapshot, policy)
+    return made
+
+
+def _check_record(decision: Decision, snapshot: Snapshot) -> None:
+    assert decision.at_ns == snapshot.now_ns
+    for text in (decision.rule, decision.subject, decision.evidence, decision.unit):
+        assert text and text.isprintable(), decision
+
+
+def _check_expiry(action: Action, now_ns: int) -> None:
+    """Whatever holds something back undoes itself; only a kill, a grant and letting go are final."""
+    expires_ns = getattr(action, "expires_ns", None)
+    assert isinstance(action, Kill | Grant | Thaw) or (expires_ns is not None and expires_ns > now_ns), action
+    assert not isinstance(action, Retain) or action.ttl_ns > 0, action
+
+
+def _check_call(action: Throttle | Freeze | Thaw | Grant | Wait | Kill, snapshot: Snapshot, policy: Policy) -> None:
+    call = _call(action.tool_call, snapshot)
+    assert call.gone_ns is None, f"{action}: all its processes are gone"
+    assert call.phase is not ToolCallPhase.KILLED, f"{action}: it was killed"
+    if isinstance(action, Grant | Wait | Kill):
+        assert call.stopped_ns is not None, f"{action}: it does not stand at its budget"
+    else:
+        assert call.running, f"{action}: it has ended"
+    match action:
+        case Throttle():
+            assert call.phase is ToolCallPhase.RUNNING
+            assert action.high_bytes > 0
+        case Thaw():
+            assert call.phase in (ToolCallPhase.THROTTLED, ToolCallPhase.FROZEN)
+        case Grant():
+            assert call.used_bytes < action.hard_bytes <= policy.memory.max_bytes
+            assert call.hard_bytes <= action.hard_bytes
+            assert 0 <= action.soft_bytes <= action.hard_bytes
+        case Wait():
+            assert call.waiting_until_ns is None, f"{action}: told twice"
+        case Kill():
+            assert action.message and action.message.isprintable()
+
+
+def _check_directive(
+    action: SwapOut | SwapIn | Retain | Drop | SetTenantWeight | SetHostTierCapacity, snapshot: Snapshot
+) -> None:
+    on = snapshot.engine(action.engine)
+    assert on is not None and on.attached, action
+    assert DIRECTIVE[type(action)] in on.supported_directives, action
+    if isinstance(action, SwapOut | SwapIn | Retain | Drop):
+        held = next(s for s in snapshot.sessions if s.id == action.session)
+        assert held.engine == on.id
+        assert held.phase is SessionPhase.IDLE, f"{action}: its turn is not over"
+        assert held.held_tokens > 0
+        assert not isinstance(action, Retain) or held.tier is KvTier.DEVICE
+        assert not isinstance(action, SwapIn) or held.tier in (KvTier.HOST, KvTier.DISK)
+        assert not isinstance(action, SwapOut) or held.tier is not action.tier
+
+
+def _check_together(actions: list[Action], snapshot: Snapshot, policy: Policy) -> None:
+    about = Counter(
+        ("call", a.tool_call)
+        if isinstance(a, Throttle | Freeze | Thaw | Grant | Wait | Kill)
+        else ("session", a.session)
+        for a in actions
+        if not isinstance(a, SetTenantWeight | SetHostTierCapacity)
+    )
+    assert all(count == 1 for count in about.values()), f"two actions on one subject: {about}"
+    freed = sum(_call(a.tool_call, snapshot).used_bytes for a in actions if isinstance(a, Kill))
+    granted = sum(a.hard_bytes - _call(a.tool_call, snapshot).used_bytes for a in actions if isinstance(a, Grant))
+    if granted:
+        pool = policy.memory.pool_bytes(snapshot.host.memory_total_bytes)
+        assert snapshot.tool_used_bytes() - freed + granted <= pool, "the pool is overdrawn"
+        if snapshot.host.memory_total_bytes:
+            assert granted <= snapshot.host.memory_available_bytes + freed, "the host has not got it"
+    for on in snapshot.engines:
+        swapped = [
+            next(s for s in snapshot.sessions if s.id == a.session)
+            for a in actions
+            if isinstance(a, SwapOut) and a.engine == on.id and a.tier is KvTier.HOST
+        ]
+        held = sum(s.held_tokens for s in swapped) * on.bytes_per_token
+        assert not held or on.host_used_bytes + held <= on.host_capacity_bytes, "the host tier is overdrawn"
+
+
+def _call(tool_call: int, snapshot: Snapshot) -> ToolCall:
+    found = [c for c in snapshot.tool_calls if c.id == tool_call]
+    assert len(found) == 1, f"tool call {tool_call:x} is not in the picture"
+    return found[0]
