@@ -80,6 +80,7 @@ async def _run(layout: Layout, seconds: float, model: str, console: Console) -> 
         console.print("starting the daemon and its engine", highlight=False)
         begin = time.monotonic()
         daemon = await processes.start_daemon(layout, socket, model)
+        was_ready = False
         try:
             async with grpc.aio.insecure_channel(
                 f"unix:{socket}", options=(("grpc.default_authority", "localhost"),)
@@ -88,6 +89,7 @@ async def _run(layout: Layout, seconds: float, model: str, console: Console) -> 
                 status = await _ready(stub, daemon, layout, interrupted)
                 if status is None:
                     return _INTERRUPTED
+                was_ready = True
                 console.print(
                     f"ready after {time.monotonic() - begin:.1f} s: engine {status.engine_url}, probes "
                     f"{status.probe_backend}, cgroups {status.cgroup_layout}; {len(AGENTS)} agents work for "
@@ -97,9 +99,11 @@ async def _run(layout: Layout, seconds: float, model: str, console: Console) -> 
                 return await _perform(stub, status, layout, socket, seconds, console, interrupted)
         finally:
             processes.kill_leftovers(layout.root / "work")
-            if not await processes.end_daemon(daemon, socket):
+            if not await processes.end_daemon(daemon, socket) and was_ready:
                 words = processes.last_words(layout.daemon_log)
                 console.print(f"the daemon did not end cleanly:\n{escape(words)}", style="red", highlight=False)
+            if left := processes.remove_cgroups():
+                console.print(f"cgroups of the demo are left: {escape(left)}", style="red", highlight=False)
 
 
 async def _ready(

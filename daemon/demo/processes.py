@@ -15,11 +15,16 @@ from pathlib import Path
 
 import psutil
 
+from ..cgroups import CgroupDriver
+from ..cgroups.files import Effect
+from ..errors import DaemonError
 from .scenario import KV_DEVICE_TOKENS, KV_HOST_BYTES, Agent, Layout
 
 _TERM_GRACE_S = 5.0
 _DAEMON_GRACE_S = 15.0
 _LOG_TAIL_LINES = 6
+CGROUP_BASE = "equipoise-demo"
+"""Not the daemon's default: the demo runs beside a daemon that works, and what it made can be removed as a whole."""
 CLI = (sys.executable, "-m", "equipoise.daemon.cli")
 
 Process = asyncio.subprocess.Process
@@ -51,6 +56,8 @@ async def start_daemon(layout: Layout, socket: Path, model: str) -> Process:
             str(KV_DEVICE_TOKENS),
             "--host-bytes",
             str(KV_HOST_BYTES),
+            "--cgroup-base",
+            CGROUP_BASE,
             "--metrics-listen",
             "127.0.0.1:0",
         ),
@@ -143,11 +150,22 @@ async def end_daemon(process: Process, socket: Path) -> bool:
             "release",
             "--socket",
             str(socket),
+            "--cgroup-base",
+            CGROUP_BASE,
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.DEVNULL,
         )
         await release.wait()
     return clean
+
+
+def remove_cgroups() -> str:
+    """Remove the demo's cgroups, empty by now; what is in the way, or an empty line."""
+    try:
+        removed = CgroupDriver.open(base=CGROUP_BASE).remove(CGROUP_BASE)
+    except DaemonError as error:
+        return str(error)
+    return "" if removed.effect in (Effect.DONE, Effect.GONE) else removed.detail
 
 
 def kill_leftovers(work: Path) -> list[str]:

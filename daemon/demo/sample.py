@@ -122,7 +122,7 @@ import threading
 import time
 
 port_file, seconds = pathlib.Path(sys.argv[1]), float(sys.argv[2])
-cache = bytearray(96 << 20)
+cache = bytearray(64 << 20)
 cache[::4096] = b"x" * (len(cache) // 4096)
 
 

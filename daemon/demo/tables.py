@@ -6,6 +6,8 @@ Owns the tables' columns. Every sentence is made from figures of the report.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from itertools import groupby
 
 from rich import box
 from rich.console import Console
@@ -31,13 +33,22 @@ def print_report(report: Report, console: Console) -> None:
         if call.actions:
             at = f"{(call.start_ns - report.start_ns) / 1e9:5.1f}"
             who = f"{tenant_markup(call.tenant, call.label)} {escape(shortened(call.command, 40))}"
-            console.print(f"[dim]{at}[/]  {who}: {escape('; '.join(call.actions))}", highlight=False)
+            console.print(f"[dim]{at}[/]  {who}: {escape('; '.join(_merged(call.actions)))}", highlight=False)
     console.print()
     console.print(_decisions(report))
     console.print(_fairness(report))
     console.print(_agents(report))
     for line in highlights(report):
         console.print(f"• {escape(line)}", highlight=False, soft_wrap=False)
+
+
+def _merged(actions: Sequence[str]) -> list[str]:
+    """What was done more than once in a row, once with its count."""
+    merged: list[str] = []
+    for what, group in groupby(actions, key=lambda action: action.partition(":")[0]):
+        same = list(group)
+        merged.append(same[0] if len(same) == 1 else f"{what} ({len(same)} times)")
+    return merged
 
 
 def _table(title: str) -> Table:
@@ -170,16 +181,18 @@ def highlights(report: Report) -> list[str]:
     for call in report.tool_calls:
         if call.overshoot_bytes is not None:
             end = ", then ended" if call.signal == 9 else ""
+            where = "in the kernel " if report.probe_backend.startswith("libbpf") else ""
             lines.append(
-                f"{call.tenant}'s `{shortened(call.command, 40)}` was stopped in the kernel at its budget "
+                f"{call.tenant}'s `{shortened(call.command, 40)}` was stopped {where}at its budget "
                 f"({size(call.overshoot_bytes)} above it at most){end}; it peaked at {size(call.peak_bytes)}."
             )
     lines.extend(f"{a.label} was told: {a.notices[-1]}" for a in report.agents if a.killed_count and a.notices)
     for call in report.tool_calls:
         if call.escaped_count:
+            processes = "process" if call.escaped_count == 1 else "processes"
             lines.append(
-                f"{call.escaped_count} process of {call.tenant}'s `{shortened(call.command, 40)}` left its session "
-                "and stayed accounted to the tool call."
+                f"{call.escaped_count} {processes} of {call.tenant}'s `{shortened(call.command, 40)}` outlived it and "
+                "stayed accounted to it."
             )
     if report.engine and report.engine.swap_out_count:
         e = report.engine

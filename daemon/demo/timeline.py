@@ -44,8 +44,8 @@ class _Mark:
 
 _MARKS = (
     _Mark("kill", "X", 110, _ALARM, "tool call killed"),
-    _Mark("grant", "P", 55, "#1e8449", "granted more memory"),
-    _Mark("wait", "s", 36, "#d68910", "made to wait at its budget"),
+    _Mark("grant", "P", 55, "#1e8449", "granted memory"),
+    _Mark("wait", "s", 36, "#d68910", "waited at its budget"),
     _Mark("throttle", "D", 34, "#8e44ad", "throttled"),
     _Mark("freeze", "D", 34, "#5b2c6f", "frozen"),
     _Mark("swap KV out", "v", 48, "#1f618d", "KV swapped out"),
