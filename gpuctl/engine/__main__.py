@@ -22,6 +22,7 @@ from starlette.applications import Starlette
 from uvicorn import Config, Server
 
 from . import llama
+from .cost import load_or_fit
 from .disk_tier import DiskTier
 from .engine import Engine, EngineConfig
 from .errors import EngineError, ListenError
@@ -110,6 +111,7 @@ def _serve(options: argparse.Namespace, listener: socket.socket) -> int:
         ),
         disk,
     )
+    engine.cost = load_or_fit(runner, path, options.threads, cache_folder(), disk.folder if disk else None)
     engine.start()
     try:
         asyncio.run(_serve_http(options, engine, listener))

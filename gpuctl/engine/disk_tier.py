@@ -41,9 +41,9 @@ class DiskTier:
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             _clear_abandoned(folder)
-            self._folder = folder / f"engine-{os.getpid()}"
-            self._folder.mkdir(mode=0o700, exist_ok=True)
-            self._lock = os.open(self._folder / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            self.folder = folder / f"engine-{os.getpid()}"
+            self.folder.mkdir(mode=0o700, exist_ok=True)
+            self._lock = os.open(self.folder / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise SwapError(f"{folder}: cannot be used for swapped KV: {error.strerror}: give --disk-folder") from None
@@ -94,14 +94,14 @@ class DiskTier:
     def close(self) -> None:
         """Stop the thread and remove the files."""
         self._thread.shutdown(wait=True, cancel_futures=True)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
         os.close(self._lock)
 
     # On the thread
 
     def _path(self, session_id: SessionId) -> Path:
         # Session ids come from clients: a digest is a safe file name whatever they contain.
-        return self._folder / f"{hashlib.sha256(session_id.encode()).hexdigest()[:32]}.kv"
+        return self.folder / f"{hashlib.sha256(session_id.encode()).hexdigest()[:32]}.kv"
 
     def _write(self, session_id: SessionId, chunks: list[KvChunk], valid_tokens: int) -> None:
         path = self._path(session_id)

@@ -45,6 +45,8 @@ class KvChunk:
     first_token: int
     planes: tuple[Plane, ...]
     count: int
+    saved: Blob | None = None
+    """The saved form it was read from, where its rows lie in order there: spares joining a single piece."""
 
     @property
     def end_token(self) -> int:
@@ -103,7 +105,7 @@ def _parse(blob: Blob) -> KvChunk:
             rows = blob[at : at + cells * row_bytes].reshape(cells, row_bytes)
             at += cells * row_bytes
             planes.append(Plane(ggml_type, rows))
-        chunk = _in_order(magic, version, stream_count, meta[:, 0], planes)
+        chunk = _in_order(blob, magic, version, stream_count, meta[:, 0], planes)
     if at != blob.size:
         raise ValueError(f"{blob.size - at} bytes too many")
     if chunk is None:
@@ -112,17 +114,19 @@ def _parse(blob: Blob) -> KvChunk:
 
 
 def _in_order(
-    magic: int, version: int, stream_count: int, positions: npt.NDArray[np.int32], planes: list[Plane]
+    blob: Blob, magic: int, version: int, stream_count: int, positions: npt.NDArray[np.int32], planes: list[Plane]
 ) -> KvChunk:
     """Cells lie where there was room; a chunk's rows lie in the order of their tokens."""
     first, count = int(positions.min()), len(positions)
     expected = np.arange(first, first + count, dtype=np.int32)
+    saved: Blob | None = blob
     if not np.array_equal(positions, expected):
+        saved = None
         order = np.argsort(positions, kind="stable")
         if not np.array_equal(positions[order], expected):
             raise ValueError("positions are not consecutive")
         planes = [Plane(plane.ggml_type, plane.rows[order]) for plane in planes]
-    return KvChunk(magic, version, stream_count, first, tuple(planes), count)
+    return KvChunk(magic, version, stream_count, first, tuple(planes), count, saved)
 
 
 def compose(chunks: Sequence[KvChunk]) -> Blob:
@@ -130,6 +134,8 @@ def compose(chunks: Sequence[KvChunk]) -> Blob:
     if not chunks:
         raise SwapError("nothing to restore")
     model = chunks[0]
+    if len(chunks) == 1 and model.saved is not None:
+        return model.saved
     start = end = model.first_token
     for chunk in chunks:
         if chunk.first_token != end:

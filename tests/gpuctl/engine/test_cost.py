@@ -1,0 +1,56 @@
+"""The fitted figures: positive, plausible against a measurement of their own, and kept for the next start."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from equipoise.gpuctl.engine.cost import _solve, fit, load_or_fit
+from equipoise.gpuctl.engine.runner import BatchSlice, ContextMode
+from equipoise.gpuctl.engine.sequence import Slot
+from equipoise.gpuctl.tiers import disk_bytes_per_second, disk_free_bytes, host_available_bytes
+
+
+def test_the_fit_recovers_the_coefficients_it_was_made_from():
+    def cost(tokens: int) -> float:
+        return 0.002 * tokens + 1e-6 * tokens**2
+
+    per_token, per_pair = _solve(96, 384, cost(96), cost(480) - cost(384))
+    assert per_token == pytest.approx(0.002)
+    assert per_pair == pytest.approx(1e-6)
+
+
+@pytest.mark.engine
+def test_a_prefill_takes_about_what_the_fit_says(make_runner):
+    runner = make_runner(kv_tokens=1024, slot_tokens=1024, mode=ContextMode.UNIFIED)
+    figures = fit(runner)
+    assert figures.decode_step_seconds > 0
+    assert figures.host_bytes_per_second > 1e8
+    assert all(runner.held_tokens(Slot(n)) == 0 for n in range(runner.slot_count))
+    began = time.perf_counter()
+    for start in range(0, 384, 128):
+        runner.step([BatchSlice(Slot(0), start, list(range(10, 138)))])
+    took = time.perf_counter() - began
+    said = figures.prefill_seconds_per_token * 384 + figures.prefill_seconds_per_token2 * 384**2
+    assert said / 3 < took < said * 5  # a shared machine: an order of magnitude is what the economy needs
+
+
+@pytest.mark.engine
+def test_figures_are_kept_and_a_broken_file_is_fitted_again(make_runner, model, tmp_path):
+    runner = make_runner(kv_tokens=512, slot_tokens=512)
+    first = load_or_fit(runner, model.path, 1, tmp_path, None)
+    assert load_or_fit(runner, model.path, 1, tmp_path, None) == first
+    (path,) = tmp_path.glob("cost-*.json")
+    path.write_text("{")
+    again = load_or_fit(runner, model.path, 1, tmp_path, None)
+    assert again.decode_step_seconds > 0
+    assert load_or_fit(runner, model.path, 1, tmp_path, None) == again
+
+
+def test_the_tiers_below_say_what_they_hold(tmp_path):
+    assert (host_available_bytes() or 0) > 1 << 20
+    assert (disk_free_bytes(tmp_path) or 0) > 1 << 20
+    assert (disk_bytes_per_second(tmp_path) or 0) > 1e6
+    assert disk_bytes_per_second(tmp_path / "missing") is None
+    assert disk_free_bytes(tmp_path / "missing") is None
+    assert host_available_bytes(tmp_path / "missing") is None
