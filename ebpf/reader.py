@@ -49,13 +49,19 @@ class EventReader:
         ring: BpfMap,
         record_of: Callable[[int], ToolRecord],
         lost_count: Callable[[], int],
+        on_found: Callable[[int, int], None],
         on_gone: Callable[[int, int], None],
     ) -> None:
-        """`record_of(slot)` is the live record; `on_gone(tag, slot)` is told when the last process of a tag exited."""
+        """`record_of(slot)` is the live record.
+
+        `on_found(tag, slot)` is told of a tool call found by exec, `on_gone(tag, slot)` when the last process of a tag
+        has exited.
+        """
         self._ring = RingBuffer(ring, self._decode)
         self._record_of = record_of
         self._lost_count = lost_count
         self._lost_reported = 0
+        self._on_found = on_found
         self._on_gone = on_gone
         self._events: list[Event] = []
         self.child_execs: list[ChildExec] = []
@@ -88,6 +94,7 @@ class EventReader:
             return  # what becomes of an agent is seen by whoever registered it
         match kind:
             case EventKind.TOOL_EXEC:
+                self._on_found(header.tag, header.slot)
                 self._events.append(self._started(_read(ExecEvent, data)))
             case EventKind.CHILD_EXEC:
                 event = _read(ExecEvent, data)

@@ -13,7 +13,7 @@ import signal
 import time
 from dataclasses import dataclass
 
-from ..policies.events import Event, ProcessesGone, ToolCallStarted
+from ..policies.events import Event, ProcessesGone, ToolCallEnded, ToolCallStarted
 from ..policies.model import CgroupId, ToolCallId, ToolCallSource
 from . import abi
 from .abi import Role
@@ -75,9 +75,15 @@ class ToolMemory:
             self._free.update(None, ctypes.c_uint32(slot))
         self._slots: dict[int, int] = {}
         self._gone: list[tuple[int, int]] = []
+        self._ended: set[int] = set()
+        """Tags whose root has exited while processes are left."""
         self._last_tag = 0
         self.reader = EventReader(
-            maps["events"], self._tools.__getitem__, lambda: self.losses().events_count, self._on_gone
+            maps["events"],
+            record_of=self._tools.__getitem__,
+            lost_count=lambda: self.losses().events_count,
+            on_found=self._slots.__setitem__,
+            on_gone=self._on_gone,
         )
 
     # --- life -----------------------------------------------------------------------------------------------------
@@ -93,9 +99,7 @@ class ToolMemory:
     def drain(self) -> list[Event]:
         """Every event since the last call; then gives back the records of tool calls that are gone."""
         events = self.reader.drain()
-        for event in events:
-            if isinstance(event, ToolCallStarted) and event.id not in self._slots:
-                self._find_slot(event.id)
+        self._ended.update(event.id for event in events if isinstance(event, ToolCallEnded))
         gone, self._gone = self._gone, []
         for tag, slot in gone:
             self._release(tag, slot)
@@ -104,7 +108,7 @@ class ToolMemory:
     def resync(self) -> list[Event]:
         """Events for what happened while events were lost: tool calls never heard of, tool calls that ended unseen.
 
-        Walks all records; call it after an EventsLost, not at every tick.
+        Walks all records; call it after a drain() that returned EventsLost, not at every tick.
         """
         events: list[Event] = []
         now_ns = monotonic_ns()
@@ -116,6 +120,9 @@ class ToolMemory:
                 self._slots[tag] = slot
                 events.append(_found(record))
             elif tag in self._slots and not record.processes and record.root_tgid:
+                if tag not in self._ended:
+                    peak_bytes = record.peak_bytes
+                    events.append(ToolCallEnded(now_ns, ToolCallId(tag), None, None, peak_bytes=peak_bytes))
                 events.append(ProcessesGone(now_ns, ToolCallId(tag)))
                 self._release(tag, slot)
         return events
@@ -330,17 +337,12 @@ class ToolMemory:
             raise UnknownTag(tag)
         return slot
 
-    def _find_slot(self, tag: int) -> None:
-        for slot, record in enumerate(self._tools):
-            if record.tag == tag:
-                self._slots[tag] = slot
-                return
-
     def _on_gone(self, tag: int, slot: int) -> None:
         self._gone.append((tag, slot))
 
     def _release(self, tag: int, slot: int) -> None:
         self._slots.pop(tag, None)
+        self._ended.discard(tag)
         record = self._tools[slot]
         if record.tag == tag:
             record.tag = 0

@@ -184,3 +184,19 @@ def test_what_was_lost_is_found_again(make_bench):
     assert {call.pid for call in bench.started()} == {first, second}
     assert bench.started()[-1].command.endswith("time.sleep(60) second")
     assert os.getpgid(second) > 0
+
+
+def test_an_end_that_was_lost_is_found_again_without_its_exit_code(make_bench):
+    bench = make_bench(ring_bytes=4096, step_bytes=4096, step_shift=40)
+    agent, _ = bench.agent("print(run('x = bytearray(20 << 20)'), flush=True); os.read(0, 1)")
+    assert agent.stdout.readline() == b"0\n"
+    bench.tick()
+    (call,) = bench.started()
+    assert bench.ended(call.id) is None
+    bench.events += bench.tools.resync()
+    ended = bench.ended(call.id)
+    assert (ended.exit_code, ended.signal) == (None, None)
+    assert ended.peak_bytes > 20 * MIB
+    assert bench.gone(call.id)
+    assert bench.tools.usage(call.id) is None
+    assert bench.tools.resync() == []
