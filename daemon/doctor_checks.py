@@ -65,7 +65,7 @@ def cgroups(cgroup_root: Path = Path("/sys/fs/cgroup"), proc_root: Path = Path("
     try:
         driver = CgroupDriver.open(cgroup_root, proc_root)
     except LayoutError as error:
-        yield Row("cgroups", Status.ABSENT, error.reason, error.remedy, required=True)
+        yield Row("cgroups", Status.ABSENT, error.reason, f"{error.remedy}; the daemon runs without, and does less")
         return
     layout = driver.layout
     wanted: dict[Hierarchy, tuple[str, ...]] = {layout.unified: _UNIFIED_FILES}
@@ -84,8 +84,7 @@ def cgroups(cgroup_root: Path = Path("/sys/fs/cgroup"), proc_root: Path = Path("
                 "cgroups",
                 Status.ABSENT,
                 f"{layout.kind.value}, but {trial.parent} refuses a cgroup: {error.strerror}",
-                "run as root, or under systemd with Delegate=yes",
-                required=True,
+                "run as root, or under systemd with Delegate=yes; the daemon runs without, and does less",
             )
             return
         try:
@@ -103,7 +102,7 @@ def cgroups(cgroup_root: Path = Path("/sys/fs/cgroup"), proc_root: Path = Path("
         detail += f"; missing: {', '.join(missing)}"
         remedy = remedy or "use a newer kernel (memory.peak and memory.reclaim: 5.19, cgroup.kill: 5.14)"
     degraded = missing or layout.kind is LayoutKind.HYBRID
-    yield Row("cgroups", Status.DEGRADED if degraded else Status.OK, detail, remedy, required=True)
+    yield Row("cgroups", Status.DEGRADED if degraded else Status.OK, detail, remedy)
 
 
 def pressure(path: Path = Path("/proc/pressure/memory")) -> Iterator[Row]:

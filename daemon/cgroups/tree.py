@@ -111,6 +111,13 @@ class CgroupTree:
                 for pid in self._processes_of(self.unified_directory(self.base)):
                     self._join(self.layout.unified, f"{self.base}/{OWN_LEAF}", pid)
             self._hand_down(self.base)
+        for hierarchy in self.layout.hierarchies:
+            # It may be there already, made by another user's daemon.
+            if not os.access(hierarchy.mount / self.base, os.W_OK, effective_ids=True):
+                raise CgroupError(
+                    f"{hierarchy.mount / self.base}: not ours to write: run as root, or as the owner of a delegated "
+                    "cgroup (--cgroup-base)"
+                )
 
     def create_sandbox(self, tenant: TenantId, name: str) -> SandboxCgroup:
         """Make a sandbox, or find it where it exists already. Raises CgroupError; then nothing of it is left."""
