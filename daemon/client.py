@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,8 +51,12 @@ def add_socket_argument(parser: argparse.ArgumentParser) -> None:
 def channel(socket: str) -> Iterator[grpc.Channel]:
     """A channel to the daemon. Every failure of a call inside becomes one CommandError."""
     path = socket.removeprefix("unix:")
-    if not Path(path).exists():
-        raise CommandError(f"no daemon at {path}: start one with `equipoise daemon`, or give --socket")
+    try:
+        Path(path).stat()
+    except PermissionError as error:
+        raise CommandError(f"{path}: permission denied: run as root, or give --socket") from error
+    except OSError as error:
+        raise CommandError(f"no daemon at {path}: start one with `equipoise daemon`, or give --socket") from error
     with grpc.insecure_channel(f"unix:{path}", options=[("grpc.default_authority", "localhost")]) as opened:
         try:
             yield opened
@@ -128,10 +133,11 @@ def run_tool(socket: str, tenant: str, name: str, command: list[str], expect_byt
     The child waits at a pipe until the daemon follows it, so that not a page of it is missed. Where the daemon does
     not answer the command runs all the same, unmeasured: an agent must not fail because we do.
     """
+    if shutil.which(command[0]) is None:
+        print(f"equipoise: {command[0]}: no such command, or not executable", file=sys.stderr)
+        return EXIT_NOT_FOUND
     ready_read, ready_write = os.pipe()
-    child = subprocess.Popen(
-        [sys.executable, "-S", "-c", _WAIT_AND_EXEC, str(ready_read), *command], pass_fds=(ready_read,)
-    )
+    child = subprocess.Popen(["/bin/sh", "-c", _wait_and_exec(ready_read), "sh", *command], pass_fds=(ready_read,))
     os.close(ready_read)
     _pass_signals_on(child)
     call = ""
@@ -167,14 +173,10 @@ def run_tool(socket: str, tenant: str, name: str, command: list[str], expect_byt
     return 128 - code if code < 0 else code
 
 
-_WAIT_AND_EXEC = """import os, sys
-fd = int(sys.argv[1]); os.read(fd, 1); os.close(fd)
-try:
-    os.execvp(sys.argv[2], sys.argv[2:])
-except OSError as error:
-    print(f"equipoise: {sys.argv[2]}: {error.strerror}", file=sys.stderr)
-    os._exit(127)
-"""
+def _wait_and_exec(fd: int) -> str:
+    """For the shell: what it holds before the exec counts towards the call, and it holds less than Python does."""
+    close = f"{fd}<&-" if fd < 10 else ""  # dash knows no more than one digit; a read end left open does no harm
+    return f'read -r _ </dev/fd/{fd}; exec "$@" {close}'
 
 
 def _pass_signals_on(child: subprocess.Popen[bytes]) -> None:
@@ -186,7 +188,10 @@ def _report_end(socket: str, call: str, code: int) -> None:
     try:
         with channel(socket) as opened:
             ended = sandbox_pb2_grpc.SandboxServiceStub(opened).EndToolCall(
-                sandbox_pb2.EndToolCallRequest(tool_call_id=call, exit_code=max(0, code)), timeout=TIMEOUT_S
+                sandbox_pb2.EndToolCallRequest(
+                    tool_call_id=call, exit_code=code if code >= 0 else None, signal=max(0, -code)
+                ),
+                timeout=TIMEOUT_S,
             )
     except CommandError:
         return  # the daemon went away meanwhile; the command's own result stands

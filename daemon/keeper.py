@@ -25,6 +25,7 @@ from ..policies.events import (
     SandboxRemoved,
     ToolCallAttributed,
     ToolCallEnded,
+    ToolCallMemoryStepped,
     ToolCallMerged,
     ToolCallStarted,
 )
@@ -314,15 +315,14 @@ class SandboxKeeper:
             self._emit(ToolCallMerged(now_ns, seen.id, call))
         return call
 
-    def end(self, call: ToolCallId, exit_code: int | None) -> None:
+    def end(self, call: ToolCallId, exit_code: int | None = None, signal: int | None = None) -> None:
         """A wrapper or a hook says that a tool call has ended. One that has ended already stays as it is."""
         known = self._state.tool_calls.get(self._state.resolve(call))
         if known is None or not known.running:
             return
-        leaf = self._leaves.get(known.id) if self._probes is None else None
-        peak = self._cgroups.memory_peak(leaf.path) if leaf else None
+        peak = self._charged_peak(known.id)
         left = len(self.processes(known.id))
-        self._emit(ToolCallEnded(self._now_ns(), known.id, exit_code, None, escaped_count=left, peak_bytes=peak))
+        self._emit(ToolCallEnded(self._now_ns(), known.id, exit_code, signal, escaped_count=left, peak_bytes=peak))
         if kept := self._kept.get(known.sandbox):
             kept.announced = [c for c in kept.announced if c != call]
 
@@ -335,6 +335,11 @@ class SandboxKeeper:
             return pids
         leaf = self._leaves.get(call)
         return self._cgroups.processes(leaf.path) if leaf else ()
+
+    def _charged_peak(self, call: ToolCallId) -> int | None:
+        """Without probes: the most that its leaf was charged, since polling misses what is short."""
+        leaf = self._leaves.get(call) if self._probes is None else None
+        return self._cgroups.memory_peak(leaf.path) if leaf else None
 
     def leaf(self, call: ToolCallId) -> str | None:
         """The tool call's own cgroup; None where it has none."""
@@ -402,7 +407,7 @@ class SandboxKeeper:
     def _root_gone(self, call: ToolCallId) -> None:
         self._unwatch(self._roots.pop(call, None))
         # Its wrapper knows the exit code and says it within milliseconds; then the call has ended already.
-        asyncio.get_running_loop().call_later(REPORT_GRACE_S, self.end, call, None)
+        asyncio.get_running_loop().call_later(REPORT_GRACE_S, self.end, call)
 
     def _set_kind_budget(self, call: ToolCall, state: State) -> None:
         budget = state.policy.memory.budget_for(call.kind)
@@ -429,9 +434,12 @@ class SandboxKeeper:
             self._remove_unless_used(known.sandbox)  # the agent has gone before its last escapee
 
     def _drop_leaf(self, call: ToolCallId) -> None:
+        peak = self._charged_peak(call)
         leaf = self._leaves.pop(call, None)
         if leaf is None:
             return
+        if peak is not None:
+            self._emit(ToolCallMemoryStepped(self._now_ns(), call, 0, peak))
         self._cgroups.forget(leaf.path)
         removed = self._cgroups.remove(leaf.path, patience_s=0.0)
         if not removed.done and removed.detail:

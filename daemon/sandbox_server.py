@@ -101,7 +101,8 @@ class SandboxServer(sandbox_pb2_grpc.SandboxServiceServicer):
     async def EndToolCall(self, request: pb.EndToolCallRequest, context: Context) -> pb.EndToolCallResponse:  # type: ignore[type-arg]
         call = await self._call_id(request, context)
         self._settle()
-        self._keeper.end(call, request.exit_code if request.HasField("exit_code") else None)
+        exit_code = request.exit_code if request.HasField("exit_code") and not request.signal else None
+        self._keeper.end(call, exit_code, request.signal or None)
         self._settle()
         resolved = self._state.resolve(call)
         known = self._state.tool_calls.get(resolved) or self._history.ended_call(resolved)
