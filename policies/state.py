@@ -542,9 +542,10 @@ class State:
         if decision is None:
             self.late_count += 1
             return
-        in_force = outcome.status in (OutcomeStatus.COMPLETED, OutcomeStatus.CLIPPED)
-        if in_force or (outcome.status is OutcomeStatus.GONE and isinstance(decision.action, Kill)):
+        if outcome.status in (OutcomeStatus.COMPLETED, OutcomeStatus.CLIPPED):
             self._took_effect(decision.action, outcome.at_ns)
+        elif outcome.status is OutcomeStatus.GONE:
+            self._found_nothing(decision.action, outcome.at_ns)
         elif outcome.status in _UNDONE:
             self._did_not_hold(decision, outcome.at_ns)
 
@@ -563,6 +564,18 @@ class State:
                 self._answered(tool_call, ToolCallPhase.KILLED, at_ns)
             case _:
                 pass  # engines report the effect themselves
+
+    def _found_nothing(self, action: Action, at_ns: int) -> None:
+        """There was nothing left to end, to let go or to continue: asking again would find nothing again."""
+        match action:
+            case Kill(tool_call=tool_call):
+                self._answered(tool_call, ToolCallPhase.KILLED, at_ns)
+            case Grant(tool_call=tool_call):
+                self._answered(tool_call, ToolCallPhase.RUNNING, at_ns)
+            case Thaw(tool_call=tool_call):
+                self._let_go(tool_call, at_ns)
+            case _:
+                pass  # what was not held back or moved has not changed
 
     def _did_not_hold(self, decision: Decision, at_ns: int) -> None:
         match decision.action:

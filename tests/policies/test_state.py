@@ -389,6 +389,17 @@ def test_a_kill_that_found_nobody_left_counts_as_done() -> None:
     assert the_call(state).phase is ToolCallPhase.KILLED
 
 
+@pytest.mark.parametrize("action", [Thaw(CALL), Grant(CALL, 1, 2)])
+def test_letting_go_what_is_held_no_more_is_not_asked_again(action: Thaw | Grant) -> None:
+    state = state_with_a_call()
+    carry_out(state, Throttle(CALL, MIB, 0.2, ns(6)), at_s=1.0)
+    if isinstance(action, Grant):
+        state.apply(reached(1.05))
+    state.apply(decided(action, 1.1, "d2")).apply(came_of_it(OutcomeStatus.GONE, 1.2, "d2"))
+    assert (the_call(state).phase, the_call(state).stopped_ns) == (ToolCallPhase.RUNNING, None)
+    assert the_call(state).hard_bytes == 512 * MIB
+
+
 def test_a_kill_that_failed_leaves_the_call_standing() -> None:
     state = state_with_a_call().apply(reached(1.0)).apply(decided(Kill(CALL, "because"), 1.1))
     state.apply(came_of_it(OutcomeStatus.FAILED, 1.2))
