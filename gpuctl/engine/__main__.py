@@ -69,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--retain-s", type=float, default=30.0, help="own retention after a turn, seconds")
     add("--max-running", type=_positive, default=16, help="turns computed together")
     add("--step-tokens", type=_positive, default=256, help="most tokens of one step")
+    add("--ubatch-tokens", type=_positive, default=128, help="computed at once: the most an interrupt wastes")
     add("--mixed-prefill-tokens", type=_positive, default=64, help="most prompt tokens of a step that also decodes")
     add("--gpu-layers", type=int, default=0, help="layers on the GPU (CUDA wheel); negative: all")
     add("--api-key", action="append", default=[], metavar="TENANT=KEY", help="may be given again; none: no key asked")
@@ -88,6 +89,7 @@ def _serve(options: argparse.Namespace, listener: socket.socket) -> int:
         mode=ContextMode(options.ctx_mode),
         threads=options.threads,
         step_tokens=options.step_tokens,
+        ubatch_tokens=options.ubatch_tokens,
         slot_tokens=options.slot_tokens,
     )
     disk = None

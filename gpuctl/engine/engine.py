@@ -65,6 +65,8 @@ _log = logging.getLogger(__name__)
 OCCUPANCY_PERIOD_NS = 200_000_000
 _REMEMBERED_OUTCOMES = 4096
 _IDLE_WAIT_S = 1.0
+# A step with fewer prompt tokens is over soon enough by itself.
+_INTERRUPTIBLE_TOKENS = 65
 
 Listener = Callable[[Reported], None]
 
@@ -77,6 +79,8 @@ class EngineConfig:
     disk_bytes: int = 0
     default_max_tokens: int = 512
     """Output limit of a turn that names none."""
+    interrupts: bool = True
+    """A turn that wishes a time to first token may interrupt a long prefill inside a step."""
     max_queued_turns: int = 256
     """Turns waiting for admission; one more is refused with 429."""
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
@@ -134,6 +138,9 @@ class Engine:
         self._clock = clock
         self._wake_ns: int | None = None
         self._stuck = False
+        self._urgent = threading.Event()  # an urgent turn is in the inbox
+        self._interruptible = False  # the step under way may be cut short
+        self._was_interrupted = False
         self.model = model
         self.config = config
         self.engine_id = f"embedded-{os.getpid()}-{uuid.uuid4().hex[:8]}"
@@ -178,6 +185,11 @@ class Engine:
         """Queue a turn. `sink` gets TurnAccepted or TurnRefused first, then its text, then TurnFinished."""
         turn_id = TurnId(f"turn-{next(self._turn_numbers)}")
         self._inbox.put(_Submit(turn_id, request, sink, self._clock()))
+        if request.slo.ttft_ns is not None and self.config.interrupts:
+            # In this order: the step that begins now sees the event, one already under way sees the flag.
+            self._urgent.set()
+            if self._interruptible:
+                self._runner.interrupt()
         return turn_id
 
     def cancel(self, turn_id: TurnId) -> None:
@@ -262,6 +274,7 @@ class Engine:
 
     def _take_arrivals(self, wait: bool) -> None:
         """Handle all that has arrived; where there is nothing to compute and `wait` is set, block for the next one."""
+        self._urgent.clear()
         if wait and (self._stuck or not self._scheduler.busy()):
             # Stuck: turns wait and none can run until something ends by itself (a pin, a hold); do not spin meanwhile.
             wait_s = 0.02 if self._stuck else _IDLE_WAIT_S
@@ -347,10 +360,24 @@ class Engine:
             prompt_tokens=len(prompt.tokens),
             max_output_tokens=min(request.max_tokens or self.config.default_max_tokens, room),
         )
+        turn.due_ns = self._due_ns(request, turn, prompt.common_tokens)
         self._scheduler.submit(session, turn)
         if self._ledger.holding(session.id).longest()[0] is Tier.DISK:
             self._swapper.read_ahead(session.id)
         return _Live(request, turn, arrival.sink, sampler, TextStream(request.stop), bytearray())
+
+    def _due_ns(self, request: TurnRequest, turn: Turn, common_tokens: int) -> int | None:
+        """When the turn must begin to meet its SLO: what is wished less what the cost model says it takes."""
+        cost, due = self.cost, []
+        new = turn.prompt_tokens - common_tokens
+        pairs = turn.prompt_tokens**2 - common_tokens**2
+        prefill_s = cost.prefill_seconds_per_token * new + cost.prefill_seconds_per_token2 * pairs
+        if request.slo.ttft_ns is not None:
+            due.append(turn.arrival_ns + request.slo.ttft_ns - int(prefill_s * 1e9))
+        if request.slo.deadline_ns is not None:
+            decode_s = cost.decode_step_seconds * turn.max_output_tokens
+            due.append(turn.arrival_ns + request.slo.deadline_ns - int((prefill_s + decode_s) * 1e9))
+        return min(due, default=None)
 
     def _next_behind(self, session_id: SessionId) -> None:
         waiting = self._behind.get(session_id)
@@ -448,11 +475,21 @@ class Engine:
             tokens = self._scheduler.sessions[item.session_id].tokens[item.start : item.start + item.count]
             sampler = live.sampler if item.samples else None
             batch.append(BatchSlice(item.slot, item.start, tokens, sampler, live.request.sampling.logprobs))
+        prompt_tokens = sum(item.count for item in slices if item.count > 1)
+        # Never twice in a row: urgent turns that keep coming must not stop a prefill for good.
+        self._interruptible = prompt_tokens >= _INTERRUPTIBLE_TOKENS and not self._was_interrupted
+        self._was_interrupted = False
+        self._runner.forget_interrupt()
+        if self._interruptible and self._urgent.is_set():
+            return
         result = self._runner.step(batch)
+        self._interruptible = False
         self.totals.steps += 1
         if result.status is StepStatus.NO_ROOM:
             raise ContextError("llama.cpp finds no room for the step although the books have it")
         if result.status is StepStatus.ABORTED:
+            self._was_interrupted = True
+            self.totals.interrupted_steps += 1
             self._book_aborted(slices)
             return
         now_ns = self._clock()

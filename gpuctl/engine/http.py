@@ -26,6 +26,7 @@ from .errors import RequestError
 from .sequence import (
     FinishReason,
     SessionId,
+    Slo,
     TenantId,
     TextDelta,
     TokenLogprob,
@@ -41,6 +42,8 @@ from .template import ToolCall, tool_calls_in
 SESSION_HEADERS = ("x-equipoise-session", "x-dynamo-session-id", "x-session-id")
 TENANT_HEADER = "x-equipoise-tenant"
 AWAITS_TOOL_HEADER = "x-equipoise-awaits-tool"
+TTFT_HEADER = "x-equipoise-ttft-ms"
+DEADLINE_HEADER = "x-equipoise-deadline-ms"
 DEFAULT_TENANT = TenantId("default")
 _MAX_ID_CHARACTERS = 200
 
@@ -161,6 +164,7 @@ class Endpoint:
             session_id=SessionId(session) if session else None,
             peer_port=request.client.port if request.client else None,
             awaits_tool=request.headers.get(AWAITS_TOOL_HEADER, "").lower() in ("1", "true"),
+            slo=Slo(_milliseconds(request, TTFT_HEADER), _milliseconds(request, DEADLINE_HEADER)),
         )
         return body, caller
 
@@ -276,6 +280,16 @@ class Endpoint:
             yield wire.sse("[DONE]")
         finally:
             stream.close()
+
+
+def _milliseconds(request: Request, header: str) -> int | None:
+    """A wished time in nanoseconds; None where the header is absent."""
+    text = request.headers.get(header)
+    if text is None:
+        return None
+    if not text.isdigit() or not 0 < int(text) <= 86_400_000:
+        raise RequestError(f"{header}: {text!r}: give whole milliseconds, up to a day")
+    return int(text) * 1_000_000
 
 
 async def _cancel_on_disconnect(request: Request, stream: TurnStream) -> None:

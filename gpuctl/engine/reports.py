@@ -55,6 +55,7 @@ class Totals:
     steps: int = 0
     turns_finished: int = 0
     swap_failures: int = 0
+    interrupted_steps: int = 0
 
 
 @dataclass(frozen=True, slots=True)

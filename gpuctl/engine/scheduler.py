@@ -7,7 +7,8 @@ bytes, sample, or know text.
 
 Rules
 - Continuous batching: every step carries one token of each decoding turn and chunks of the prompts, within step_tokens.
-- Order: the tenant with the least weighted service first; within a tenant the oldest turn.
+- Order: the tenant with the least weighted service first; within a tenant the least margin to its SLO, then the
+  oldest turn. So an SLO buys nothing from other tenants (JITServe's order inside VTC's shares).
 - A turn is admitted when its whole prompt fits and the Past-Future peak of the batch stays below capacity. Admission
   stops at the first turn that does not fit: a small turn never overtakes a large one for good.
 - A directed retention is broken only where nothing could run otherwise.
@@ -155,8 +156,13 @@ class Scheduler:
         return plan
 
     def _ordered(self, turns: Iterable[Turn]) -> list[Turn]:
-        """Least-served tenant first, oldest turn first within it."""
-        return sorted(turns, key=lambda t: (self.service.counter(t.tenant_id), t.tenant_id, t.arrival_ns))
+        """Least-served tenant first; within it the turn with the least margin to its SLO, then the oldest."""
+
+        def rank(turn: Turn) -> tuple[float, str, float, int]:
+            due = float("inf") if turn.due_ns is None else turn.due_ns
+            return (self.service.counter(turn.tenant_id), turn.tenant_id, due, turn.arrival_ns)
+
+        return sorted(turns, key=rank)
 
     # Admission
 

@@ -70,6 +70,14 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class Slo:
+    """What a client wants of its turn's timing, counted from its arrival. None: no wish."""
+
+    ttft_ns: int | None = None
+    deadline_ns: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class TurnRequest:
     """One turn a client asks for."""
 
@@ -81,6 +89,8 @@ class TurnRequest:
     """None: as many as the context has room for."""
     stop: tuple[str, ...] = ()
     sampling: SamplingParams = SamplingParams()
+    slo: Slo = Slo()
+    """A turn with a wished time to first token may interrupt another's long prefill."""
     ephemeral: bool = False
     """The session is of this turn only: its KV is dropped when the turn ends."""
     peer_port: int | None = None
@@ -154,6 +164,8 @@ class Turn:
     recomputed_tokens: int = 0
     output_tokens: int = 0
     preempted_count: int = 0
+    due_ns: int | None = None
+    """When it must begin to be computed to meet its SLO, as far as the cost model knows; None: no SLO."""
     admitted_ns: int | None = None
     """When it first entered the batch."""
     first_token_ns: int | None = None

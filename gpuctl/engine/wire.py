@@ -19,6 +19,7 @@ from .sequence import (
     FinishReason,
     SamplingParams,
     SessionId,
+    Slo,
     TenantId,
     TokenLogprob,
     TurnFinished,
@@ -40,6 +41,7 @@ class Caller:
     """None: the turn belongs to no conversation."""
     peer_port: int | None
     awaits_tool: bool
+    slo: Slo
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +103,7 @@ def _ask(body: Json, caller: Caller, prompt: str, *, chat: bool, tools: bool, lo
             grammar=_grammar(body),
             logprobs=logprobs,
         ),
+        slo=caller.slo,
         ephemeral=caller.session_id is None,
         peer_port=caller.peer_port,
         may_call_tools=tools,

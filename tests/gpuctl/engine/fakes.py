@@ -104,6 +104,9 @@ class FakeRunner:
     def interrupt(self) -> None:
         pass
 
+    def forget_interrupt(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
