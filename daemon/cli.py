@@ -16,8 +16,14 @@ from pathlib import Path
 from typing import TypeAlias
 
 from .. import __version__
-from . import client
 from .errors import DaemonError
+
+if sys.argv[1:2] == ["daemon"]:
+    # Read by gRPC when it is imported: engine and guardian are forked beside its threads and exec at once, so its fork
+    # handlers only complain. Not for other commands: an agent would inherit it.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+
+from . import client  # noqa: E402 - after the lines above
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # the type of what add_subparsers() answers has no public name
 Command = Callable[[argparse.Namespace], int]
@@ -77,9 +83,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     return parser
 
 
-def _add_elsewhere(
-    commands: Commands, name: str, module: str, needs: str
-) -> None:
+def _add_elsewhere(commands: Commands, name: str, module: str, needs: str) -> None:
     try:
         importlib.import_module(module).add_parser(commands)
     except ModuleNotFoundError as error:
@@ -88,9 +92,7 @@ def _add_elsewhere(
         raise DaemonError(f"{name} needs the package {error.name}: pip install '{needs}'") from error
 
 
-def _add(
-    commands: Commands, name: str, run: Command, text: str, *examples: str
-) -> argparse.ArgumentParser:
+def _add(commands: Commands, name: str, run: Command, text: str, *examples: str) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         name,
         help=text,
@@ -152,8 +154,6 @@ def _daemon(arguments: argparse.Namespace) -> int:
     from . import log, service
     from .engine_process import EngineConfig
 
-    # The engine and the guardian are forked beside gRPC's threads and exec at once: its fork handlers only complain.
-    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     log.configure(10 if arguments.verbose else 20)
     state_dir: Path = arguments.state_dir or client.default_state_dir()
     engine = None

@@ -21,6 +21,7 @@ from .errors import DaemonError
 READY_S = 180.0
 """Longest wait for the first answer: the model may have to be requantised."""
 PAUSE_MAX_S = 30.0
+LAST_WORDS_S = 1.0
 _PR_SET_PDEATHSIG = 1
 
 
@@ -91,7 +92,10 @@ class EngineProcess:
                     self._on_ready(self.url)
                 else:
                     log.debug("engine_says", line=text)
-            return await self._process.wait()
+            code = await self._process.wait()
+            # Why it died is its last line. What it started may hold the pipe open for longer than it lived.
+            await asyncio.wait((errors,), timeout=LAST_WORDS_S)
+            return code
         finally:
             errors.cancel()
 
@@ -99,7 +103,7 @@ class EngineProcess:
         while line := await stream.readline():
             text = line.decode(errors="replace").strip()
             if text:
-                self.failure = text
+                self.failure = text.removeprefix("error: ")
                 log.debug("engine_says", line=text)
 
     async def _end(self) -> None:
