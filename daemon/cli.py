@@ -23,9 +23,10 @@ if sys.argv[1:2] == ["daemon"]:
     # handlers only complain. Not for other commands: an agent would inherit it.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
-from . import client  # noqa: E402 - after the lines above
+from . import client
 
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # the type of what add_subparsers() answers has no public name
+# The type of what add_subparsers() answers has no public name.
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 Command = Callable[[argparse.Namespace], int]
 
 # (module, what it needs). Each offers add_parser(subparsers), which sets `run`; imported when asked for, so that
