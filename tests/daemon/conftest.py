@@ -122,7 +122,11 @@ def spawn() -> Iterator[Spawn]:
     for child in children:
         with contextlib.suppress(ProcessLookupError):
             child.kill()
-        child.communicate()
+        child.wait()
+        for stream in (child.stdin, child.stdout):
+            # Not communicate(): a grandchild may hold the other end and outlive this.
+            if stream is not None:
+                stream.close()
 
 
 @pytest.fixture
