@@ -1,1 +1,1 @@
-"""Claude Code hooks: tool-call boundaries told by the agent itself."""
+"""Claude Code: hooks that announce each tool call to the daemon and tell the agent what was done to it."""
