@@ -46,6 +46,7 @@ from .sequence import (
     Session,
     SessionId,
     Sink,
+    TenantId,
     TextDelta,
     Tier,
     TokenLogprob,
@@ -213,14 +214,17 @@ class Engine:
         """Run `function` on the engine's thread at the next step border (tests, metrics)."""
         self._inbox.put(_Call(function))
 
-    def occupancy_now(self, timeout_s: float = 5.0) -> Occupancy:
-        """The books at the next step border. Raises EngineError where the loop does not answer in time."""
-        answer: queue.SimpleQueue[Occupancy] = queue.SimpleQueue()
-        self.call(lambda: answer.put(self._occupancy()))
+    def books_now(self, timeout_s: float = 30.0) -> tuple[Occupancy, dict[TenantId, float]]:
+        """The books and the tenants' service counters at the next step border.
+
+        Raises EngineError where the loop does not answer in time.
+        """
+        answer: queue.SimpleQueue[tuple[Occupancy, dict[TenantId, float]]] = queue.SimpleQueue()
+        self.call(lambda: answer.put((self._occupancy(), self._scheduler.service.counters())))
         try:
             return answer.get(timeout=timeout_s)
         except queue.Empty:
-            raise EngineError(f"the engine did not reach a step border within {timeout_s} s") from None
+            raise EngineError(f"the engine did not reach a step border within {timeout_s:g} s") from None
 
     def facts(self) -> EngineFacts:
         return EngineFacts(

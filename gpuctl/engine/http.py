@@ -15,12 +15,13 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from . import wire
+from . import metrics, wire
 from .engine import Engine
 from .errors import RequestError
 from .sequence import (
@@ -120,6 +121,7 @@ class Endpoint:
                 Route("/v1/completions", self.completions, methods=["POST"]),
                 Route("/v1/models", self.models),
                 Route("/v1/models/{model}", self.model),
+                Route("/metrics", self.metrics),
                 Route("/healthz", self.health),
                 Route("/health", self.health),
             ],
@@ -145,6 +147,10 @@ class Endpoint:
         self._check_model(request.path_params["model"])
         listing = wire.models_json(self._engine.model, self._loaded_at, self._engine.longest_turn_tokens)
         return JSONResponse(listing["data"][0])
+
+    async def metrics(self, request: Request) -> Response:
+        occupancy, service = await asyncio.to_thread(self._engine.books_now)
+        return Response(metrics.page(occupancy, service), media_type=CONTENT_TYPE_LATEST)
 
     async def health(self, request: Request) -> Response:
         return PlainTextResponse("ok\n")

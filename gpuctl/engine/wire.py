@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import RequestError
+from .json_grammar import grammar_of_any_object, grammar_of_schema
 from .language_model import LanguageModel
 from .sequence import (
     FinishReason,
@@ -176,12 +177,18 @@ def _grammar(body: Json) -> str | None:
     if grammar is not None and not isinstance(grammar, str):
         raise RequestError("grammar: give GBNF text", param="grammar")
     response_format = body.get("response_format")
-    if isinstance(response_format, Mapping) and response_format.get("type") not in (None, "text"):
-        raise RequestError(
-            f"response_format: {response_format.get('type')!r} is not served yet: give `grammar`",
-            param="response_format",
-        )
-    return grammar
+    if not isinstance(response_format, Mapping):
+        return grammar
+    match response_format.get("type"):
+        case None | "text":
+            return grammar
+        case "json_object":
+            return grammar_of_any_object()
+        case "json_schema":
+            described = response_format.get("json_schema")
+            return grammar_of_schema(described.get("schema") if isinstance(described, Mapping) else None)
+        case other:
+            raise RequestError(f"response_format: {other!r}: give json_schema or json_object", param="response_format")
 
 
 # Answers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
 import threading
@@ -106,6 +107,42 @@ def test_a_stop_string_is_not_part_of_the_answer(client):
     cut = client.completions.create(model="default", prompt="1, 2, 3, 4,", temperature=0, max_tokens=16, stop=stop)
     assert cut.choices[0].text == text[: text.index(stop)]
     assert cut.choices[0].finish_reason == "stop"
+
+
+def test_json_schema_is_served_as_the_official_client_asks_for_it(client):
+    schema = {"type": "object", "properties": {"wet": {"type": "boolean"}}, "required": ["wet"]}
+    answer = client.chat.completions.create(
+        model="default",
+        messages=[{"role": "user", "content": "Is water wet?"}],
+        max_tokens=20,
+        response_format={"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}},
+    )
+    assert isinstance(json.loads(answer.choices[0].message.content)["wet"], bool)
+
+
+def test_tools_are_offered_and_a_call_comes_back_as_one(client):
+    tools = [{"type": "function", "function": {"name": "run", "parameters": {"type": "object", "properties": {}}}}]
+    call = 'root ::= "<tool_call>\\n{\\"name\\": \\"run\\", \\"arguments\\": {}}\\n</tool_call>"'
+    for stream in (False, True):
+        answer = client.chat.completions.create(
+            model="default", messages=ASK, max_tokens=40, tools=tools, extra_body={"grammar": call}, stream=stream
+        )
+        if stream:
+            chunks = [chunk.choices[0] for chunk in answer]
+            (found,) = [chunk.delta.tool_calls[0] for chunk in chunks if chunk.delta.tool_calls]
+            reason = chunks[-1].finish_reason
+        else:
+            found, reason = answer.choices[0].message.tool_calls[0], answer.choices[0].finish_reason
+        assert (found.function.name, json.loads(found.function.arguments)) == ("run", {})
+        assert reason == "tool_calls"
+
+
+def test_the_metrics_page_counts_in_base_units(engine, client):
+    client.chat.completions.create(model="default", messages=ASK, max_tokens=2)
+    page = httpx.get(f"{engine.url}/metrics").text
+    assert "equipoise_engine_decode_tokens_total" in page
+    assert 'equipoise_engine_service_units_total{tenant="blue"}' in page
+    assert "session" not in page.replace("sessions", "")
 
 
 def test_a_grammar_holds_the_model_to_it(client):
