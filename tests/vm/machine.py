@@ -82,9 +82,10 @@ class Machine:
         self.console = settings.cache.resolve() / "console.log"
 
     def prepare(self) -> None:
-        """Packages and boot files, from the cache where it has them."""
+        """Packages and boot files, from the cache where it has them; and what the guest's tests take from there."""
         with self._exclusive():
             self._prepare()
+            self.packages.bpf(), self.packages.clang()
 
     def run(
         self,

@@ -16,6 +16,7 @@ from typing import Any
 
 from .errors import VmError
 from .machine import REPOSITORY, SHARE_IN_GUEST, Machine, settings_from_environment
+from .scheduler_build import compile_scheduler
 
 REPORTS = SHARE_IN_GUEST / "results" / "reports.jsonl"
 """In the guest. One JSON object a line: {"started": id}, {"report": pytest's serialised form} or {"finished": id}."""
@@ -78,7 +79,10 @@ class GuestSuite:
     def _run(self) -> None:
         started = time.monotonic()
         try:
-            outcome = Machine(settings_from_environment(), say=self._say).run(
+            machine = Machine(settings_from_environment(), say=self._say)
+            machine.prepare()
+            compile_scheduler(machine.settings.cache, machine.packages, machine.vmlinux)
+            outcome = machine.run(
                 _pytest_command(self._node_ids),
                 environment={"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
                 cwd=REPOSITORY,

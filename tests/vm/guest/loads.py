@@ -3,6 +3,7 @@
 Counters and events are waited for, never a time: the guest runs some 15 times slower than its host.
 """
 
+import os
 import subprocess
 import sys
 import time
@@ -54,3 +55,38 @@ def wait_until(condition: Callable[[], object], what: str, patience_s: float = P
     while not condition():
         assert time.monotonic() < deadline, f"not within {patience_s:.0f} s: {what}"
         time.sleep(0.05)
+
+
+def share_of_one_cpu(driver: CgroupDriver, heavy: str, light: str) -> float:
+    """CPU time of a spinner in `heavy` for each second of one in `light`, both bound to the same CPU."""
+    for path in (heavy, light):
+        os.sched_setaffinity(spin(driver, path).pid, {0})
+    wait_until(lambda: _cpu_ns(driver, light) > 100_000_000, "both spinners at work")
+    heavy_before_ns, light_before_ns = _cpu_ns(driver, heavy), _cpu_ns(driver, light)
+    wait_until(lambda: _cpu_ns(driver, light) - light_before_ns > 1_000_000_000, "one second of CPU time")
+    return (_cpu_ns(driver, heavy) - heavy_before_ns) / (_cpu_ns(driver, light) - light_before_ns)
+
+
+def _cpu_ns(driver: CgroupDriver, path: str) -> int:
+    used_ns = driver.cpu_ns(path)
+    assert used_ns is not None, f"{path} is gone"
+    return used_ns
+
+
+def read(driver: CgroupDriver, path: str, file: str) -> str:
+    """A file of a cgroup that the driver has no name for."""
+    return (driver.unified_directory(path) / file).read_text()
+
+
+def write(driver: CgroupDriver, path: str, file: str, value: str) -> None:
+    """Raises OSError with what the kernel says."""
+    descriptor = os.open(driver.unified_directory(path) / file, os.O_WRONLY)
+    try:
+        os.write(descriptor, value.encode())
+    finally:
+        os.close(descriptor)
+
+
+def field(text: str, key: str) -> int:
+    """One number of a file of `key value` lines."""
+    return int(dict(line.split(" ", 1) for line in text.splitlines())[key])

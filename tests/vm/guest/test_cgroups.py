@@ -4,38 +4,24 @@ import os
 import select
 import subprocess
 from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
 
 import pytest
-from equipoise.daemon.cgroups import CgroupDriver, Effect, LayoutKind, SandboxCgroup
-from equipoise.policies.model import TenantId, ToolCallId
-from equipoise.tests.vm.guest.loads import MIB, grow, has_grown, spin, start_in, wait_until
+from equipoise.daemon.cgroups import Effect, LayoutKind
+from equipoise.tests.vm.guest.loads import (
+    MIB,
+    field,
+    grow,
+    has_grown,
+    read,
+    share_of_one_cpu,
+    spin,
+    start_in,
+    wait_until,
+    write,
+)
 
 pytestmark = pytest.mark.vm
-_numbers = count(1)
-
-
-@pytest.fixture(scope="module")
-def driver() -> Iterator[CgroupDriver]:
-    opened = CgroupDriver.open()
-    opened.prepare()
-    yield opened
-    opened.close()
-
-
-@pytest.fixture
-def sandbox(driver: CgroupDriver) -> Iterator[SandboxCgroup]:
-    made = driver.create_sandbox(TenantId("vm"), f"box{next(_numbers)}")
-    yield made
-    driver.kill(made.path)
-    removed = driver.remove(made.path, patience_s=30)
-    assert removed.effect in (Effect.DONE, Effect.GONE), removed
-
-
-@pytest.fixture
-def leaf(driver: CgroupDriver, sandbox: SandboxCgroup) -> str:
-    return driver.create_tool_leaf(sandbox.path, ToolCallId(next(_numbers)))
 
 
 @pytest.fixture(scope="module")
@@ -46,22 +32,6 @@ def zram_swap() -> Iterator[None]:
     yield
     subprocess.run(["swapoff", "/dev/zram0"], check=True)
     Path("/sys/block/zram0/reset").write_text("1")
-
-
-def read(driver: CgroupDriver, path: str, file: str) -> str:
-    return (driver.unified_directory(path) / file).read_text()
-
-
-def write(driver: CgroupDriver, path: str, file: str, value: str) -> None:
-    descriptor = os.open(driver.unified_directory(path) / file, os.O_WRONLY)
-    try:
-        os.write(descriptor, value.encode())
-    finally:
-        os.close(descriptor)
-
-
-def field(text: str, key: str) -> int:
-    return int(dict(line.split(" ", 1) for line in text.splitlines())[key])
 
 
 # -- delegation and inner nodes
@@ -174,24 +144,11 @@ def test_a_pressure_trigger_wakes_a_poller_when_a_tool_call_stalls(driver, leaf)
 # -- cpu and pids
 
 
-def on_one_cpu(*pids: int) -> None:
-    for pid in pids:
-        os.sched_setaffinity(pid, {0})
-
-
-def test_cpu_weight_divides_one_cpu_300_to_100(driver):
-    heavy, light = (driver.create_sandbox(TenantId("vm"), f"box{next(_numbers)}") for _ in range(2))
-    try:
-        write(driver, heavy.path, "cpu.weight", "300")
-        on_one_cpu(spin(driver, heavy.runtime).pid, spin(driver, light.runtime).pid)
-        heavy_before, light_before = driver.cpu_ns(heavy.path), driver.cpu_ns(light.path)
-        wait_until(lambda: driver.cpu_ns(light.path) - light_before > 1_000_000_000, "one second of CPU time")
-        ratio = (driver.cpu_ns(heavy.path) - heavy_before) / (driver.cpu_ns(light.path) - light_before)
-        assert 2.2 < ratio < 3.8
-    finally:
-        for each in (heavy, light):
-            driver.kill(each.path)
-            driver.remove(each.path, patience_s=30)
+def test_cpu_weight_divides_one_cpu_300_to_100(driver, make_sandbox):
+    heavy, light = make_sandbox(), make_sandbox()
+    write(driver, heavy.path, "cpu.weight", "300")
+    ratio = share_of_one_cpu(driver, heavy.runtime, light.runtime)
+    assert 2.2 < ratio < 3.8
 
 
 def test_a_cpu_quota_throttles(driver, leaf):
