@@ -21,15 +21,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import log
-from .cgroups import CgroupDriver, Effect
+from .cgroups import CgroupDriver, Effect, Limit
 from .errors import CgroupError, GuardianError, JournalError
-from .holds import Hold, continue_stopped, undo
+from .holds import LIMITS, Hold, continue_stopped, undo
 from .journal.reader import JournalReader
 from .journal.writer import clear_holds, lock_holder
 from .processes import PROC, boot_id, identify
 
 _READY = b"ready\n"
 _START_TIMEOUT_S = 10.0
+_PATIENCE_S = 0.25
+"""With a locked journal: whatever is stopped waits as long."""
 _IGNORED = (
     signal.SIGINT,
     signal.SIGTERM,
@@ -83,7 +85,8 @@ def release(journal: Path | None, driver: CgroupDriver | None, proc_root: Path =
             problem = str(error)  # left in the journal: undoing them once more does nothing
     found = 0
     if driver is not None:
-        found, refused = _walk(driver, proc_root)
+        restored = {(h.path, LIMITS[h.kind]) for h in undone if h.kind in LIMITS}
+        found, refused = _walk(driver, proc_root, restored)
         failed.extend(refused)
     return Release(len(undone) - gone, gone, found, tuple(failed), problem)
 
@@ -92,22 +95,26 @@ def _holds_of(journal: Path | None, proc_root: Path) -> tuple[tuple[Hold, ...], 
     if journal is None:
         return (), None
     try:
-        with JournalReader(journal) as reader:
+        with JournalReader(journal, patience_s=_PATIENCE_S) as reader:
             return reader.holds(boot_id(proc_root)), None
     except JournalError as error:
         return (), str(error)
 
 
-def _walk(driver: CgroupDriver, proc_root: Path) -> tuple[int, list[str]]:
-    """Lift everything below the base, leaves first; answers how much was found, and what refused."""
+def _walk(driver: CgroupDriver, proc_root: Path, restored: set[tuple[str | None, Limit]]) -> tuple[int, list[str]]:
+    """Lift everything below the base, leaves first; answers how much was found, and what refused.
+
+    Limits that the journal has just `restored` stay as it said they were.
+    """
     found, failed = 0, []
     try:
         paths = driver.below(driver.base)
         for path in reversed(paths):
             if path == driver.base:
                 continue  # the base itself may be the service's own cgroup, whose limits are systemd's
-            found += driver.restricted(path)
-            failed += [r.detail for r in driver.lift(path) if r.effect is Effect.FAILED]
+            keep = frozenset(limit for at, limit in restored if at == path)
+            found += driver.restricted(path, keep)
+            failed += [r.detail for r in driver.lift(path, keep) if r.effect is Effect.FAILED]
         # After the thaw: a frozen process takes its SIGCONT only then.
         result = continue_stopped(driver.processes(driver.base), proc_root)
     except CgroupError as error:

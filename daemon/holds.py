@@ -40,7 +40,8 @@ class HoldCause(Enum):
     """Stopped at its hard budget: until a grant, a kill, or the end of its wait."""
 
 
-_LIMITS = {HoldKind.MEMORY_HIGH: Limit.MEMORY_HIGH, HoldKind.CPU_QUOTA: Limit.CPU_QUOTA}
+LIMITS = {HoldKind.MEMORY_HIGH: Limit.MEMORY_HIGH, HoldKind.CPU_QUOTA: Limit.CPU_QUOTA}
+"""The kinds of hold that are limits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,7 @@ class Hold:
             raise ValueError(f"a hold of kind {self.kind.value} with expires_ns={self.expires_ns}")
         if (self.process is None) == (self.kind is HoldKind.STOP) or (self.path is None) != (self.process is not None):
             raise ValueError(f"a hold of kind {self.kind.value} on path={self.path} process={self.process}")
-        if (self.restore is None) == (self.kind in _LIMITS):
+        if (self.restore is None) == (self.kind in LIMITS):
             raise ValueError(f"a hold of kind {self.kind.value} with restore={self.restore}")
 
     @property
@@ -91,7 +92,7 @@ def undo(hold: Hold, driver: CgroupDriver | None, proc_root: Path = PROC) -> App
         return Applied(Effect.FAILED, hold.kind.value, f"{hold.path}: no cgroups can be reached from here")
     match hold.kind:
         case HoldKind.MEMORY_HIGH | HoldKind.CPU_QUOTA:
-            return driver.restore(hold.path, _LIMITS[hold.kind], hold.restore or "max")
+            return driver.restore(hold.path, LIMITS[hold.kind], hold.restore or "max")
         case HoldKind.FREEZE:
             return driver.thaw(hold.path)
         case HoldKind.ARMED:

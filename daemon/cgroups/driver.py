@@ -184,16 +184,15 @@ class CgroupDriver(CgroupTree):
             text = "-1"
         return write_text(file, text, tier)
 
-    def lift(self, path: str) -> tuple[Applied, ...]:
-        """Thaw, and take every limit that we know how to set away. For cgroups below our base only."""
-        undone = [self.thaw(path)]
-        undone += [self.restore(path, limit, "max") for limit in Limit if self._limit_file(path, limit) is not None]
-        return tuple(undone)
+    def lift(self, path: str, keep: frozenset[Limit] = frozenset()) -> tuple[Applied, ...]:
+        """Thaw, and take every limit that we know how to set away, but those in `keep`. Below our base only."""
+        limits = [limit for limit in Limit if limit not in keep and self._limit_file(path, limit) is not None]
+        return (self.thaw(path), *(self.restore(path, limit, "max") for limit in limits))
 
-    def restricted(self, path: str) -> int:
-        """How many things hold the cgroup itself back: frozen, and each limit that is set."""
+    def restricted(self, path: str, keep: frozenset[Limit] = frozenset()) -> int:
+        """How many things `lift` would undo: frozen, and each limit that is set."""
         count = int(read_int(self.unified_directory(path) / "cgroup.freeze") == 1)
-        return count + sum(1 for limit in Limit if self._is_set(path, limit))
+        return count + sum(1 for limit in Limit if limit not in keep and self._is_set(path, limit))
 
     def tier_of(self, limit: Limit) -> str:
         hierarchy = self.layout.cpu if limit is Limit.CPU_QUOTA else self.layout.memory

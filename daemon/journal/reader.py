@@ -19,7 +19,7 @@ from ..errors import JournalError
 from ..holds import Hold
 from . import codec
 from .records import Loss, Run, Sample, Series, Turn
-from .schema import connect, unusable
+from .schema import PATIENCE_S, connect, unusable
 
 T = TypeVar("T")
 
@@ -27,9 +27,9 @@ T = TypeVar("T")
 class JournalReader:
     """Raises JournalError, one clear line, where the file is damaged, foreign or absent."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, patience_s: float = PATIENCE_S) -> None:
         self.path = path
-        self._connection = connect(path, readonly=True)
+        self._connection = connect(path, readonly=True, patience_s=patience_s)
 
     def __enter__(self) -> JournalReader:
         return self

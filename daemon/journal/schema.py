@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import sqlite3
 from pathlib import Path
-from typing import TypedDict
 
 from ..errors import JournalError
 
@@ -19,13 +18,8 @@ APPLICATION_ID = 0x45515053
 SCHEMA_VERSION = 1
 
 
-class _Options(TypedDict):
-    timeout: float
-    isolation_level: None
-
-
-_OPTIONS = _Options(timeout=2.0, isolation_level=None)
-"""Autocommit, and 2 s of patience with another's lock."""
+PATIENCE_S = 2.0
+"""How long to wait for another's lock."""
 
 SCHEMA = """
 CREATE TABLE runs (id INTEGER PRIMARY KEY, boot_id TEXT NOT NULL, pid INTEGER NOT NULL, started_ns INTEGER NOT NULL,
@@ -67,10 +61,13 @@ ROW_LIMITS = {
 """Rows kept of each table, the newest; `holds` is as long as what is held, `runs` one row a start."""
 
 
-def connect(path: Path, *, readonly: bool) -> sqlite3.Connection:
+def connect(path: Path, *, readonly: bool, patience_s: float = PATIENCE_S) -> sqlite3.Connection:
     """Open a journal that exists and is ours. Raises JournalError with one clear line."""
     try:
-        connection = _connect_readonly(path) if readonly else sqlite3.connect(path, **_OPTIONS)
+        if readonly:
+            connection = _connect_readonly(path, patience_s)
+        else:
+            connection = sqlite3.connect(path, patience_s, isolation_level=None)
     except sqlite3.Error as error:
         raise unusable(path, error) from error
     try:
@@ -114,7 +111,7 @@ def _create(connection: sqlite3.Connection) -> None:
     )
 
 
-def _connect_readonly(path: Path) -> sqlite3.Connection:
+def _connect_readonly(path: Path, patience_s: float) -> sqlite3.Connection:
     """A live or a dead daemon's journal, also where we may not write beside it.
 
     Reading WAL wants the -shm file. A dead daemon leaves none, and without the right to make one only `immutable`
@@ -123,7 +120,8 @@ def _connect_readonly(path: Path) -> sqlite3.Connection:
     if not path.exists():
         raise JournalError(f"{path}: no journal there: start the daemon first, or give its path")
     for mode in ("mode=ro", "immutable=1"):
-        connection = sqlite3.connect(f"{path.absolute().as_uri()}?{mode}", uri=True, **_OPTIONS)
+        uri = f"{path.absolute().as_uri()}?{mode}"
+        connection = sqlite3.connect(uri, patience_s, uri=True, isolation_level=None)
         try:
             connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
         except sqlite3.OperationalError as error:
