@@ -24,6 +24,10 @@ STACKS_AFTER_S = 90
 """A test that runs so long in the guest has the stacks of its threads printed (pytest's faulthandler_timeout)."""
 
 
+OUTPUT_SHOWN = 6000
+"""Characters of the guest's output that a failure carries along."""
+
+
 @dataclass(frozen=True, slots=True)
 class GuestResult:
     """What came back of one test."""
@@ -32,6 +36,49 @@ class GuestResult:
     """Serialised reports of setup, call and teardown, as far as they ran."""
     missing: str | None = None
     """Why the reports are incomplete, None where they are not."""
+
+
+class ReportLog:
+    """The file of reports, read while it grows."""
+
+    def __init__(self, path: Path) -> None:
+        self.running: str | None = None
+        """The test that has started and not finished; the one that hangs, once the guest has ended."""
+        self._path = path
+        self._read_characters = 0
+        self._reports: dict[str, list[dict[str, Any]]] = {}
+        self._finished: set[str] = set()
+
+    def read(self) -> None:
+        """Takes in what is new. A line that is still being written waits for the next call."""
+        text = self._path.read_text() if self._path.exists() else ""
+        complete = text.rfind("\n") + 1
+        for line in text[self._read_characters : complete].splitlines():
+            match json.loads(line):
+                case {"started": node_id}:
+                    self.running = node_id
+                    self._reports[node_id] = []
+                case {"report": report}:
+                    self._reports[report["nodeid"]].append(report)
+                case {"finished": node_id}:
+                    self.running = None
+                    self._finished.add(node_id)
+        self._read_characters = complete
+
+    def finished(self, node_id: str) -> bool:
+        return node_id in self._finished
+
+    def reports(self, node_id: str) -> tuple[dict[str, Any], ...]:
+        return tuple(self._reports.get(node_id, ()))
+
+    def why_missing(self, node_id: str, failure: str | None, output: str) -> str:
+        """In words, why a test has no complete result. `failure` and `output` are the guest's."""
+        failure = failure or "the guest's pytest ended without a result of this test"
+        if self.running is None:
+            return f"not run: {failure}. The guest's output ends:\n{output}"
+        if node_id != self.running:
+            return f"not run: {failure}, in {self.running}"
+        return f"{failure}\nThis test was running. The guest's output ends:\n{output}"
 
 
 class GuestSuite:
@@ -47,10 +94,7 @@ class GuestSuite:
         self._output = bytearray()
         self._directory = tempfile.TemporaryDirectory(prefix="equipoise-vm-suite-")
         self._share = Path(self._directory.name)
-        self._read_characters = 0
-        self._reports: dict[str, list[dict[str, Any]]] = {}
-        self._running: str | None = None
-        self._finished: set[str] = set()
+        self._log = ReportLog(self._share / REPORTS.relative_to(SHARE_IN_GUEST))
         self._cancelled = threading.Event()
         self._thread = threading.Thread(target=self._run, name="vm", daemon=True)
         self._thread.start()
@@ -59,11 +103,13 @@ class GuestSuite:
         """Waits for the test to finish, or for the guest to end without it."""
         while True:
             alive = self._thread.is_alive()
-            self._read_reports()
-            if node_id in self._finished:
-                return GuestResult(tuple(self._reports[node_id]))
+            self._log.read()
+            if self._log.finished(node_id):
+                return GuestResult(self._log.reports(node_id))
             if not alive:
-                return GuestResult(tuple(self._reports.get(node_id, ())), self._why_missing(node_id))
+                output = self._output.decode(errors="replace")[-OUTPUT_SHOWN:]
+                missing = self.not_run or self._log.why_missing(node_id, self._failure, output)
+                return GuestResult(self._log.reports(node_id), missing)
             time.sleep(0.1)
 
     def wait(self) -> None:
@@ -98,33 +144,6 @@ class GuestSuite:
 
     def _say(self, line: str) -> None:
         self._output.extend(line.encode() + b"\n")
-
-    def _read_reports(self) -> None:
-        path = self._share / REPORTS.relative_to(SHARE_IN_GUEST)
-        text = path.read_text() if path.exists() else ""
-        complete = text.rfind("\n") + 1  # a line that is still being written waits for the next look
-        for line in text[self._read_characters : complete].splitlines():
-            match json.loads(line):
-                case {"started": node_id}:
-                    self._running = node_id
-                    self._reports[node_id] = []
-                case {"report": report}:
-                    self._reports[report["nodeid"]].append(report)
-                case {"finished": node_id}:
-                    self._running = None
-                    self._finished.add(node_id)
-        self._read_characters = complete
-
-    def _why_missing(self, node_id: str) -> str:
-        if self.not_run is not None:
-            return self.not_run
-        output = self._output.decode(errors="replace")[-4000:]
-        failure = self._failure or "the guest's pytest ended without a result of this test"
-        if node_id == self._running:
-            return f"{failure}\nThis test was running. The guest's output ends:\n{output}"
-        if self._running:
-            return f"not run: {failure}, in {self._running}"
-        return f"not run: {failure}. The guest's output ends:\n{output}"
 
 
 def _pytest_command(node_ids: Sequence[str]) -> list[str]:

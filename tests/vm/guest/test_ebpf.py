@@ -32,7 +32,6 @@ from equipoise.tests.kernel.ebpf.test_lineage import (  # noqa: E402, F401
     test_execs_inside_a_tool_call_belong_to_it,
 )
 from equipoise.tests.kernel.ebpf.test_loading import (  # noqa: E402, F401
-    test_a_program_the_kernel_refuses_is_reported_alone,
     test_capabilities_are_found_by_trying,
     test_closing_leaves_no_program_behind,
     test_every_program_of_the_object_loads_and_attaches,
