@@ -2,8 +2,8 @@
 
 Owns prices and the keep / swap / drop verdict. Every byte pays rent in its tier: price(tier) x bytes x expected wait.
 Moving and recomputing cost what InferCept (Abhyankar et al., ICML 2024) counts as waste: memory held while nothing
-useful is computed with it. With the device at price 1 and the host at price 0 the choice is, but for the step border that a transfer of ours waits
-for (STEP_BORDER_S), InferCept's minimum of
+useful is computed with it. With the device at price 1 and the host at price 0 the choice is, but for the step border
+that a transfer of ours waits for (STEP_BORDER_S), InferCept's minimum of
   preserve  T_wait x C          swap  2 T_swap x batch          discard  T_fwd(C) x (C + C_others)
 All costs are in GiB-seconds of device memory.
 """

@@ -31,6 +31,8 @@ class Step:
     trigger_ns: int | None = None
 
 
+PROMISE_NS = NS_PER_S
+"""How long a grant counts as used. Longer would keep memory free that a call may never ask for."""
 THROTTLE_AT_LEAST_RATIO = 0.01
 """Of the pool: slowing down a call that holds less than this relieves nobody."""
 
@@ -76,9 +78,20 @@ def _answer_stopped(snapshot: Snapshot, policy: Policy, by_tenant: dict[TenantId
 
 def _room_bytes(snapshot: Snapshot, pool: int) -> int:
     """What may still be handed out: of the pool, and never more than the host has. Negative: the pool is overdrawn."""
-    room = pool - snapshot.tool_used_bytes()
+    promised = sum(_promised_bytes(c, snapshot.now_ns) for c in snapshot.tool_calls)
+    room = pool - snapshot.tool_used_bytes() - promised
     host = snapshot.host
-    return min(room, host.memory_available_bytes) if host.memory_total_bytes else room
+    return min(room, host.memory_available_bytes - promised) if host.memory_total_bytes else room
+
+
+def _promised_bytes(call: ToolCall, now_ns: int) -> int:
+    """What a call was granted so lately that it can not have used it all yet: it must not be granted twice.
+
+    A call that is ended now gives its promise back with its memory.
+    """
+    if call.granted_ns is None or now_ns - call.granted_ns >= PROMISE_NS:
+        return 0
+    return max(0, call.hard_bytes - call.used_bytes) if _holds_memory(call) and call.stopped_ns is None else 0
 
 
 def _holds_memory(call: ToolCall) -> bool:

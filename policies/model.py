@@ -172,6 +172,8 @@ class ToolCall:
     stopped_ns: int | None = None
     """Since when the kernel holds processes of it stopped at its hard budget. Its phase says STOPPED while it runs;
     an escapee can be stopped after the call has ended, and is answered all the same."""
+    granted_ns: int | None = None
+    """When it was last granted more; None: never."""
     waiting_until_ns: int | None = None
     """Stopped at its budget and told to wait, at most until then."""
     expected_bytes: int | None = None

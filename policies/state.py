@@ -559,7 +559,8 @@ class State:
                 self._let_go(tool_call, at_ns)
             case Grant(tool_call=tool_call, soft_bytes=soft, hard_bytes=hard):
                 self._answered(tool_call, ToolCallPhase.RUNNING, at_ns)
-                self.apply(BudgetChanged(at_ns, tool_call, soft, hard))
+                if call := self._known(tool_call):
+                    self._put(replace(call, soft_bytes=soft, hard_bytes=hard, granted_ns=at_ns))
             case Kill(tool_call=tool_call):
                 self._answered(tool_call, ToolCallPhase.KILLED, at_ns)
             case _:

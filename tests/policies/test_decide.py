@@ -170,7 +170,7 @@ def test_a_retention_is_renewed_before_it_ends() -> None:
 
 def test_a_stopped_call_demotes_the_kv_of_its_session() -> None:
     running = replace(LONG, expected_ns=ns(1.2))
-    gentle = replace(EMPTY, device_used_tokens=25_000)
+    gentle = replace(EMPTY, device_used_tokens=55_000)
     kept = asked(1.0, on=gentle, tool=running)
     assert kept is not None and isinstance(kept.action, Retain)
     waiting = replace(
@@ -278,8 +278,8 @@ def test_an_engine_is_never_asked_for_what_it_cannot_do(directive: str) -> None:
     for seen in situations:
         (on,) = seen.engines
         less = replace(on, supported_directives=on.supported_directives - {directive})
-        asked_before |= {names[type(d.action)] for d in decide(seen, POLICY)}  # type: ignore[index]
-        asked_after |= {names[type(d.action)] for d in decide(replace(seen, engines=(less,)), POLICY)}  # type: ignore[index]
+        asked_before |= {names[type(d.action)] for d in decide(seen, POLICY)}
+        asked_after |= {names[type(d.action)] for d in decide(replace(seen, engines=(less,)), POLICY)}
     assert directive in asked_before
     assert directive not in asked_after
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from equipoise.policies.economy import (
     PRICE_CAP,
+    STEP_BORDER_S,
     Prices,
     Weighed,
     barrier,
@@ -166,7 +167,7 @@ def test_with_host_memory_free_the_choice_is_the_least_of_infercepts_three_waste
     on = engine(cost=CostModel(rate, square, host_bytes_per_second=bandwidth))
     context = tokens * on.bytes_per_token
     preserve = wait_s * context
-    swap = 2 * (context / bandwidth) * (context + others)
+    swap = 2 * (STEP_BORDER_S + context / bandwidth) * (context + others)  # the border is what our engine adds
     discard = (tokens * rate + tokens**2 * square) * (context + others)
     weighed = weigh(session(held_tokens=tokens), on, wait_s, Prices(device=1.0, host=0.0), others, True)
     assert {o.verdict: o.cost * GIB for o in weighed} == {

@@ -91,6 +91,21 @@ def test_the_host_must_have_what_the_pool_would_give() -> None:
     assert done(1.0, stopped(used_mib=512), call(2), of=roomy, host=host(available_mib=255)) == {1: "Wait"}
 
 
+def test_a_fresh_grant_counts_as_used() -> None:
+    lately = call(2, used_mib=300, hard_mib=600, granted_ns=ns(0.5))
+    assert done(1.0, stopped(used_mib=400), lately) == {1: "Wait"}
+    assert done(1.0, stopped(used_mib=300), lately) == {1: "Wait"}, "300 + 600 are spoken for, 124 of 256 are free"
+    assert done(1.5, stopped(used_mib=400), lately) == {1: "Grant"}, "it has had its second"
+
+
+def test_a_fresh_grant_is_not_held_for_a_call_that_is_over_or_stands_again() -> None:
+    lately = call(2, used_mib=300, hard_mib=600, granted_ns=ns(0.5))
+    gone = replace(lately, phase=ToolCallPhase.ENDED, end_ns=ns(0.6), gone_ns=ns(0.6), used_bytes=0)
+    assert done(1.0, stopped(used_mib=400), gone) == {1: "Grant"}
+    again = replace(lately, phase=ToolCallPhase.STOPPED, stopped_ns=ns(0.9), used_bytes=600 * MIB)
+    assert done(1.0, stopped(used_mib=100), again, of=policy(pool_mib=956)) == {1: "Grant", 2: "Wait"}
+
+
 def test_nobody_is_judged_before_the_host_is_known() -> None:
     unknown = replace(policy(), memory=replace(policy().memory, tool_pool_bytes=None))
     assert done(99.0, stopped(used_mib=512), of=unknown, host=Host()) == {}

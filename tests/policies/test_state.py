@@ -8,6 +8,7 @@ from equipoise.policies.events import (
     BudgetChanged,
     BudgetLevel,
     EngineAttached,
+    Event,
     EventsLost,
     IntentDeclared,
     PolicyApplied,
@@ -332,7 +333,7 @@ def test_a_grant_lets_the_call_go_on_under_its_new_budget() -> None:
     carry_out(state, Grant(CALL, 600 * MIB, 768 * MIB), at_s=3.0)
     call = the_call(state)
     assert (call.phase, call.stopped_ns, call.stalled_ns) == (ToolCallPhase.RUNNING, None, ns(2))
-    assert (call.soft_bytes, call.hard_bytes) == (600 * MIB, 768 * MIB)
+    assert (call.soft_bytes, call.hard_bytes, call.granted_ns) == (600 * MIB, 768 * MIB, ns(3))
 
 
 def test_a_budget_can_change_without_a_stop() -> None:
@@ -425,7 +426,7 @@ def test_a_stopped_call_that_is_gone_no_longer_stands() -> None:
 
 def test_events_about_the_unknown_are_counted_and_do_no_harm() -> None:
     state = State()
-    strangers = [
+    strangers: list[Event] = [
         stepped(0, 1),
         reached(0),
         ended(0),
