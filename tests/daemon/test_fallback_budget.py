@@ -82,8 +82,6 @@ def test_at_the_hard_budget_it_stands_still_until_a_grant(bench: Bench) -> None:
     bench.go()
     assert eventually(lambda: bench.polled_level(BudgetLevel.HARD))
     assert bench.levels() in ([BudgetLevel.SOFT, BudgetLevel.HARD], [BudgetLevel.HARD])
-        bench.levels()
-    ) == 1
     reached = next(e for e in bench.events if isinstance(e, BudgetReached) and e.level is BudgetLevel.HARD)
     assert reached.pid == bench.child.pid and 50 * MIB <= reached.used_bytes < 120 * MIB
     (hold,) = bench.holds.all()

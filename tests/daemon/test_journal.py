@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from equipoise.daemon.errors import JournalError
 from equipoise.daemon.holds import Hold, HoldCause, HoldKind
-from equipoise.daemon.journal import Journal, JournalReader, Loss, Sample, Series, Turn, lock_holder
+from equipoise.daemon.journal import Journal, JournalReader, Loss, Sample, Series, Turn, lock_holder, schema
 from equipoise.daemon.journal import writer as writer_module
 from equipoise.daemon.processes import ProcessRef, boot_id
 from equipoise.policies.actions import (
@@ -316,7 +316,7 @@ def test_what_waits_for_a_full_disk_is_bounded_and_counted(tmp_path: Path, monke
 
 
 def test_samples_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(writer_module.ROW_LIMITS, "samples", 100)
+    monkeypatch.setitem(schema.ROW_LIMITS, "samples", 100)
     journal = opened(tmp_path / "j")
     for number in range(1000):
         journal.record_samples([Sample(number, Series.KV, TenantId("gold"), "host", 1)])
