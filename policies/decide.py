@@ -6,10 +6,12 @@ Decision records. Pure: the same snapshot gives the same decisions.
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 from .actions import Action, Candidate, Decision, Drop, Retain, SetTenantWeight, SwapIn, SwapOut
 from .economy import UNIT, Prices, choose, expected_wait_s, prices, running_bytes, standing, weigh
 from .ladder import climb, subject
-from .model import NS_PER_S, DecisionId, Engine, KvTier, Session, SessionPhase, TenantId, ToolCall, Verdict
+from .model import NS_PER_S, DecisionId, Engine, KvTier, Session, SessionId, SessionPhase, TenantId, ToolCall, Verdict
 from .policy import Policy
 from .snapshot import Snapshot
 
@@ -75,6 +77,14 @@ def decide(snapshot: Snapshot, policy: Policy) -> tuple[Decision, ...]:
     return tuple(decisions.made)
 
 
+def _calls_by_session(snapshot: Snapshot) -> dict[SessionId, list[ToolCall]]:
+    """Looked up once a moment: asking every call for every session would take seconds with 10,000 of each."""
+    calls: dict[SessionId, list[ToolCall]] = defaultdict(list)
+    for call in snapshot.tool_calls:
+        calls[call.session].append(call)
+    return calls
+
+
 def _place_kv(snapshot: Snapshot, policy: Policy, engine: Engine, decisions: _Decisions) -> None:
     """A verdict on every idle session of this engine whose agent is in a tool call, or has just come out of one."""
     price = prices(snapshot, policy, engine)
@@ -82,6 +92,7 @@ def _place_kv(snapshot: Snapshot, policy: Policy, engine: Engine, decisions: _De
     busy = running_bytes(snapshot, engine)
     host_free = engine.host_capacity_bytes - engine.host_used_bytes
     device_free = engine.device_capacity_tokens - engine.device_used_tokens
+    calls_of = _calls_by_session(snapshot)
     for session in snapshot.sessions:
         if session.engine != engine.id or session.phase is not SessionPhase.IDLE or session.held_tokens == 0:
             continue
@@ -89,9 +100,10 @@ def _place_kv(snapshot: Snapshot, policy: Policy, engine: Engine, decisions: _De
             if "drop" in can and session.verdict is not Verdict.DROP and not _dwells(session, snapshot, policy):
                 _forget_session(snapshot, policy, engine, session, decisions)
             continue
-        call = snapshot.running_call_of(session.id)
+        calls = calls_of.get(session.id, [])
+        call = min((c for c in calls if c.running), key=lambda c: c.start_ns, default=None)  # the longest-running
         if call is None:
-            if "swap_in" in can and _wants_back(snapshot, session) and session.held_tokens <= device_free:
+            if "swap_in" in can and _wants_back(session, calls) and session.held_tokens <= device_free:
                 device_free -= session.held_tokens
                 _bring_back(snapshot, policy, engine, session, decisions)
             continue
@@ -160,12 +172,12 @@ def _kv_action(verdict: Verdict, session: Session, engine: Engine, now_ns: int, 
             return Drop(engine.id, session.id, 0, expires_ns)
 
 
-def _wants_back(snapshot: Snapshot, session: Session) -> bool:
+def _wants_back(session: Session, calls: list[ToolCall]) -> bool:
     """A session swapped out by our verdict whose tool call has ended: its next turn is near."""
     if session.tier not in (KvTier.HOST, KvTier.DISK):
         return False
     return session.verdict in (Verdict.SWAP_HOST, Verdict.SWAP_DISK) and any(
-        c.session == session.id and c.end_ns is not None and c.end_ns >= session.verdict_ns for c in snapshot.tool_calls
+        c.end_ns is not None and c.end_ns >= session.verdict_ns for c in calls
     )
 
 
