@@ -20,6 +20,11 @@ class TierSummary:
     def __init__(self) -> None:
         self._ran: Counter[str] = Counter()
         self._not_run: dict[str, Counter[str]] = defaultdict(Counter)
+        self._tiers: dict[str, set[str]] = {}
+        """By node id. A report's keywords would not do: they hold the names of its folders as well."""
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self._tiers = {item.nodeid: _tiers({mark.name for mark in item.iter_markers()}) for item in session.items}
 
     def pytest_deselected(self, items: list[pytest.Item]) -> None:
         for item in items:
@@ -35,7 +40,7 @@ class TierSummary:
                 self._not_run[tier][f"whole file: {_reason(report)}"] += 1
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        tiers = _tiers(set(report.keywords))
+        tiers = self._tiers.get(report.nodeid, {TIERS[0]})
         if report.skipped and not hasattr(report, "wasxfail"):
             for tier in tiers:
                 self._not_run[tier][_reason(report)] += 1

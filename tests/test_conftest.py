@@ -36,7 +36,9 @@ def test_known_failure(): assert False
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> str:
     root = tmp_path_factory.mktemp("suite")
-    (root / "vm").mkdir()
+    for folder in ("vm", "engine"):
+        (root / folder).mkdir()
+    (root / "engine" / "test_ledger.py").write_text("def test_pure_arithmetic_of_the_engine(): pass\n")
     (root / "conftest.py").write_text((Path(__file__).parent / "conftest.py").read_text())
     (root / "pytest.ini").write_text("[pytest]\nmarkers =\n  kernel: k\n  engine: e\n  vm: v\n  slow: s\n")
     (root / "test_all.py").write_text(TESTS)
@@ -52,7 +54,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize(
     "line",
     [
-        "pure: 1 ran, 1 not run",
+        "pure: 2 ran, 1 not run",
         "  1 x deselected on the command line (slow)",
         "kernel: 2 ran, 1 not run",
         "  1 x needs root",
