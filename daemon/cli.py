@@ -210,8 +210,9 @@ def _add_tool(commands: Commands) -> None:
         "equipoise tool -- pytest -q",
         "equipoise tool --tenant gold --name ada -- make test",
     )
-    parser.add_argument("--tenant", default="", help="the sandbox; default: the one we are in")
-    parser.add_argument("--name", default="")
+    parser.add_argument("--tenant", default=os.environ.get("EQUIPOISE_TENANT", ""), help="the sandbox; default: the "
+                        "one we are in")  # fmt: skip
+    parser.add_argument("--name", default=os.environ.get("EQUIPOISE_SANDBOX", ""))
     parser.add_argument("--expect-memory", type=_quantity, default=0, metavar="512MiB", help="what it will need")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- CMD ...", help="what to run")
 
@@ -257,10 +258,10 @@ def _add_explain(commands: Commands) -> None:
         _explain,
         "say what was decided, why, and what came of it",
         "equipoise explain                     the newest decisions",
-        "equipoise explain 1c8f...             one tool call (ids from `equipoise ps`)",
+        "equipoise explain 8000000a            one tool call (ids from `equipoise ps`; the end will do)",
         "equipoise explain --session gold/ada",
     )
-    parser.add_argument("tool_call", nargs="?", default="", help="a tool call's id, or its beginning")
+    parser.add_argument("tool_call", nargs="?", default="", help="a tool call's id, or its end")
     parser.add_argument("--session", default="")
     parser.add_argument("--tenant", default="")
     parser.add_argument("--limit", type=int, default=20)

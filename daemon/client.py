@@ -18,6 +18,7 @@ from typing import Any
 
 import grpc
 
+from ..policies.estimate import command_kind
 from .api.v1 import policy_pb2, policy_pb2_grpc, sandbox_pb2, sandbox_pb2_grpc
 from .errors import CommandError
 
@@ -141,13 +142,14 @@ def run_tool(socket: str, tenant: str, name: str, command: list[str], expect_byt
     os.close(ready_read)
     _pass_signals_on(child)
     call = ""
+    line = subprocess.list2cmdline(command)
     try:
         with channel(socket) as opened:
             stub = sandbox_pb2_grpc.SandboxServiceStub(opened)
             if expect_bytes and tenant and name:
                 stub.DeclareIntent(
                     sandbox_pb2.DeclareIntentRequest(
-                        tenant_id=tenant, name=name, kind=Path(command[0]).name, expected_bytes=expect_bytes
+                        tenant_id=tenant, name=name, kind=command_kind(line), expected_bytes=expect_bytes
                     ),
                     timeout=TIMEOUT_S,
                 )
@@ -155,7 +157,7 @@ def run_tool(socket: str, tenant: str, name: str, command: list[str], expect_byt
                 sandbox_pb2.BeginToolCallRequest(
                     tenant_id=tenant,
                     name=name,
-                    command=subprocess.list2cmdline(command),
+                    command=line,
                     pid=child.pid,
                     wrapper_pid=os.getpid(),
                 ),

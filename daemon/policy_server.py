@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import grpc
 
 from ..policies.model import DecisionId, SessionId, TenantId, ToolCall, ToolCallId
-from . import views
+from . import views, words
 from .api.v1 import policy_pb2 as pb
 from .api.v1 import policy_pb2_grpc
 from .history import History
@@ -49,11 +49,17 @@ class PolicyServer(policy_pb2_grpc.PolicyServiceServicer):
     async def Explain(self, request: pb.ExplainRequest, context: Context) -> pb.ExplainResponse:  # type: ignore[type-arg]
         call = None
         if request.tool_call_id:
-            call = self._call(request.tool_call_id)
-            if call is None:
+            meant = self._meant(request.tool_call_id)
+            if not meant:
                 await context.abort(
                     grpc.StatusCode.NOT_FOUND, f"no tool call {request.tool_call_id}: `equipoise ps --all` lists them"
                 )
+            if len(meant) > 1:
+                await context.abort(
+                    grpc.StatusCode.INVALID_ARGUMENT,
+                    f"{len(meant)} tool calls are called {request.tool_call_id}...: give more of the id, or its end",
+                )
+            call = meant[0]
         found = self._history.find(
             max(1, min(request.limit or LIMIT, MOST)),
             decision=DecisionId(request.decision_id) if request.decision_id else None,
@@ -80,13 +86,15 @@ class PolicyServer(policy_pb2_grpc.PolicyServiceServicer):
     async def Release(self, request: pb.ReleaseRequest, context: Context) -> pb.ReleaseResponse:  # type: ignore[type-arg]
         return pb.ReleaseResponse(released=self._effects.release())
 
-    def _call(self, text: str) -> ToolCall | None:
-        """By the whole id, or by any beginning that only one call has."""
+    def _meant(self, text: str) -> list[ToolCall]:
+        """By the whole id, or by its beginning or end: the ids of one run begin alike."""
         calls = {c.id: c for c in self._history.ended()} | self._loop.state.tool_calls
         try:
             resolved = self._loop.state.resolve(ToolCallId(int(text, 16)))
         except ValueError:
-            return None
+            return []
         if resolved in calls:
-            return calls[resolved]
-        return next((c for c in calls.values() if f"{c.id:016x}".startswith(text.lower())), None)
+            return [calls[resolved]]
+        return [c for c in calls.values() if words.tool_call_hex(c.id).startswith(text.lower())] or [
+            c for c in calls.values() if words.tool_call_hex(c.id).endswith(text.lower())
+        ]
