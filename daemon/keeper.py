@@ -363,9 +363,10 @@ class SandboxKeeper:
                 if event.id in state.tool_calls:
                     self._on_started(event, state)
             case ToolCallEnded():
-                self._on_ended(state.resolve(event.id), state)
+                self._on_ended(event.id, state)
             case ProcessesGone():
-                self._on_gone(state.resolve(event.id), state)
+                # By its own id: a wrapper that was merged into its call takes its own leaf along, not the call's.
+                self._on_gone(event.id, state)
             case _:
                 pass
 
@@ -428,7 +429,7 @@ class SandboxKeeper:
 
     def _on_gone(self, call: ToolCallId, state: State) -> None:
         self._drop_leaf(call)
-        known = state.tool_calls.get(call)
+        known = state.tool_calls.get(state.resolve(call))
         kept = self._kept.get(known.sandbox) if known else None
         if known is not None and kept is not None and kept.pidfd is None and kept.agent_tag is not None:
             self._remove_unless_used(known.sandbox)  # the agent has gone before its last escapee

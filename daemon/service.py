@@ -27,7 +27,7 @@ from ..ebpf.tool_memory import ToolMemory
 from ..gpuctl import nvml
 from ..gpuctl.api.v1 import engine_pb2, engine_pb2_grpc
 from ..gpuctl.hook import EngineHook
-from ..policies.actions import Decision, EngineAction, Outcome
+from ..policies.actions import Decision, EngineAction, Outcome, OutcomeStatus
 from ..policies.events import (
     BudgetChanged,
     BudgetReached,
@@ -55,7 +55,7 @@ from .errors import CgroupError, ListenError
 from .fallback_budget import FallbackBudget
 from .guardian import Guardian, release
 from .history import History
-from .holds import Holds
+from .holds import HoldCause, HoldKind, Holds
 from .journal import Journal
 from .keeper import SandboxKeeper
 from .loop import Loop
@@ -387,10 +387,10 @@ class Service:
                 )
                 if self.polling is not None and call.pid is not None:
                     self._poll(call)
-            case ProcessesGone(id=tool_call):
-                self.actuator.unbind(state.resolve(tool_call))
+            case ProcessesGone(id=tool_call) if state.resolve(tool_call) == tool_call:
+                self.actuator.unbind(tool_call)
                 if self.polling is not None:
-                    self.polling.unfollow(state.resolve(tool_call))
+                    self.polling.unfollow(tool_call)
             case _:
                 pass
 
@@ -497,9 +497,18 @@ class Service:
         )
 
     def _release(self) -> list[str]:
-        held = [f"{hold.kind.value} on {hold.target}" for hold in self.holds.all()]
+        held = [hold for hold in self.holds.all() if hold.kind is not HoldKind.ARMED]
         failed = self.actuator.release_all()
-        return held + ([f"{failed} of them could not be undone: see the log"] if failed else [])
+        at_ns = now_ns()
+        for hold in held:
+            if hold.cause is HoldCause.BUDGET and hold.tool_call is not None:
+                self.loop.emit(BudgetChanged(at_ns, hold.tool_call, 0, 0))
+            elif hold.decision is not None:
+                outcome = Outcome(hold.decision, OutcomeStatus.EXPIRED, at_ns, hold.kind.value, "released on request")
+                self.loop.emit(OutcomeObserved(at_ns, outcome))
+        return [f"{hold.kind.value} on {hold.target}" for hold in held] + (
+            [f"{failed} of them could not be undone: see the log"] if failed else []
+        )
 
     def _let_go(self) -> None:
         """At the end: nobody stays stopped or throttled, and no cgroup of ours stays that is empty."""
