@@ -141,6 +141,8 @@ class BudgetReached:
 
 @dataclass(frozen=True, slots=True)
 class BudgetChanged:
+    """New budgets; 0: none, and whoever stood at one goes on."""
+
     at_ns: int
     id: ToolCallId
     soft_bytes: int

@@ -152,6 +152,8 @@ class State:
             case BudgetChanged():
                 if call := self._known(event.id):
                     self._put(replace(call, soft_bytes=event.soft_bytes, hard_bytes=event.hard_bytes))
+                    if not event.hard_bytes and call.stopped_ns is not None:
+                        self._answered(call.id, ToolCallPhase.RUNNING, event.at_ns)
             case ToolCallEnded():
                 self._ended(event)
             case ProcessesGone():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 import time
@@ -155,8 +156,7 @@ def test_a_runaway_alone_is_killed_and_its_agent_lives_and_is_told_why(daemon):
 def test_a_tool_call_with_a_family_is_killed_with_all_of_it(daemon):
     agent = daemon.agent(name="family")
     inner = f"{sys.executable} -S -c 'import time; time.sleep(60)' & "
-    eater = " ".join(f"'{word}'" if " " in word or "\n" in word else word for word in grow(4000)).replace("b'x'", 'b"x"')
-    result = agent.call("sh", "-c", f": whole-family; setsid {inner} {inner} {eater}")
+    result = agent.call("sh", "-c", f": whole-family; setsid {inner} {inner} {shlex.join(grow(4000))}")
     assert result.returncode == -signal.SIGKILL
     only(daemon, "whole-family")
     eventually(lambda: _processes_below(f"{daemon.base}/gold/family/tools") == [])

@@ -341,6 +341,15 @@ def test_a_budget_can_change_without_a_stop() -> None:
     assert (the_call(state).soft_bytes, the_call(state).hard_bytes) == (1, 2)
 
 
+def test_a_call_that_stood_at_a_budget_goes_on_when_it_has_none_any_more() -> None:
+    state = state_with_a_call().apply(reached(1.0)).apply(decided(Wait(CALL, MIB, ns(21)), 1.0))
+    state.apply(BudgetChanged(ns(3), CALL, 0, 0))
+    call = the_call(state)
+    assert (call.phase, call.stopped_ns, call.waiting_until_ns) == (ToolCallPhase.RUNNING, None, None)
+    assert call.stalled_ns == ns(2)
+    state.check_integrity()
+
+
 def test_waiting_is_remembered_until_the_call_is_answered() -> None:
     state = state_with_a_call().apply(reached(1.0)).apply(decided(Wait(CALL, MIB, ns(21)), 1.0))
     assert the_call(state).waiting_until_ns == ns(21)
