@@ -204,3 +204,23 @@ def test_a_cgroup_in_use_of_somebody_else_can_be_adopted_and_measured(driver: Cg
     with pytest.raises(CgroupError, match="only cgroups that we made are removed"):
         stranger.remove(adopted.path)
     stranger.close()
+
+
+def test_without_permission_the_error_is_one_line_with_the_remedy(spawn: Spawn) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("gives root up in a child, so it needs it")
+    base = f"eqtest-{os.getpid()}-nobody"
+    child = spawn(
+        "import os, sys\n"
+        "from equipoise.daemon.cgroups import CgroupDriver\n"
+        "from equipoise.daemon.errors import CgroupError\n"
+        "driver = CgroupDriver.open(base=sys.argv[1])\n"
+        "os.setuid(65534)\n"
+        "try: driver.prepare()\n"
+        "except CgroupError as error: print(error, flush=True)",
+        base,
+    )
+    assert child.stdout is not None
+    said = child.stdout.read().decode()
+    assert said.count("\n") == 1 and base in said and "Permission denied: run as root" in said
+    assert not list(Path("/sys/fs/cgroup").glob(f"*/{base}")), "nothing half-made is left"
