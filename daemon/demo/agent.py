@@ -23,7 +23,7 @@ from .plan import Plan, Step, plan_named
 from .toolcall import Identity, ToolResult, ToolRunner
 
 MAX_OUTPUT_TOKENS = 24
-_OUTPUT_CHARS = 260
+_OUTPUT_CHARS = 340
 _SYSTEM = "You are {name}, a coding agent. Say in one short sentence what the output means and what you do next."
 
 

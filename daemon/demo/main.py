@@ -121,6 +121,11 @@ async def _ready(
             status: policy_pb2.GetStatusResponse = await stub.GetStatus(policy_pb2.GetStatusRequest(), timeout=5)
             if status.engine_url:
                 return status
+            if processes.engine_died(layout.daemon_log):
+                reason = next(
+                    (line for line in status.lacks if line.startswith("engine: ")), f"see {layout.daemon_log}"
+                )
+                raise processes.StartError(f"the engine does not start: {reason.removeprefix('engine: ')}")
         except grpc.RpcError:
             pass  # not listening yet
         await asyncio.sleep(0.1)

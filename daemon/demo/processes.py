@@ -7,6 +7,7 @@ order in which things end is ours. Must not: speak gRPC.
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
 import signal
 import sys
@@ -23,8 +24,10 @@ from .scenario import KV_DEVICE_TOKENS, KV_HOST_BYTES, Agent, Layout
 _TERM_GRACE_S = 5.0
 _DAEMON_GRACE_S = 15.0
 _LOG_TAIL_LINES = 6
-CGROUP_BASE = "equipoise-demo"
-"""Not the daemon's default: the demo runs beside a daemon that works, and what it made can be removed as a whole."""
+_PR_SET_PDEATHSIG = 1  # prctl(2)
+CGROUP_BASE = f"equipoise-demo-{os.getpid()}"
+"""Not the daemon's default: the demo runs beside a daemon that works, and beside another demo, and what it made can be
+removed as a whole."""
 CLI = (sys.executable, "-m", "equipoise.daemon.cli")
 
 Process = asyncio.subprocess.Process
@@ -108,7 +111,13 @@ async def _start(argv: Sequence[str], log: Path, **environment: str) -> Process:
             stderr=out,
             env={**os.environ, **environment},
             start_new_session=True,
+            preexec_fn=_die_with_the_demo,
         )
+
+
+def _die_with_the_demo() -> None:
+    """A demo that is killed takes its processes with it; each then cleans up after itself."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 def last_words(log: Path) -> str:
@@ -118,6 +127,11 @@ def last_words(log: Path) -> str:
     except FileNotFoundError:
         return ""
     return "\n".join(lines[-_LOG_TAIL_LINES:])
+
+
+def engine_died(daemon_log: Path) -> bool:
+    """Whether the daemon says that its engine ended; it would try again and again."""
+    return "engine_died" in daemon_log.read_text(errors="replace")
 
 
 async def end(process: Process, grace_s: float = _TERM_GRACE_S) -> int:

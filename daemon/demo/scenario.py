@@ -20,8 +20,8 @@ DEFAULT_SECONDS = 60.0
 SHORTEST_SECONDS = 5.0
 LONGEST_SECONDS = 3600.0
 
-# The sessions grow to 500-900 tokens each, about 4000 together: half of them fit, the other half must go somewhere.
-KV_DEVICE_TOKENS = 2048
+# The sessions grow to 400-700 tokens each, about 3000 together: half of them fit, the other half must go somewhere.
+KV_DEVICE_TOKENS = 1536
 # Of the default model (23,040 bytes a token) this holds some 2900 tokens: enough that swapping is a real choice.
 KV_HOST_BYTES = 64 * MIB
 
@@ -53,7 +53,7 @@ POLICY = {
         "mode": "enforce",
         "tenants": {"gold": {"weight": 4}, "silver": {"weight": 2}, "bronze": {"weight": 1}},
         "memory": {
-            "toolPool": "800MiB",
+            "toolPool": "900MiB",
             "budget": {"soft": "192MiB", "hard": "256MiB", "max": "512MiB", "step": "96MiB"},
             "maxWait": "8s",
             "pressure": {"above": 0.85, "below": 0.7, "for": "1s"},
