@@ -10,6 +10,7 @@ lives, or when a next daemon has taken the journal over.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import select
 import signal
@@ -241,8 +242,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     started_ns = time.monotonic_ns()
     result = release(options.journal, driver, options.proc_root)
+    nothing = result == Release()
     log.event(
         "guardian_released",
+        logging.DEBUG if nothing else logging.INFO,
         daemon_pid=options.daemon,
         undone=result.undone_count,
         gone=result.gone_count,

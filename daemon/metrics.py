@@ -84,11 +84,11 @@ class MetricsServer:
             server, thread = start_http_server(port, host, registry)
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
-                remedy = "another program listens there: give --metrics another port"
+                remedy = "another program listens there: give --metrics-listen another port"
             elif error.errno == errno.EACCES:
-                remedy = "ports below 1024 need root: give --metrics a higher one"
+                remedy = "ports below 1024 need root: give --metrics-listen a higher one"
             else:
-                remedy = "give --metrics an address of this machine"
+                remedy = "give --metrics-listen an address of this machine"
             raise ListenError(f"{listen}: {error.strerror or error}: {remedy}") from error
         shown = f"[{host}]" if ":" in host else host
         return cls(server, thread, f"http://{shown}:{server.server_port}/metrics")

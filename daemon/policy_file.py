@@ -25,6 +25,7 @@ def load(path: Path) -> Policy:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise CommandError(f"{path}{line}: not YAML: {getattr(error, 'problem', None) or error}") from error
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise CommandError(f"{path}{line}: not YAML: {problem}") from error
     except DocumentError as error:
         raise CommandError(f"{path}: {error}") from error

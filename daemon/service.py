@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket as sockets
 import stat
@@ -67,6 +68,8 @@ from .sources import HostSampler, SandboxSampler, Source
 from .tallies import Tallies
 
 SOCKET_MODE = 0o660
+LONGEST_SOCKET = 107
+"""Of sockaddr_un's 108 bytes, see unix(7)."""
 GUARDIAN_CHECK_S = 1.0
 SAMPLE_S = 0.5
 """Between two points of the journal's timeline, and two writes of what waits."""
@@ -161,6 +164,10 @@ class Service:
     def _claim_socket(self) -> None:
         """Make way for our socket: a dead daemon's file goes, a living daemon's is an error."""
         path = self.config.socket
+        if len(os.fsencode(path)) > LONGEST_SOCKET:
+            raise ListenError(
+                f"{path}: too long for a socket, at most {LONGEST_SOCKET} bytes: give --socket another path"
+            )
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
         except OSError as error:
