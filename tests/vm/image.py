@@ -38,17 +38,14 @@ def extract_vmlinux(compressed: Path, output: Path, zstd: Path, environment: dic
     payload = image[start : start + int.from_bytes(image[0x24C:0x250], "little")]
     if payload.startswith(b"\x28\xb5\x2f\xfd"):
         done = subprocess.run([zstd, "-dcq"], input=payload, capture_output=True, check=False, env=environment)
-        elf = (
-            done.stdout
-        )  # the four bytes of size that follow the frame make zstd complain at the end; the ELF check below decides
+        elf = done.stdout  # zstd complains of the four bytes of size after the frame; the ELF check below decides
     elif payload.startswith(b"\xfd7zXZ\x00"):
         elf = lzma.LZMADecompressor().decompress(payload)
     elif payload.startswith(b"\x1f\x8b"):
         elf = zlib.decompressobj(31).decompress(payload)
     else:
-        raise PackageError(
-            f"{compressed}: unknown compression (magic {payload[:6].hex()}); choose another kernel with VM_KERNEL="
-        )
+        output.write_bytes(image)  # older kernels use lz4, which nothing here unpacks: they unpack themselves
+        return
     if not elf.startswith(b"\x7fELF"):
         raise PackageError(f"{compressed}: its payload is no ELF kernel; choose another kernel with VM_KERNEL=")
     output.write_bytes(elf)

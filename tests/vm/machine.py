@@ -45,7 +45,7 @@ class Settings:
     cpus: int = 2
     boot_limit_s: float = 150.0
     """Until the guest's init has started; 12 s is usual."""
-    command_limit_s: float = 420.0
+    command_limit_s: float = 600.0
     """From then to the end of the command, kept inside by systemd."""
     grace_s: float = 60.0
     """So much later the host ends a guest that did not keep that limit."""

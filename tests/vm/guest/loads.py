@@ -12,7 +12,7 @@ from collections.abc import Callable
 from equipoise.daemon.cgroups import CgroupDriver
 
 MIB = 1 << 20
-PATIENCE_S = 60.0
+PATIENCE_S = 150.0
 
 # One page of each 4096 bytes is written, since untouched memory is charged to nobody; then waits to be ended.
 _GROW = "x = bytearray(int(sys.argv[1]) << 20); print('grown', flush=True); sys.stdin.read()"

@@ -1,0 +1,155 @@
+"""The real equipoised.service under systemd as PID 1: its life, its delegated subtree, and its recovery."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from equipoise.tests.vm.guest.loads import wait_until
+from equipoise.tests.vm.machine import REPOSITORY, settings_from_environment
+from equipoise.tests.vm.packages import PackageStore
+
+pytestmark = pytest.mark.vm
+
+UNIT = "equipoised.service"
+SHIPPED = REPOSITORY / "daemon" / "systemd" / UNIT
+COMMAND = Path("/usr/local/bin/equipoise")
+SOCKET = Path("/run/equipoise/equipoise.sock")
+CGROUP = Path("/sys/fs/cgroup/system.slice") / UNIT
+# As shipped but for the time that systemd waits for a daemon that hangs: 30 s, and 20 s more for it to abort.
+DROP_IN = "[Service]\nWatchdogSec=12\nTimeoutAbortSec=2\n"
+
+
+def run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}{done.stdout}\n{journal()}"
+    return done.stdout
+
+
+def journal() -> str:
+    command = ["journalctl", "--no-pager", "-o", "cat", "-n", "40", "-u", UNIT]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+
+
+def show(*properties: str) -> dict[str, str]:
+    lines = run("systemctl", "show", UNIT, *(f"-p{name}" for name in properties)).splitlines()
+    return dict(line.split("=", 1) for line in lines)
+
+
+def main_pid() -> int:
+    return int(show("MainPID")["MainPID"])
+
+
+def equipoise(*arguments: str) -> str:
+    return run(str(COMMAND), *arguments, "--socket", str(SOCKET))
+
+
+def our_programs() -> list[str]:
+    tree = PackageStore(settings_from_environment().cache).bpf()
+    command = [str(tree.program("usr/sbin/bpftool")), "prog", "list"]
+    listed = subprocess.run(command, env=tree.environment(), capture_output=True, text=True, check=True).stdout
+    return [name for name in ("on_fork", "on_exec", "on_exit", "on_rss_stat") if f" name {name} " in listed]
+
+
+@pytest.fixture(scope="module")
+def installed() -> Iterator[None]:
+    """The unit as its README says to install it."""
+    COMMAND.unlink(missing_ok=True)
+    COMMAND.symlink_to(Path(sys.prefix) / "bin" / "equipoise")
+    Path("/etc/systemd/system", UNIT).write_text(SHIPPED.read_text())
+    drop_in = Path("/etc/systemd/system", f"{UNIT}.d", "vm.conf")
+    drop_in.parent.mkdir()
+    drop_in.write_text(DROP_IN)
+    run("systemctl", "daemon-reload")
+    yield
+    subprocess.run(["systemctl", "stop", UNIT], check=False)
+
+
+@pytest.fixture
+def service(installed) -> int:
+    """The service, started. Its main process."""
+    run("systemctl", "start", UNIT)
+    return main_pid()
+
+
+@pytest.fixture
+def agent(service) -> Iterator["subprocess.Popen[bytes]"]:
+    """An agent in a sandbox of the service, in the middle of a tool call."""
+    command = [str(COMMAND), "run", "--socket", str(SOCKET), "--tenant", "default", "--name", "vm", "--"]
+    child = subprocess.Popen([*command, "sh", "-c", "sleep 1000; true"], stdout=subprocess.PIPE)
+    wait_until(lambda: len(sandbox_processes()) == 2 or child.poll() is not None, "the agent and its tool call")
+    assert child.poll() is None, journal()
+    yield child
+    kill_file = CGROUP / "default" / "vm" / "cgroup.kill"
+    if kill_file.exists():
+        kill_file.write_text("1")
+    child.wait()
+
+
+def sandbox_processes() -> list[int]:
+    """Processes below the service that are not the daemon's own."""
+    found = []
+    for file in CGROUP.rglob("cgroup.procs"):
+        if file.parent.name != ".daemon":
+            found += [int(line) for line in file.read_text().split()]
+    return found
+
+
+def test_it_is_active_once_it_says_that_it_is_ready(service):
+    shown = show("ActiveState", "SubState", "Type", "StatusText", "Result")
+    assert (shown["ActiveState"], shown["SubState"], shown["Type"]) == ("active", "running", "notify")
+    assert "polic" in shown["StatusText"], shown
+    assert SOCKET.is_socket()
+    assert our_programs() == ["on_fork", "on_exec", "on_exit", "on_rss_stat"]
+
+
+def test_its_subtree_is_delegated_and_it_made_room_by_moving_itself(service):
+    assert show("Delegate")["Delegate"] == "yes"
+    assert (CGROUP / "cgroup.procs").read_text() == ""
+    assert str(service) in (CGROUP / ".daemon" / "cgroup.procs").read_text().split()
+    assert {"cpu", "memory", "pids"} <= set((CGROUP / "cgroup.subtree_control").read_text().split())
+
+
+def test_a_sandbox_with_a_tool_call_that_nobody_announced_is_in_the_delegated_subtree(agent):
+    for pid in sandbox_processes():
+        path = Path(f"/proc/{pid}/cgroup").read_text().strip().removeprefix("0::")
+        assert path.startswith(f"/system.slice/{UNIT}/default/vm/")
+        assert Path(f"/sys/fs/cgroup{path}/memory.high").exists()
+    (call,) = json.loads(equipoise("ps", "--json"))
+    assert call["command"] == "sleep 1000", call
+
+
+def test_it_feeds_the_watchdog_and_is_started_anew_when_it_hangs(service):
+    fed = int(show("WatchdogTimestampMonotonic")["WatchdogTimestampMonotonic"])
+    wait_until(
+        lambda: int(show("WatchdogTimestampMonotonic")["WatchdogTimestampMonotonic"]) > fed, "food for the watchdog"
+    )
+    restarts = int(show("NRestarts")["NRestarts"])
+    os.kill(service, signal.SIGSTOP)  # from here on only the watchdog can tell
+    wait_until(lambda: main_pid() not in (0, service) and is_active(), "another daemon, active")
+    assert int(show("NRestarts")["NRestarts"]) == restarts + 1
+
+
+def test_after_sigkill_it_is_active_again_and_nothing_of_its_sandboxes_is_left(agent, service):
+    os.kill(service, signal.SIGKILL)
+    wait_until(lambda: main_pid() not in (0, service) and is_active(), "another daemon, active")
+    assert agent.wait(timeout=60) != 0, "it ended with the service"
+    assert sandbox_processes() == []
+    assert json.loads(equipoise("ps", "--all", "--json")) == []
+
+
+def test_stopping_it_leaves_nothing(agent, service):
+    run("systemctl", "stop", UNIT)
+    assert show("ActiveState", "Result") == {"ActiveState": "inactive", "Result": "success"}
+    assert not CGROUP.exists()
+    assert not SOCKET.exists()
+    assert not Path(f"/proc/{service}").exists()
+    assert our_programs() == []
+
+
+def is_active() -> bool:
+    return show("ActiveState")["ActiveState"] == "active"
