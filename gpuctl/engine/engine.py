@@ -67,7 +67,7 @@ OCCUPANCY_PERIOD_NS = 200_000_000
 _REMEMBERED_OUTCOMES = 4096
 _IDLE_WAIT_S = 1.0
 # A step with fewer prompt tokens is over soon enough by itself.
-_INTERRUPTIBLE_TOKENS = 65
+_INTERRUPTIBLE_TOKENS = 16
 
 Listener = Callable[[Reported], None]
 

@@ -11,6 +11,7 @@ Rules
   oldest turn. So an SLO buys nothing from other tenants (JITServe's order inside VTC's shares).
 - A turn is admitted when its whole prompt fits and the Past-Future peak of the batch stays below capacity. Admission
   stops at the first turn that does not fit: a small turn never overtakes a large one for good.
+- A tenant below its weighted share of a full batch's places takes one from the tenant furthest above its own.
 - A directed retention is broken only where nothing could run otherwise.
 - A running turn loses its place only when the running ones outgrow capacity: the most-served tenant's youngest goes.
 - A turn that runs alone may always go on: progress does not depend on a capacity that was lowered under it.
@@ -25,7 +26,7 @@ from .admission import OutputLengths, peak_tokens
 from .ledger import Ledger
 from .placement import Placement, Reach
 from .plan import PreemptedTurn, Slice, StepPlan
-from .sequence import IdlePolicy, Session, SessionId, SessionPhase, Tier, Turn
+from .sequence import IdlePolicy, Session, SessionId, SessionPhase, TenantId, Tier, Turn
 from .service import TokenService
 
 
@@ -158,9 +159,9 @@ class Scheduler:
     def _ordered(self, turns: Iterable[Turn]) -> list[Turn]:
         """Least-served tenant first; within it the turn with the least margin to its SLO, then the oldest."""
 
-        def rank(turn: Turn) -> tuple[float, str, float, int]:
+        def rank(turn: Turn) -> tuple[float, float, int]:
             due = float("inf") if turn.due_ns is None else turn.due_ns
-            return (self.service.counter(turn.tenant_id), turn.tenant_id, due, turn.arrival_ns)
+            return (self.service.counter(turn.tenant_id), due, turn.arrival_ns)
 
         return sorted(turns, key=rank)
 
@@ -170,9 +171,36 @@ class Scheduler:
         if not self.waiting:
             return
         for turn in self._ordered(t for s, t in self.waiting.items() if self.sessions[s].held_until_ns is None):
-            if len(self.running) >= self.config.max_running or not self._fits(turn, now_ns):
+            if len(self.running) >= self.config.max_running and not self._take_seat(turn):
+                return
+            if not self._fits(turn, now_ns):
                 return
             self._enter(turn, now_ns)
+
+    def _take_seat(self, turn: Turn) -> bool:
+        """Free a place in a full batch for a tenant that has less than its weighted share of the places.
+
+        The place comes from the tenant furthest above its share; its youngest turn pauses, KV in place, so nothing is
+        copied unless the room is needed. A tenant that floods can so not keep others waiting for one of its turns to
+        end.
+        """
+        seats: dict[TenantId, int] = {}
+        for running in self.running.values():
+            seats[running.tenant_id] = seats.get(running.tenant_id, 0) + 1
+        wanting = {turn.tenant_id, *seats}
+        total_weight = sum(self.service.weight(tenant_id) for tenant_id in wanting)
+
+        def above_share(tenant_id: TenantId) -> float:
+            share = self.config.max_running * self.service.weight(tenant_id) / total_weight
+            return seats.get(tenant_id, 0) - share
+
+        richest = max(seats, key=above_share)
+        # A whole place on both sides, or two tenants would trade it back and forth.
+        if above_share(turn.tenant_id) > -1 or above_share(richest) < 1:
+            return False
+        youngest = max((t for t in self.running.values() if t.tenant_id == richest), key=lambda t: t.arrival_ns)
+        self.pause(youngest.session_id)
+        return True
 
     def _fits(self, turn: Turn, now_ns: int) -> bool:
         """Make room for the turn beside the running ones, if that can be done."""
@@ -222,10 +250,14 @@ class Scheduler:
         if decoding:
             budget = min(budget, self.config.mixed_prefill_tokens)
         counts = {t.session_id: 1 for t in decoding}
+        urgent = False
         for turn in turns:
-            if left[turn.session_id] > 1 and budget > 0:
+            awaited = turn.due_ns is not None and turn.output_tokens == 0
+            if left[turn.session_id] > 1 and budget > 0 and (awaited or not urgent):
                 counts[turn.session_id] = min(left[turn.session_id], budget)
                 budget -= counts[turn.session_id]
+            # A first token somebody waits for is not delayed by the prompts behind it.
+            urgent = urgent or awaited
         self._fit_batch(counts, turns, now_ns)
         for session_id, count in counts.items():
             holding = self.ledger.holding(session_id)

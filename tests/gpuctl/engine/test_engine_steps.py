@@ -526,3 +526,27 @@ def test_turns_are_reported_when_they_enter_the_batch_with_what_was_cached():
     driven.complete("a", "hello" + first.text + "x")
     started = [r.report for r in driven.reports if isinstance(r.report, TurnStarted)]
     assert [s.cached_tokens for s in started] == [0, 9]
+
+
+def test_a_tenant_below_its_share_of_the_places_takes_one_from_a_flood():
+    driven = Driven(kv_tokens=1000, max_running=4)
+    flood = [driven.turn(f"flood{n}", "p" * 10, 200, "flood") for n in range(8)]
+    driven.steps(5)
+    modest = driven.turn("modest", "q" * 10, 5, "modest")
+    driven.steps(8)
+    assert modest.end is not None, "it waited for a turn of the flood to end"
+    assert driven.engine.totals.swap_out_count == 0, "the paused turn's KV stays where it is"
+    driven.settle(5000)
+    for turn in flood:
+        assert turn.text == driven.runner.expected_output("p" * 10, 200)
+
+
+def test_equal_tenants_do_not_trade_a_place_back_and_forth():
+    driven = Driven(kv_tokens=1000, max_running=3)
+    for n in range(4):
+        driven.turn(f"a{n}", "p" * 10, 60, "a")
+        driven.turn(f"b{n}", "q" * 10, 60, "b")
+    driven.steps(3)
+    running = set(driven.engine._scheduler.running)
+    driven.steps(20)
+    assert set(driven.engine._scheduler.running) == running

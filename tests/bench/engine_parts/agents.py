@@ -1,0 +1,201 @@
+"""Agents under pressure: 24 sessions with tool pauses, device KV for 8 of them, a host tier for 8 more.
+
+Shapes come from the recorded coding agents where the data lies beside the checkout, else from a small trace of our own;
+tokens are scaled down so that a small model on one core serves them. Every server gets the same model, thread, device
+KV and host RAM. The static policies are our engine told to treat every session alike; the peer is llama.cpp's server.
+Goodput counts the turns whose first token came in time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import itertools
+import json
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+from equipoise.gpuctl.engine.language_model import LanguageModel
+from equipoise.tests.bench.engine_parts import servers
+from equipoise.tests.bench.report import Baseline, Row
+
+DATA = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "agent_traces_glm.jsonl.gz"
+SESSIONS = 24
+TURNS = 6
+SCALE = 32
+"""Recorded tokens per token here."""
+LONGEST_PAUSE_S = 12.0
+IN_TIME_S = 3.0
+KV_TOKENS = 8 * 900
+HOST_BYTES = 8 * 900 * 23_052
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    new_tokens: int
+    output_tokens: int
+    pause_s: float
+    """The tool call after it."""
+
+
+@dataclass(slots=True)
+class Outcome:
+    ttfts_s: list[float]
+    resumed_s: list[float]
+    """Times to first token of turns after a tool pause."""
+    span_s: float
+    recomputed_tokens: int
+
+    @property
+    def goodput(self) -> float:
+        """Turns per minute whose first token came within IN_TIME_S."""
+        return 60 * sum(ttft <= IN_TIME_S for ttft in self.ttfts_s) / self.span_s
+
+
+def rows(model: LanguageModel) -> list[Row]:
+    plans = _recorded() if DATA.exists() else _invented()
+    outcomes: dict[str, Outcome] = {}
+    common = ["--kv-tokens", str(KV_TOKENS), "--host-bytes", str(HOST_BYTES), "--slots", "32", "--max-running", "8"]
+    static = {
+        "drop-always": [*common[:3], "0", *common[4:], "--default-policy", "drop"],
+        "keep-always": [*common[:3], "0", *common[4:], "--default-policy", "retain"],
+        "swap-always": [*common, "--default-policy", "swap"],
+    }
+    for name, options in static.items():
+        with servers.engine(*options) as url:
+            outcomes[name] = asyncio.run(_run(url, plans, name))
+    with servers.llama_server(slots=8, context_tokens=KV_TOKENS, cache_mib=HOST_BYTES >> 20) as url:
+        outcomes["llama.cpp server"] = asyncio.run(_run(url, plans, "llama.cpp server"))
+    with servers.engine(*common, "--disk-bytes", "4GiB") as url:
+        ours = asyncio.run(_run(url, plans, "ours"))
+    best = max(outcomes, key=lambda name: outcomes[name].goodput)
+    found = [
+        Row(
+            "agents under pressure: goodput, ratio to the best static one",
+            ours.goodput / max(outcomes[best].goodput, 1e-9),
+            "",
+            2.0,
+            "higher",
+            Baseline(f"{best}, turns/min in time", outcomes[best].goodput),
+            [round(ours.goodput, 2)],
+            f"{SESSIONS} sessions x {TURNS} turns; in time: first token in {IN_TIME_S:g} s; only ours has a disk tier",
+        ),
+        Row(
+            "agents under pressure: p99 of a resumed turn's first token, ratio to the best static one",
+            _quantile(ours.resumed_s, 0.99) / _quantile(outcomes[best].resumed_s, 0.99),
+            "",
+            1 / 3,
+            "lower",
+            Baseline(f"{best}, p99 s", _quantile(outcomes[best].resumed_s, 0.99)),
+            [round(_quantile(ours.resumed_s, q), 3) for q in (0.5, 0.9, 0.99)],
+            "the issue asks for either of these two rows",
+        ),
+    ]
+    for name, outcome in {**outcomes, "ours": ours}.items():
+        found.append(
+            Row(
+                f"agents under pressure: {name}, goodput",
+                outcome.goodput,
+                "1/min",
+                None,
+                "higher",
+                None,
+                [round(_quantile(outcome.resumed_s, q), 3) for q in (0.5, 0.9, 0.99)],
+                f"runs are p50, p90, p99 s of resumed turns; {outcome.span_s:.0f} s in all; "
+                f"{outcome.recomputed_tokens} tokens recomputed",
+            )
+        )
+    return found
+
+
+def _recorded() -> list[list[Step]]:
+    """The first turns of SESSIONS recorded agents, tokens scaled, pauses as they were (cut at LONGEST_PAUSE_S)."""
+    plans = []
+    with gzip.open(DATA, "rt") as lines:
+        for line in lines:
+            turns = json.loads(line)["turns"][: TURNS + 1]
+            if len(turns) <= TURNS:
+                continue
+            steps, held = [], 0
+            for turn, following in itertools.pairwise(turns):
+                new = max(8, (turn["prompt_tokens"] - held) // SCALE)
+                held = turn["prompt_tokens"] + turn["output_tokens"]
+                pause_s = min(LONGEST_PAUSE_S, max(0.0, following["start_s"] - turn["end_s"]))
+                steps.append(Step(min(new, 700), max(6, min(48, turn["output_tokens"] // 12)), pause_s))
+            plans.append(steps)
+            if len(plans) == SESSIONS:
+                break
+    return plans
+
+
+def _invented() -> list[list[Step]]:
+    """Of the same shape: a long first prompt, short additions, pauses from milliseconds to ten seconds."""
+    rng = random.Random(7)
+    return [
+        [
+            Step(
+                420 if number == 0 else rng.randint(20, 160), rng.randint(8, 40), min(12.0, rng.lognormvariate(0, 1.5))
+            )
+            for number in range(TURNS)
+        ]
+        for _ in range(SESSIONS)
+    ]
+
+
+async def _run(url: str, plans: list[list[Step]], name: str) -> Outcome:
+    ttfts: list[float] = []
+    resumed: list[float] = []
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits(max_connections=64)) as client:
+        began = time.perf_counter()
+
+        async def agent(number: int) -> None:
+            await asyncio.sleep(0.15 * number)
+            text = f"{name} {number}:"
+            for index, step in enumerate(plans[number]):
+                text += " the" * step.new_tokens
+                ttft, output = await _turn(client, number, text, step.output_tokens)
+                text += output
+                ttfts.append(ttft)
+                if index:
+                    resumed.append(ttft)
+                await asyncio.sleep(step.pause_s)
+
+        await asyncio.gather(*(agent(number) for number in range(len(plans))))
+        span_s = time.perf_counter() - began
+        metrics = await client.get("/metrics")
+    recomputed = 0
+    for line in metrics.text.splitlines():
+        if line.startswith("equipoise_engine_recomputed_tokens_total"):
+            recomputed = int(float(line.split()[1]))
+    return Outcome(ttfts, resumed, span_s, recomputed)
+
+
+async def _turn(client: httpx.AsyncClient, number: int, prompt: str, tokens: int) -> tuple[float, str]:
+    body = {
+        "prompt": prompt,
+        "max_tokens": tokens,
+        "temperature": 0,
+        "stream": True,
+        "ignore_eos": True,
+        "cache_prompt": True,
+    }
+    headers = {"X-Equipoise-Session": f"s{number}", "X-Equipoise-Tenant": f"t{number % 3}"}
+    began, ttft, output = time.perf_counter(), None, ""
+    async with client.stream("POST", "/v1/completions", json=body, headers=headers) as answer:
+        answer.raise_for_status()
+        async for line in answer.aiter_lines():
+            if not line.startswith("data: {"):
+                continue
+            if ttft is None:
+                ttft = time.perf_counter() - began
+            for choice in json.loads(line[6:]).get("choices", []):
+                output += choice.get("text") or ""
+    return ttft if ttft is not None else time.perf_counter() - began, output
+
+
+def _quantile(values: list[float], ratio: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(ratio * len(ordered)))]
