@@ -256,7 +256,7 @@ def test_unknown_tool_calls_are_refused(daemon):
 def code_and_details(call) -> tuple[grpc.StatusCode, str]:
     with pytest.raises(grpc.RpcError) as raised:
         call()
-    return raised.value.code(), raised.value.details()
+    return raised.value.code(), raised.value.details() or ""
 
 
 def gone_pid() -> int:
@@ -314,8 +314,10 @@ def test_requests_that_make_no_sense_are_refused_by_their_reason(daemon, method,
 
 def test_an_intent_without_a_kind_or_with_negative_bytes_is_refused(daemon):
     agent = daemon.agent("gold", "vague")
-    for fields in ({}, {"kind": "pytest", "expected_bytes": -1}):
-        request = sandbox_pb2.DeclareIntentRequest(tenant_id="gold", name="vague", **fields)
+    for kind, expected_bytes in (("", 0), ("pytest", -1)):
+        request = sandbox_pb2.DeclareIntentRequest(
+            tenant_id="gold", name="vague", kind=kind, expected_bytes=expected_bytes
+        )
         code, _ = code_and_details(lambda r=request: daemon.sandboxes.DeclareIntent(r))
         assert code is grpc.StatusCode.INVALID_ARGUMENT
     agent.leave()
