@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
-import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from . import log
 from .errors import DaemonError
+from .processes import tied_to_us
 
 READY_S = 180.0
 """Longest wait for the first answer: the model may have to be requantised."""
 PAUSE_MAX_S = 30.0
 LAST_WORDS_S = 1.0
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +70,10 @@ class EngineProcess:
 
     async def _run_once(self) -> int:
         self._process = await asyncio.create_subprocess_exec(
-            *self._command(),
+            *tied_to_us(self._command()),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-            preexec_fn=_die_with_parent,
         )
         assert self._process.stdout is not None and self._process.stderr is not None
         errors = asyncio.create_task(self._keep_last_line(self._process.stderr))
@@ -149,7 +146,3 @@ async def wait_ready(engine: EngineProcess, task: asyncio.Task[None]) -> str:
             raise DaemonError(f"the embedded engine did not start: {engine.failure or 'no answer'}")
         await asyncio.sleep(0.05)
     return engine.url
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)

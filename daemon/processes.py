@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,3 +124,13 @@ def resident_bytes(pids: Iterable[int], proc_root: Path = PROC) -> int:
 def boot_id(proc_root: Path = PROC) -> str:
     """Changes with every boot; pids, start times, cgroups and the monotonic clock mean nothing across it."""
     return (read_text(proc_root / "sys/kernel/random/boot_id") or "unknown").strip()
+
+
+def tied_to_us(argv: Sequence[str]) -> tuple[str, ...]:
+    """The command as a child that gets SIGTERM when the thread that started it ends, kill -9 included.
+
+    By setpriv (util-linux) and not by `preexec_fn`: Python code between fork and exec crashes in a process that has
+    gRPC's threads (74 of 300 starts under load, 0 of 300 without). Without setpriv the child is not tied.
+    """
+    setpriv = shutil.which("setpriv")
+    return (setpriv, "--pdeathsig", "TERM", "--", *argv) if setpriv else tuple(argv)

@@ -7,7 +7,6 @@ order in which things end is ours. Must not: speak gRPC.
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import os
 import signal
 import sys
@@ -19,12 +18,12 @@ import psutil
 from ..cgroups import CgroupDriver
 from ..cgroups.files import Effect
 from ..errors import DaemonError
+from ..processes import tied_to_us
 from .scenario import KV_DEVICE_TOKENS, KV_HOST_BYTES, Agent, Layout
 
 _TERM_GRACE_S = 5.0
 _DAEMON_GRACE_S = 15.0
 _LOG_TAIL_LINES = 6
-_PR_SET_PDEATHSIG = 1  # prctl(2)
 CGROUP_BASE = f"equipoise-demo-{os.getpid()}"
 """Not the daemon's default: the demo runs beside a daemon that works, and beside another demo, and what it made can be
 removed as a whole."""
@@ -105,19 +104,13 @@ async def start_agent(layout: Layout, socket: Path, agent: Agent, engine_url: st
 async def _start(argv: Sequence[str], log: Path, **environment: str) -> Process:
     with log.open("ab") as out:
         return await asyncio.create_subprocess_exec(
-            *argv,
+            *tied_to_us(argv),  # a demo that is killed takes its processes with it
             stdin=asyncio.subprocess.DEVNULL,
             stdout=out,
             stderr=out,
             env={**os.environ, **environment},
             start_new_session=True,
-            preexec_fn=_die_with_the_demo,
         )
-
-
-def _die_with_the_demo() -> None:
-    """A demo that is killed takes its processes with it; each then cleans up after itself."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 def last_words(log: Path) -> str:
