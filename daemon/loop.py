@@ -21,7 +21,7 @@ from ..policies.state import State
 from . import log
 
 COOL_DOWN_NS = NS_PER_S
-"""After a failure or a refusal, the same action on the same subject is not tried again for this long."""
+"""After a failure, a refusal or a dry run, the same action on the same subject is not tried again for this long."""
 QUEUE_LENGTH = 100_000
 """Events that may wait; beyond it the oldest are counted as lost rather than memory growing without bound."""
 
@@ -30,7 +30,7 @@ Act = Callable[[Decision], Outcome | None]
 Sink = Callable[[Event, State], None]
 """Sees every event after the state has taken it in: the journal, the metrics, the cgroup keeper."""
 
-_COOLING = (OutcomeStatus.FAILED, OutcomeStatus.REJECTED)
+_COOLING = (OutcomeStatus.FAILED, OutcomeStatus.REJECTED, OutcomeStatus.DRY_RUN)
 
 
 def tick(state: State, events: Sequence[Event], now_ns: int, policy: Policy) -> tuple[Snapshot, tuple[Decision, ...]]:
