@@ -8,6 +8,7 @@ from typing import Any
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ..policies.model import MIB, NS_PER_S
@@ -44,8 +45,8 @@ def tool_calls(calls: list[pb.ToolCallView], console: Console | None = None) -> 
         seconds = f"{(call.end_ns - call.start_ns) / NS_PER_S:.2f}" if call.end_ns else "-"
         table.add_row(
             call.tool_call_id,
-            f"{call.tenant_id}/{call.sandbox}",
-            " ".join(call.command.split()),
+            escape(f"{call.tenant_id}/{call.sandbox}"),
+            escape(" ".join(call.command.split())),
             f"{call.source} {call.confidence:.2f}",
             call.phase,
             seconds,
@@ -68,10 +69,12 @@ def decisions(found: list[pb.DecisionView], console: Console | None = None) -> N
     for decision in found:
         ago = (newest - decision.at_ns) / NS_PER_S
         latency = f" after {decision.latency_ms:.1f} ms" if decision.HasField("latency_ms") else ""
-        console.print(f"[bold]{decision.action}[/bold]  {decision.subject}  (-{ago:.1f} s)")
-        console.print(f"  because  {decision.rule}: {decision.evidence}")
+        console.print(f"[bold]{escape(decision.action)}[/bold]  {escape(decision.subject)}  (-{ago:.1f} s)")
+        console.print(f"  because  {decision.rule}: {decision.evidence}", markup=False)
         if len(decision.candidates) > 1:
             weighed = ", ".join(f"{c.name} {c.cost:.4g}" for c in decision.candidates)
-            console.print(f"  weighed  {weighed}")
+            console.print(f"  weighed  {weighed}", markup=False)
         detail = f": {decision.detail}" if decision.detail else ""
-        console.print(f"  outcome  {decision.outcome or 'none yet'}{latency} by {decision.tier or '-'}{detail}")
+        console.print(
+            f"  outcome  {decision.outcome or 'none yet'}{latency} by {decision.tier or '-'}{detail}", markup=False
+        )
