@@ -76,18 +76,24 @@ def service(installed) -> int:
     return main_pid()
 
 
+@pytest.fixture(scope="module")
+def agents() -> Iterator[list["subprocess.Popen[bytes]"]]:
+    started: list[subprocess.Popen[bytes]] = []
+    yield started
+    for child in started:
+        child.kill()
+        child.wait()
+
+
 @pytest.fixture
-def agent(service) -> Iterator["subprocess.Popen[bytes]"]:
-    """An agent in a sandbox of the service, in the middle of a tool call."""
-    command = [str(COMMAND), "run", "--socket", str(SOCKET), "--tenant", "default", "--name", "vm", "--"]
-    child = subprocess.Popen([*command, "sh", "-c", "sleep 1000; true"], stdout=subprocess.PIPE)
-    wait_until(lambda: len(sandbox_processes()) == 2 or child.poll() is not None, "the agent and its tool call")
-    assert child.poll() is None, journal()
-    yield child
-    kill_file = CGROUP / "default" / "vm" / "cgroup.kill"
-    if kill_file.exists():
-        kill_file.write_text("1")
-    child.wait()
+def agent(service, agents: list["subprocess.Popen[bytes]"]) -> "subprocess.Popen[bytes]":
+    """An agent in a sandbox of the service, in the middle of a tool call. The last one, where it still lives."""
+    if not agents or agents[-1].poll() is not None:
+        command = [str(COMMAND), "run", "--socket", str(SOCKET), "--tenant", "default", "--name", "vm", "--"]
+        agents.append(subprocess.Popen([*command, "sh", "-c", "sleep 1000; true"], stdout=subprocess.PIPE))
+    wait_until(lambda: len(sandbox_processes()) == 2 or agents[-1].poll() is not None, "the agent and its tool call")
+    assert agents[-1].poll() is None, journal()
+    return agents[-1]
 
 
 def sandbox_processes() -> list[int]:
@@ -123,6 +129,14 @@ def test_a_sandbox_with_a_tool_call_that_nobody_announced_is_in_the_delegated_su
     assert call["command"] == "sleep 1000", call
 
 
+def test_after_sigkill_it_is_active_again_and_nothing_of_its_sandboxes_is_left(agent, service):
+    os.kill(service, signal.SIGKILL)
+    wait_until(lambda: main_pid() not in (0, service) and is_active(), "another daemon, active")
+    assert agent.wait(timeout=60) != 0, "it ended with the service"
+    assert sandbox_processes() == []
+    assert json.loads(equipoise("ps", "--all", "--json")) == []
+
+
 def test_it_feeds_the_watchdog_and_is_started_anew_when_it_hangs(service):
     fed = int(show("WatchdogTimestampMonotonic")["WatchdogTimestampMonotonic"])
     wait_until(
@@ -132,14 +146,6 @@ def test_it_feeds_the_watchdog_and_is_started_anew_when_it_hangs(service):
     os.kill(service, signal.SIGSTOP)  # from here on only the watchdog can tell
     wait_until(lambda: main_pid() not in (0, service) and is_active(), "another daemon, active")
     assert int(show("NRestarts")["NRestarts"]) == restarts + 1
-
-
-def test_after_sigkill_it_is_active_again_and_nothing_of_its_sandboxes_is_left(agent, service):
-    os.kill(service, signal.SIGKILL)
-    wait_until(lambda: main_pid() not in (0, service) and is_active(), "another daemon, active")
-    assert agent.wait(timeout=60) != 0, "it ended with the service"
-    assert sandbox_processes() == []
-    assert json.loads(equipoise("ps", "--all", "--json")) == []
 
 
 def test_stopping_it_leaves_nothing(agent, service):
