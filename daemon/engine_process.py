@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 from . import log
@@ -19,7 +19,11 @@ from .processes import tied_to_us
 
 READY_S = 180.0
 """Longest wait for the first answer: the model may have to be requantised."""
+PAUSE_S = 1.0
+"""Before the first restart; it doubles with each that fails."""
 PAUSE_MAX_S = 30.0
+END_S = 5.0
+"""From SIGTERM to SIGKILL."""
 LAST_WORDS_S = 1.0
 
 
@@ -55,12 +59,12 @@ class EngineProcess:
         return self._process.pid if self._process else None
 
     async def run(self) -> None:
-        pause_s = 1.0
+        pause_s = PAUSE_S
         try:
             while True:
                 code = await self._run_once()
                 if self.url is not None:
-                    pause_s = 1.0
+                    pause_s = PAUSE_S
                 self.url = None
                 log.warning("engine_died", code=code, restart_in_s=pause_s, reason=self.failure or "")
                 await asyncio.sleep(pause_s)
@@ -76,32 +80,34 @@ class EngineProcess:
             stderr=asyncio.subprocess.PIPE,
         )
         assert self._process.stdout is not None and self._process.stderr is not None
-        errors = asyncio.create_task(self._keep_last_line(self._process.stderr))
+        reading = (
+            asyncio.create_task(self._take_address(self._process.stdout, self._process.pid)),
+            asyncio.create_task(self._keep_last_line(self._process.stderr)),
+        )
         try:
-            while line := await self._process.stdout.readline():
-                text = line.decode(errors="replace").strip()
-                if text.startswith("listening "):
-                    self.url = text.removeprefix("listening ")
-                    self.failure = None
-                    # A restart takes the same port, so that agents find it again.
-                    self._listen = self.url.removeprefix("http://").rstrip("/")
-                    log.event("engine_ready", url=self.url, pid=self._process.pid)
-                    self._on_ready(self.url)
-                else:
-                    log.debug("engine_says", line=text)
             code = await self._process.wait()
-            # Why it died is its last line. What it started may hold the pipe open for longer than it lived.
-            await asyncio.wait((errors,), timeout=LAST_WORDS_S)
+            await asyncio.wait(reading, timeout=LAST_WORDS_S)  # why it died is its last line
             return code
         finally:
-            errors.cancel()
+            for task in reading:
+                task.cancel()
+
+    async def _take_address(self, stream: asyncio.StreamReader, pid: int) -> None:
+        async for line in _lines(stream):
+            if line.startswith("listening "):
+                self.url = line.removeprefix("listening ")
+                self.failure = None
+                # A restart takes the same port, so that agents find it again.
+                self._listen = self.url.removeprefix("http://").rstrip("/")
+                log.event("engine_ready", url=self.url, pid=pid)
+                self._on_ready(self.url)
+            else:
+                log.debug("engine_says", line=line)
 
     async def _keep_last_line(self, stream: asyncio.StreamReader) -> None:
-        while line := await stream.readline():
-            text = line.decode(errors="replace").strip()
-            if text:
-                self.failure = text.removeprefix("error: ")
-                log.debug("engine_says", line=text)
+        async for line in _lines(stream):
+            self.failure = line.removeprefix("error: ")
+            log.debug("engine_says", line=line)
 
     async def _end(self) -> None:
         process, self._process = self._process, None
@@ -110,7 +116,7 @@ class EngineProcess:
         with contextlib.suppress(ProcessLookupError):
             process.terminate()
         try:
-            await asyncio.wait_for(process.wait(), 5.0)
+            await asyncio.wait_for(process.wait(), END_S)
         except TimeoutError:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
@@ -146,3 +152,16 @@ async def wait_ready(engine: EngineProcess, task: asyncio.Task[None]) -> str:
             raise DaemonError(f"the embedded engine did not start: {engine.failure or 'no answer'}")
         await asyncio.sleep(0.05)
     return engine.url
+
+
+async def _lines(stream: asyncio.StreamReader) -> AsyncIterator[str]:
+    """What is said in it, without blank lines; of a line beyond the reader's limit (64 KiB) the end alone."""
+    while True:
+        try:
+            line = await stream.readline()
+        except ValueError:
+            continue  # too long: the reader has thrown away what it held
+        if not line:
+            return
+        if text := line.decode(errors="replace").strip():
+            yield text

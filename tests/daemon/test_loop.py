@@ -154,7 +154,7 @@ async def test_a_turn_that_fails_is_counted_out_and_the_loop_lives_on(caplog):
 
 def test_a_tick_is_a_turn_without_effects():
     state = State(policy())
-    events = [SandboxRegistered(0, sandbox()), host_sampled(), started(0.5), reached(0.9)]
+    events: list[Event] = [SandboxRegistered(0, sandbox()), host_sampled(), started(0.5), reached(0.9)]
     snapshot, decisions = tick(state, events, ns(1.0), policy())
     assert [type(d.action) for d in decisions] == [Grant]
     assert snapshot.tool_calls[0].phase is ToolCallPhase.STOPPED, "nobody acted"

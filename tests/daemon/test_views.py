@@ -10,6 +10,7 @@ from equipoise.daemon import printing, views, words
 from equipoise.daemon.history import History
 from equipoise.daemon.sandbox_server import notice
 from equipoise.policies.actions import (
+    Action,
     Drop,
     Freeze,
     Grant,
@@ -204,7 +205,8 @@ def test_what_was_not_carried_out_is_not_told():
 
 def test_waits_grants_and_throttles_are_told_once_each_with_the_time_they_cost():
     told = Told(stepped(0.5, 640))
-    for n, action in enumerate((Wait(CALL, MIB, EXPIRES), GRANT, GRANT, Throttle(CALL, 1, 0.2, EXPIRES))):
+    actions: tuple[Action, ...] = (Wait(CALL, MIB, EXPIRES), GRANT, GRANT, Throttle(CALL, 1, 0.2, EXPIRES))
+    for n, action in enumerate(actions):
         told.feed(decided(action, 1, f"d{n}"), came_of_it(OutcomeStatus.COMPLETED, id=f"d{n}"))
     call_ = replace(told.call(), stalled_ns=ns(1.24))
     assert notice(call_, told.history) == (
