@@ -53,9 +53,9 @@ POLICY = {
         "mode": "enforce",
         "tenants": {"gold": {"weight": 4}, "silver": {"weight": 2}, "bronze": {"weight": 1}},
         "memory": {
-            "toolPool": "900MiB",
+            "toolPool": "800MiB",
             "budget": {"soft": "192MiB", "hard": "256MiB", "max": "512MiB", "step": "96MiB"},
-            "maxWait": "8s",
+            "maxWait": "15s",
             "pressure": {"above": 0.85, "below": 0.7, "for": "1s"},
             "throttle": {"cpu": 0.2, "for": "2s"},
         },

@@ -159,11 +159,11 @@ def _draw_lanes(axis: Axes, report: Report, start_ns: int, labels: Sequence[str]
         killed = call.signal is not None
         axis.barh(
             lane,
-            max(width, 0.08),
+            max(width, 0.002 * (end_of_all - start_ns) / 1e9),  # a call of some milliseconds is still to be seen
             left=left,
             height=0.62,
             color=colours[call.label],
-            edgecolor=_ALARM if killed else "white",
+            edgecolor=_ALARM if killed else colours[call.label],
             linewidth=1.6 if killed else 0.5,
         )
         if width > 0.0058 * (end_of_all - start_ns) / 1e9 * len(call.kind):
