@@ -18,11 +18,11 @@ from equipoise.gpuctl.engine.scheduler import SchedulerConfig
 from equipoise.gpuctl.engine.sequence import SessionId, Slo, TenantId, TurnEvent, TurnFinished, TurnRequest
 from equipoise.tests.bench.report import OUT, Baseline, Row
 
-PROMPT_TOKENS = 96
-OUTPUT_TOKENS = 24
+PROMPT_TOKENS = 64
+OUTPUT_TOKENS = 16
 KV_TOKENS = 4096
-SECONDS = 25.0
-PERIOD_S = 0.8
+SECONDS = 24.0
+PERIOD_S = 3.0
 
 
 @dataclass

@@ -14,7 +14,7 @@ from equipoise.gpuctl.engine.sequence import SessionId, Slo, TenantId, TurnEvent
 from equipoise.tests.bench.report import Baseline, Row
 
 PROMPT_TOKENS = 4000
-ROUNDS = 3
+ROUNDS = 2
 
 
 def rows(model: LanguageModel) -> list[Row]:
@@ -49,7 +49,7 @@ def rows(model: LanguageModel) -> list[Row]:
             "lower",
             Baseline("without the interrupt, s", without),
             [round(wait, 4) for wait in waits[True]],
-            f"{with_wait * 1e3:.0f} ms; 4,000-token prefill in steps of 2,048; urgent turn 0.8, 1.6, 2.4 s into it",
+            f"{with_wait * 1e3:.0f} ms; 4,000-token prefill in steps of 2,048; urgent turn 0.8 and 1.6 s into it",
         ),
         Row(
             "prefill throughput lost to the interrupt",

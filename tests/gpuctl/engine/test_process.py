@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import collections
 import json
 import signal
 import socket
@@ -230,6 +232,37 @@ def test_more_turns_than_the_queue_takes_are_told_when_to_come_back(engine):
     assert all(int(a.headers["retry-after"]) > 0 for a in refused)
     assert all(a.status_code in (200, 429) for a in answers)
     assert len([a for a in answers if a.status_code == 200]) >= 4
+
+
+def test_clients_that_stall_do_not_keep_the_others_waiting(engine, client):
+    host, _, port = engine.url.removeprefix("http://").partition(":")
+    stalled = [socket.create_connection((host, int(port))) for _ in range(50)]
+    try:
+        for connection in stalled:
+            connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 500\r\n\r\n{")
+        # One more asks for a long stream and never reads it.
+        body = json.dumps({"messages": ASK, "max_tokens": 200, "stream": True, "ignore_eos": True}).encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        stalled.append(socket.create_connection((host, int(port))))
+        stalled[-1].sendall(head + body)
+        answer = client.chat.completions.create(model="default", messages=ASK, max_tokens=4)
+        assert answer.usage.completion_tokens == 4
+    finally:
+        for connection in stalled:
+            connection.close()
+
+
+async def test_five_hundred_connections_at_once_are_all_answered(engine):
+    limits = httpx.Limits(max_connections=500, max_keepalive_connections=500)
+    async with httpx.AsyncClient(base_url=engine.url, limits=limits, timeout=120) as many:
+        body = {"messages": ASK, "max_tokens": 2}
+        answers = await asyncio.gather(
+            *(many.post("/v1/chat/completions", json=body) if n % 10 else many.get("/healthz") for n in range(500))
+        )
+    statuses = collections.Counter(answer.status_code for answer in answers)
+    assert set(statuses) <= {200, 429}
+    assert statuses[200] >= 50
+    assert statuses[429] > 0
 
 
 def test_sigterm_ends_a_process_under_load_cleanly():
