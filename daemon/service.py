@@ -52,7 +52,7 @@ from .actuators import Actuator, Budgets
 from .api.v1 import policy_pb2, policy_pb2_grpc, sandbox_pb2, sandbox_pb2_grpc
 from .cgroups import CgroupDriver
 from .engine_process import EngineConfig, EngineProcess
-from .errors import CgroupError, ListenError
+from .errors import CgroupError, GuardianError, ListenError
 from .fallback_budget import FallbackBudget
 from .guardian import Guardian, release
 from .history import History
@@ -457,8 +457,13 @@ class Service:
             if self.guardian.alive():
                 continue
             log.warning("guardian_died", pid=self.guardian.pid)
-            self.guardian.close()
-            self._start_guardian()
+            died = self.guardian
+            try:
+                self._start_guardian()
+            except GuardianError as error:
+                log.warning("guardian_not_replaced", error=str(error))
+                continue
+            died.close()
 
     def _end_guardian(self) -> None:
         self.guardian.close()
