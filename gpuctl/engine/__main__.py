@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--step-tokens", type=_positive, default=256, help="most tokens of one step")
     add("--ubatch-tokens", type=_positive, default=128, help="computed at once: the most an interrupt wastes")
     add("--mixed-prefill-tokens", type=_positive, default=64, help="most prompt tokens of a step that also decodes")
+    add("--share-prefix-tokens", type=int, default=32, help="share prefixes so long (unified context); 0: never")
     add("--gpu-layers", type=int, default=0, help="layers on the GPU (CUDA wheel); negative: all")
     add("--api-key", action="append", default=[], metavar="TENANT=KEY", help="may be given again; none: no key asked")
     add("--max-queued", type=_positive, default=256, help="turns that may wait before 429")
@@ -92,6 +93,7 @@ def _serve(options: argparse.Namespace, listener: socket.socket) -> int:
         ubatch_tokens=options.ubatch_tokens,
         slot_tokens=options.slot_tokens,
     )
+    shared = options.share_prefix_tokens if runner.mode is ContextMode.UNIFIED else 0
     disk = None
     if options.disk_bytes:
         disk = DiskTier(options.disk_folder or cache_folder() / "kv", f"{path} {path.stat().st_size} {llama.VERSION}")
@@ -107,6 +109,7 @@ def _serve(options: argparse.Namespace, listener: socket.socket) -> int:
                 step_tokens=options.step_tokens,
                 mixed_prefill_tokens=options.mixed_prefill_tokens,
                 max_running=min(options.max_running, runner.slot_count),
+                share_prefix_tokens=shared or None,
                 idle_policy=IdlePolicy(options.default_policy),
                 retain_ns=int(options.retain_s * 1e9),
             ),

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .language_model import LanguageModel
-from .sequence import Session, Token
+from .sequence import Session, Token, common_prefix
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +29,3 @@ def map_prompt(model: LanguageModel, session: Session, text: str) -> Prompt:
         return Prompt([*session.tokens, *rest], len(session.tokens))
     tokens = model.tokenize(text)
     return Prompt(tokens, common_prefix(session.tokens, tokens))
-
-
-def common_prefix(left: list[Token], right: list[Token]) -> int:
-    """Length of the longest common prefix."""
-    for index, (one, other) in enumerate(zip(left, right, strict=False)):
-        if one != other:
-            return index
-    return min(len(left), len(right))

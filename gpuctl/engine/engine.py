@@ -25,7 +25,7 @@ from .disk_tier import DiskTier
 from .errors import ContextError, EngineError, RequestError, SwapError
 from .language_model import LanguageModel
 from .ledger import Ledger
-from .plan import Discard, Move, MoveDown, MoveIn, MoveOut, Slice, StepPlan
+from .plan import Discard, Move, MoveDown, MoveIn, MoveOut, Share, Slice, StepPlan
 from .reports import (
     CostFigures,
     EngineFacts,
@@ -555,6 +555,10 @@ class Engine:
         if isinstance(move, Discard):
             self._discard(move)
             return True
+        if isinstance(move, Share):
+            self._runner.share(move.source, move.slot, move.tokens)
+            self.totals.shared_tokens += move.tokens
+            return True
         try:
             match move:
                 case MoveOut():
@@ -695,6 +699,7 @@ class Engine:
                     host_bytes=holding.host_tokens * ledger.bytes_per_token,
                     disk_bytes=holding.disk_tokens * ledger.bytes_per_token,
                     retain_until_ns=session.pinned_until_ns,
+                    shared_tokens=ledger.shared_tokens(session.id),
                 )
             )
         return Occupancy(

@@ -6,7 +6,9 @@ llama_memory_seq_pos_max.
 
 Invariants (`check_integrity`):
 - a slot belongs to at most one session; a session has a slot exactly when it holds device tokens or is being computed;
-- device use is the sum of the sessions' device tokens and never negative; the same for host and disk bytes;
+- device use is the sum of the sessions' device tokens, a shared prefix counted once, and never negative; the same for
+  host and disk bytes, which share nothing;
+- a group of sessions that share a prefix has at least two members, all of which hold the whole prefix;
 - every copy is a prefix of the conversation: a host or disk copy may be shorter or longer than what the device holds,
   never of other tokens (`truncate` shortens all copies at once).
 """
@@ -27,6 +29,7 @@ class Holding:
     device_tokens: int = 0
     host_tokens: int = 0
     disk_tokens: int = 0
+    group: SharedPrefix | None = None
 
     def longest(self) -> tuple[Tier, int]:
         """The tier of the longest copy, the nearest one where several are as long, and its length."""
@@ -39,6 +42,14 @@ class Holding:
             if tokens > best[1]:
                 best = (tier, tokens)
         return best
+
+
+@dataclass(slots=True, eq=False)
+class SharedPrefix:
+    """The first `tokens` of its members' conversations lie in the same cells."""
+
+    tokens: int
+    members: set[SessionId]
 
 
 class Ledger:
@@ -56,7 +67,8 @@ class Ledger:
         self.disk_capacity_bytes = disk_capacity_bytes
         self.bytes_per_token = bytes_per_token
         self.slot_count = slot_count
-        self.device_used_tokens = 0
+        self._device_tokens = 0  # shared prefixes counted for each member
+        self._saved_tokens = 0  # what sharing spares
         self.host_used_tokens = 0
         self.disk_used_tokens = 0
         self._holdings: dict[SessionId, Holding] = {}
@@ -74,6 +86,10 @@ class Ledger:
         return self._holdings.get(session_id) or Holding()
 
     # Capacity
+
+    @property
+    def device_used_tokens(self) -> int:
+        return self._device_tokens - self._saved_tokens
 
     @property
     def device_free_tokens(self) -> int:
@@ -113,14 +129,57 @@ class Ledger:
     def grow(self, session_id: SessionId, tokens: int) -> None:
         """`tokens` more of the conversation are now computed on the device."""
         self._holdings[session_id].device_tokens += tokens
-        self.device_used_tokens += tokens
+        self._device_tokens += tokens
+
+    def share(self, donor_id: SessionId, session_id: SessionId, tokens: int) -> None:
+        """The session, which holds a slot and nothing in it, now has the donor's first `tokens` in the same cells.
+
+        A donor that already shares does so for exactly its group's prefix: see `shareable`.
+        """
+        donor, holding = self._holdings[donor_id], self._holdings[session_id]
+        assert not holding.device_tokens, f"{session_id}: holds {holding.device_tokens} tokens of its own"
+        if donor.group is None:
+            donor.group = SharedPrefix(tokens, {donor_id})
+        assert donor.group.tokens == tokens, f"{donor_id}: its group shares {donor.group.tokens} tokens, not {tokens}"
+        donor.group.members.add(session_id)
+        holding.group = donor.group
+        holding.device_tokens = tokens
+        self._device_tokens += tokens
+        self._saved_tokens += tokens
+
+    def shareable(self, donor_id: SessionId, common_tokens: int) -> int:
+        """How many of the `common_tokens` the donor could share: all of them, or its group's prefix, or none."""
+        donor = self.holding(donor_id)
+        common_tokens = min(common_tokens, donor.device_tokens)
+        if donor.group is None:
+            return common_tokens
+        return donor.group.tokens if donor.group.tokens <= common_tokens else 0
+
+    def shared_tokens(self, session_id: SessionId) -> int:
+        """Of the session's device tokens, those in cells shared with others."""
+        group = self.holding(session_id).group
+        return group.tokens if group is not None else 0
+
+    def freed_by_leaving(self, session_id: SessionId) -> int:
+        """Device tokens that are free once the session has left: those it shares stay for the others."""
+        return self.holding(session_id).device_tokens - self.shared_tokens(session_id)
+
+    def _leave_group(self, session_id: SessionId, holding: Holding) -> None:
+        group, holding.group = holding.group, None
+        if group is None:
+            return
+        group.members.discard(session_id)
+        self._saved_tokens -= group.tokens
+        if len(group.members) == 1:
+            self._holdings[group.members.pop()].group = None
 
     def leave_device(self, session_id: SessionId) -> None:
         """The device copy and the slot are gone. Safe where there is none."""
         holding = self._holdings.get(session_id)
         if holding is None:
             return
-        self.device_used_tokens -= holding.device_tokens
+        self._leave_group(session_id, holding)
+        self._device_tokens -= holding.device_tokens
         holding.device_tokens = 0
         if holding.slot is not None:
             self._free_slots.append(holding.slot)
@@ -152,7 +211,10 @@ class Ledger:
         holding = self._holdings.get(session_id)
         if holding is None:
             return
-        self.device_used_tokens -= max(0, holding.device_tokens - to_tokens)
+        if holding.group is not None and to_tokens < holding.group.tokens:
+            # What is left of the shared cells is counted for this session alone from here on: never too little.
+            self._leave_group(session_id, holding)
+        self._device_tokens -= max(0, holding.device_tokens - to_tokens)
         holding.device_tokens = min(holding.device_tokens, to_tokens)
         self.host_used_tokens -= max(0, holding.host_tokens - to_tokens)
         holding.host_tokens = min(holding.host_tokens, to_tokens)
@@ -174,8 +236,16 @@ class Ledger:
             assert min(holding.device_tokens, holding.host_tokens, holding.disk_tokens) >= 0, session_id
             assert holding.device_tokens == 0 or holding.slot is not None, f"{session_id}: device tokens without slot"
         for name, used, total in (
-            ("device", self.device_used_tokens, sum(h.device_tokens for h in self._holdings.values())),
+            ("device", self._device_tokens, sum(h.device_tokens for h in self._holdings.values())),
             ("host", self.host_used_tokens, sum(h.host_tokens for h in self._holdings.values())),
             ("disk", self.disk_used_tokens, sum(h.disk_tokens for h in self._holdings.values())),
         ):
             assert used == total, f"{name}: books say {used}, sessions hold {total}"
+        groups = {id(h.group): h.group for h in self._holdings.values() if h.group is not None}
+        for group in groups.values():
+            members = {s for s, h in self._holdings.items() if h.group is group}
+            assert members == group.members, f"group of {group.members} is held by {members}"
+            assert len(members) > 1, f"{members}: shares with nobody"
+            assert all(self._holdings[s].device_tokens >= group.tokens for s in members), members
+        saved = sum(group.tokens * (len(group.members) - 1) for group in groups.values())
+        assert saved == self._saved_tokens, f"books say sharing spares {self._saved_tokens}, groups spare {saved}"

@@ -29,6 +29,7 @@ class _Page(Collector):
             "decode_tokens": (totals.decode_tokens, "Output tokens sampled."),
             "cached_tokens": (totals.cached_tokens, "Prompt tokens served from KV that was kept."),
             "recomputed_tokens": (totals.recomputed_tokens, "Tokens computed again because their KV had been dropped."),
+            "shared_tokens": (totals.shared_tokens, "Prompt tokens found in another session's cells."),
             "swap_out_bytes": (totals.swap_out_bytes, "KV bytes copied from the device."),
             "swap_in_bytes": (totals.swap_in_bytes, "KV bytes copied to the device."),
             "swap_failures": (totals.swap_failures, "Copies of KV that could not be used."),

@@ -13,8 +13,8 @@ import enum
 from collections.abc import Container, Iterable
 
 from .ledger import Ledger
-from .plan import Discard, Move, MoveDown, MoveIn, MoveOut
-from .sequence import Session, SessionId, Slot, Tier
+from .plan import Discard, Move, MoveDown, MoveIn, MoveOut, Share
+from .sequence import Session, SessionId, Slot, Tier, common_prefix
 from .service import TokenService
 
 
@@ -48,14 +48,14 @@ class Placement:
 
     def reclaimable(self, now_ns: int, reach: Reach, keep: Iterable[SessionId] = ()) -> int:
         """Device tokens `make_room` could free."""
-        return sum(self.ledger.holding(s.id).device_tokens for s in self._candidates(now_ns, reach, keep))
+        return sum(self.ledger.freed_by_leaving(s.id) for s in self._candidates(now_ns, reach, keep))
 
     def make_room(self, tokens: int, now_ns: int, reach: Reach, keep: Iterable[SessionId] = ()) -> None:
         """Evict until `tokens` have been freed or nobody is left to evict. Zero or less is a safe no-op."""
         if tokens <= 0:
             return
         for session in self._candidates(now_ns, reach, keep):
-            tokens -= self.ledger.holding(session.id).device_tokens
+            tokens -= self.ledger.freed_by_leaving(session.id)
             self.evict(session)
             if tokens <= 0:
                 return
@@ -168,6 +168,34 @@ class Placement:
             self.ledger.restored(session.id, tokens)
             self.moves.append(MoveIn(session.id, slot, tier, tokens, directive_id))
         return slot
+
+    def share_prefix(self, session: Session, least_tokens: int) -> int:
+        """Give a session that holds nothing the longest prefix another one has on the device; the tokens shared.
+
+        Nothing is copied and nothing computed. At least one token of the prompt stays to be computed. Only within a
+        tenant: across tenants the time to first token would tell what others have asked.
+        """
+        best, donor = least_tokens - 1, None
+        for other_id in self.ledger:
+            other = self._sessions[other_id]
+            if other_id == session.id or other.tenant_id != session.tenant_id:
+                continue
+            if self.ledger.holding(other_id).device_tokens <= best:
+                continue
+            if other.tokens[: best + 1] != session.tokens[: best + 1]:
+                continue
+            common = min(common_prefix(other.tokens, session.tokens), len(session.tokens) - 1)
+            tokens = self.ledger.shareable(other_id, common)
+            if tokens > best:
+                best, donor = tokens, other
+        if donor is None:
+            return 0
+        source = self.ledger.holding(donor.id).slot
+        assert source is not None
+        slot = self.ledger.open(session.id)
+        self.ledger.share(donor.id, session.id, best)
+        self.moves.append(Share(session.id, source, slot, best))
+        return best
 
     # Away
 

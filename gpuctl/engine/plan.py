@@ -44,6 +44,16 @@ class MoveDown:
 
 
 @dataclass(frozen=True, slots=True)
+class Share:
+    """Let `slot` use the cells of the first `tokens` of `source`."""
+
+    session_id: SessionId
+    source: Slot
+    slot: Slot
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Discard:
     """Forget KV: on the device from `from_token` on, or a whole copy in another tier. Slot None: nothing on device."""
 
@@ -54,7 +64,7 @@ class Discard:
     directive_id: str = ""
 
 
-Move = MoveOut | MoveIn | MoveDown | Discard
+Move = MoveOut | MoveIn | MoveDown | Share | Discard
 
 
 @dataclass(frozen=True, slots=True)

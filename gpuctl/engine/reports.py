@@ -56,6 +56,7 @@ class Totals:
     turns_finished: int = 0
     swap_failures: int = 0
     interrupted_steps: int = 0
+    shared_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

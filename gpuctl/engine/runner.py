@@ -76,6 +76,7 @@ class Runner(Protocol):
 
     def sampler(self, params: SamplingParams) -> Sampler: ...
     def step(self, slices: Sequence[BatchSlice]) -> StepResult: ...
+    def share(self, source: Slot, slot: Slot, tokens: int) -> None: ...
     def cut(self, slot: Slot, from_token: int) -> None: ...
     def held_tokens(self, slot: Slot) -> int: ...
     def take(self, slot: Slot, from_token: int) -> KvChunk: ...
@@ -275,6 +276,15 @@ class LlamaRunner:
     def cut(self, slot: Slot, from_token: int) -> None:
         """Forget the slot's KV from position `from_token` on. 0 empties it. Safe where there is none."""
         self._lib.llama_memory_seq_rm(self._memory, slot, from_token, -1)
+
+    def share(self, source: Slot, slot: Slot, tokens: int) -> None:
+        """Let the empty `slot` use the cells of `source`'s first `tokens`. Unified mode only.
+
+        Raises ContextError in split mode, where llama.cpp would abort the process.
+        """
+        if self.mode is not ContextMode.UNIFIED:
+            raise ContextError("prefixes cannot be shared with --ctx-mode split: use unified")
+        self._lib.llama_memory_seq_cp(self._memory, source, slot, 0, tokens)
 
     def held_tokens(self, slot: Slot) -> int:
         """Tokens llama.cpp itself says the slot holds."""

@@ -42,6 +42,8 @@ class SchedulerConfig:
     """The engine's own retention after a turn."""
     forget_ns: int = 3600 * 10**9
     """A session unused for so long is forgotten in every tier."""
+    share_prefix_tokens: int | None = None
+    """Share prefixes of at least so many tokens between sessions (unified context only); None: never."""
     admission_quantile: float = 0.8
     admit_full_output: bool = False
     """Reserve every turn's whole max_tokens (no Past-Future): the cautious baseline."""
@@ -207,6 +209,7 @@ class Scheduler:
         session = self.sessions[turn.session_id]
         batch = [*self.running.values(), turn]
         peak = peak_tokens((len(self.sessions[t.session_id].tokens), self._left(t)) for t in batch)
+        # Gross on both sides: what sharing spares within the batch stays spared in `others`.
         in_batch = sum(self.ledger.holding(t.session_id).device_tokens for t in batch)
         others = self.ledger.device_used_tokens - in_batch
         missing = peak + others - self.ledger.device_capacity_tokens
@@ -227,6 +230,8 @@ class Scheduler:
     def _enter(self, turn: Turn, now_ns: int) -> None:
         session = self.sessions[turn.session_id]
         held = self.ledger.holding(session.id).longest()[1]
+        if not held and self.config.share_prefix_tokens is not None:
+            held = self.placement.share_prefix(session, self.config.share_prefix_tokens)
         self.placement.move_in(session)
         # At least the last token is computed, or there would be nothing to sample from.
         last = len(session.tokens) - 1
@@ -247,17 +252,17 @@ class Scheduler:
         left = {t.session_id: self._missing_tokens(t) for t in turns}
         decoding = [t for t in turns if left[t.session_id] == 1]
         budget = self.config.step_tokens - len(decoding)
-        if decoding:
-            budget = min(budget, self.config.mixed_prefill_tokens)
         counts = {t.session_id: 1 for t in decoding}
-        urgent = False
-        for turn in turns:
-            awaited = turn.due_ns is not None and turn.output_tokens == 0
-            if left[turn.session_id] > 1 and budget > 0 and (awaited or not urgent):
+        # Prompts in the order their turns entered, which was that of service. First those whose first token somebody
+        # waits for: they take what they need, and no other prompt shares their step.
+        prefilling = [t for t in self.running.values() if left[t.session_id] > 1]
+        awaited = [t for t in prefilling if t.due_ns is not None and t.output_tokens == 0]
+        if decoding and not awaited:
+            budget = min(budget, self.config.mixed_prefill_tokens)
+        for turn in awaited or prefilling:
+            if budget > 0:
                 counts[turn.session_id] = min(left[turn.session_id], budget)
                 budget -= counts[turn.session_id]
-            # A first token somebody waits for is not delayed by the prompts behind it.
-            urgent = urgent or awaited
         self._fit_batch(counts, turns, now_ns)
         for session_id, count in counts.items():
             holding = self.ledger.holding(session_id)

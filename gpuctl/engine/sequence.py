@@ -7,7 +7,7 @@ A session's KV is always that of a prefix of `Session.tokens`; how long a prefix
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NewType
 
@@ -190,3 +190,11 @@ class Session:
     """A directed retention: kept on the device even under pressure."""
     held_until_ns: int | None = None
     last_used_ns: int = 0
+
+
+def common_prefix(left: Sequence[Token], right: Sequence[Token]) -> int:
+    """Length of the longest common prefix."""
+    for index, (one, other) in enumerate(zip(left, right, strict=False)):
+        if one != other:
+            return index
+    return min(len(left), len(right))

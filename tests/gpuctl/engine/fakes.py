@@ -78,6 +78,11 @@ class FakeRunner:
             return END
         return 65 + value % VOCABULARY
 
+    def share(self, source: Slot, slot: Slot, tokens: int) -> None:
+        assert not self.slots.get(slot)
+        assert len(self.slots[source]) >= tokens
+        self.slots[slot] = self.slots[source][:tokens]
+
     def cut(self, slot: Slot, from_token: int) -> None:
         if slot in self.slots:
             self.slots[slot] = self.slots[slot][:from_token]

@@ -22,8 +22,16 @@ class EngineMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        runner = FakeRunner(physical_tokens=160, slot_count=4, ends=True)
-        self.driven = Driven(kv_tokens=120, host_tokens=100, runner=runner, step_tokens=32, mixed_prefill_tokens=8)
+        # Cells are not shared in the fake: it has room for what the real one would share.
+        runner = FakeRunner(physical_tokens=400, slot_count=4, ends=True)
+        self.driven = Driven(
+            kv_tokens=120,
+            host_tokens=100,
+            runner=runner,
+            step_tokens=32,
+            mixed_prefill_tokens=8,
+            share_prefix_tokens=3,
+        )
         self.under_way: dict[str, tuple[str, int, Turn]] = {}
         self.text: dict[str, str] = {}
         self.numbers = 0
@@ -35,7 +43,7 @@ class EngineMachine(RuleBasedStateMachine):
     def common(self, life_s: int = 5) -> dict[str, Any]:
         return {"directive_id": self.name(), "deadline_ns": self.driven.now_ns + life_s * SECOND}
 
-    @rule(session=st.sampled_from(SESSIONS), more=st.text("xyz", min_size=1, max_size=20), tokens=st.integers(1, 20))
+    @rule(session=st.sampled_from(SESSIONS), more=st.text("xy", min_size=1, max_size=20), tokens=st.integers(1, 20))
     def ask_turn(self, session: str, more: str, tokens: int) -> None:
         if session in self.under_way:
             return

@@ -550,3 +550,47 @@ def test_equal_tenants_do_not_trade_a_place_back_and_forth():
     running = set(driven.engine._scheduler.running)
     driven.steps(20)
     assert set(driven.engine._scheduler.running) == running
+
+
+# Shared prefixes
+
+
+def test_a_session_takes_over_the_prefix_another_one_has_and_it_is_charged_once():
+    driven = Driven(share_prefix_tokens=10)
+    driven.complete("a", "s" * 50 + "alpha")
+    used = driven.engine._ledger.device_used_tokens
+    turn = driven.complete("b", "s" * 50 + "beta")
+    assert turn.text == driven.runner.expected_output("s" * 50 + "beta", 5)
+    assert turn.end is not None
+    assert turn.end.cached_tokens == 50
+    assert driven.engine._ledger.device_used_tokens == used + len("beta") + 4
+    assert driven.engine._ledger.shared_tokens(S("a")) == 50
+
+
+def test_when_one_of_two_leaves_the_other_is_charged_for_the_whole_prefix():
+    driven = Driven(share_prefix_tokens=10)
+    driven.complete("a", "s" * 50 + "alpha")
+    second = driven.complete("b", "s" * 50 + "beta")
+    driven.direct(swap_out(driven, "a"))
+    driven.settle()
+    assert driven.engine._ledger.device_used_tokens == 50 + len("beta") + 4
+    assert driven.engine._ledger.shared_tokens(S("b")) == 0
+    again = driven.complete("b", "s" * 50 + "beta" + second.text)
+    assert again.end is not None
+    assert again.end.cached_tokens == 58
+
+
+def test_a_short_common_beginning_is_not_worth_sharing():
+    driven = Driven(share_prefix_tokens=10)
+    driven.complete("a", "hello alpha")
+    turn = driven.complete("b", "hello beta")
+    assert turn.end is not None
+    assert turn.end.cached_tokens == 0
+
+
+def test_a_prefix_is_not_shared_across_tenants():
+    driven = Driven(share_prefix_tokens=10)
+    driven.complete("a", "s" * 50 + "alpha", tenant="blue")
+    turn = driven.complete("b", "s" * 50 + "beta", tenant="red")
+    assert turn.end is not None
+    assert turn.end.cached_tokens == 0

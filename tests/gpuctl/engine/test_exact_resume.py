@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 from equipoise.gpuctl.engine.directives import Drop, OutcomeStatus, Preempt, PreemptMode, SwapOut
-from equipoise.gpuctl.engine.errors import SwapError
+from equipoise.gpuctl.engine.errors import ContextError, SwapError
 from equipoise.gpuctl.engine.runner import BatchSlice, ContextMode
 from equipoise.gpuctl.engine.scheduler import SchedulerConfig
 from equipoise.gpuctl.engine.sequence import SamplingParams, SessionId, Slot, Tier
@@ -154,3 +154,25 @@ def test_a_piece_that_is_missing_is_refused_and_leaves_the_slot_empty(make_runne
     with pytest.raises(SwapError, match="begins at token 2"):
         runner.put(Slot(0), [tail])
     assert runner.held_tokens(Slot(0)) == 0
+
+
+def test_a_shared_prefix_is_computed_once_and_gives_the_same_text(make_engine):
+    scheduler = SchedulerConfig(share_prefix_tokens=16)
+    alone, _ = make_engine(mode=ContextMode.UNIFIED)
+    shared, _ = make_engine(mode=ContextMode.UNIFIED, scheduler=scheduler)
+    texts = {}
+    for engine in (alone, shared):
+        for number, task in enumerate(TASKS[:3]):
+            turn = Asked(engine, f"s{number}", "You are an agent that runs tools in a sandbox. " * 4 + task, 12)
+            turn.finish()
+            texts[engine, number] = turn.text
+    assert [texts[alone, n] for n in range(3)] == [texts[shared, n] for n in range(3)]
+    assert shared.totals.shared_tokens > 60
+    assert shared.totals.prefill_tokens < alone.totals.prefill_tokens - 60
+
+
+def test_sharing_in_split_mode_is_refused_and_not_an_abort(make_runner):
+    runner = make_runner(mode=ContextMode.SPLIT)
+    runner.step([BatchSlice(Slot(0), 0, [5, 6, 7])])
+    with pytest.raises(ContextError, match="unified"):
+        runner.share(Slot(0), Slot(1), 2)
