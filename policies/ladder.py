@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from .actions import Action, Candidate, Grant, Kill, Thaw, Throttle, Wait
 from .fairness import Share, serve_order, shares
-from .model import MIB, NS_PER_S, Sandbox, TenantId, ToolCall, ToolCallPhase
+from .model import MIB, NS_PER_S, Sandbox, TenantId, ToolCall, ToolCallId, ToolCallPhase
 from .policy import Policy
 from .snapshot import Snapshot
 
@@ -43,7 +43,9 @@ def climb(snapshot: Snapshot, policy: Policy) -> list[Step]:
     if not snapshot.tool_calls or not pool:
         return []
     by_tenant = shares(snapshot, policy)
-    return _answer_stopped(snapshot, policy, by_tenant, pool) + _relieve(snapshot, policy, by_tenant, pool)
+    answered = _answer_stopped(snapshot, policy, by_tenant, pool)
+    about = {step.call.id for step in answered}
+    return answered + [s for s in _relieve(snapshot, policy, by_tenant, pool) if s.call.id not in about]
 
 
 def _answer_stopped(snapshot: Snapshot, policy: Policy, by_tenant: dict[TenantId, Share], pool: int) -> list[Step]:
@@ -58,17 +60,20 @@ def _answer_stopped(snapshot: Snapshot, policy: Policy, by_tenant: dict[TenantId
     standing = [c for c in snapshot.tool_calls if c.stopped_ns is not None and _holds_memory(c)]
     standing.sort(key=lambda c: (order[c.tenant], _stopped_ns(c), c.id))
     steps = [_kill_at_largest(c, policy, snapshot) for c in standing if _at_largest(c, largest)]
-    freed = sum(step.call.used_bytes for step in steps)
+    # What was ended a moment ago is about to be free: its payer must not be followed by another for the same need.
+    dying = sum(c.used_bytes for c in snapshot.tool_calls if c.phase is ToolCallPhase.KILLED and c.gone_ns is None)
+    freed = dying + sum(step.call.used_bytes for step in steps)
     standing = [c for c in standing if not _at_largest(c, largest)]
     while True:
         room = _room_bytes(snapshot, pool) + freed
         granted, unmet = _fill(standing, room, policy)
-        payer = _payer(unmet, by_tenant, snapshot, policy, others_move=bool(granted or steps))
+        going = {step.call.id for step in steps} | {call.id for call, _ in granted}
+        payer = _payer(unmet, by_tenant, snapshot, policy, going)
         if payer is None:
             break
         steps.append(_kill_payer(payer, unmet, by_tenant, snapshot, policy))
         freed += payer.used_bytes
-        standing.remove(payer)
+        standing = [c for c in standing if c.id != payer.id]
     used = snapshot.tool_used_bytes() - freed
     for call, hard in granted:
         steps.append(_grant(call, hard, used, pool, policy))
@@ -129,19 +134,28 @@ def _payer(
     by_tenant: dict[TenantId, Share],
     snapshot: Snapshot,
     policy: Policy,
-    others_move: bool,
+    going: set[ToolCallId],
 ) -> ToolCall | None:
     """Whose call ends to make room, or None: the tenant furthest above its share pays, with its largest call.
 
-    Out of those whose wait is over; out of all that stand where no call is left that could go on and free memory.
+    Where a wait is over: out of those whose wait it was and of every call that was granted more than it began with.
+    Out of all that stand where no call is left that could go on and free memory. `going` are those that this same
+    moment ends or grants.
     """
     over = [c for c in unmet if _waited_ns(c, snapshot) >= policy.memory.wait_ns]
     alive = [c for c in snapshot.tool_calls if c.gone_ns is None]
-    dying = any(c.phase is ToolCallPhase.KILLED for c in alive)
-    moving = any(c.running and c.stopped_ns is None for c in alive)
-    if not over and not (others_move or dying or moving):
-        over = unmet
-    return min(over, key=lambda c: _pays_first(c, by_tenant), default=None)
+    if over:
+        payers = over + [c for c in alive if c.id not in going and c not in over and _holds_a_grant(c, policy)]
+    elif going or any(c.phase is ToolCallPhase.KILLED or (c.running and c.stopped_ns is None) for c in alive):
+        payers = []
+    else:
+        payers = unmet
+    # Within one tenant a call that stands still goes before one that is getting on.
+    return min(payers, key=lambda c: (-by_tenant[c.tenant].weighted, c not in unmet, -c.used_bytes, c.id), default=None)
+
+
+def _holds_a_grant(call: ToolCall, policy: Policy) -> bool:
+    return _holds_memory(call) and call.used_bytes > policy.memory.budget_for(call.kind).hard_bytes
 
 
 def _pays_first(call: ToolCall, by_tenant: dict[TenantId, Share]) -> tuple[float, int, int]:
@@ -149,7 +163,8 @@ def _pays_first(call: ToolCall, by_tenant: dict[TenantId, Share]) -> tuple[float
 
 
 def _waited_ns(call: ToolCall, snapshot: Snapshot) -> int:
-    return snapshot.now_ns - _stopped_ns(call)
+    """Time since the kernel stopped it; 0 where it goes on."""
+    return snapshot.now_ns - call.stopped_ns if call.stopped_ns is not None else 0
 
 
 def _grant(call: ToolCall, hard: int, used: int, pool: int, policy: Policy) -> Step:
@@ -207,26 +222,29 @@ def _wait(call: ToolCall, snapshot: Snapshot, policy: Policy) -> Step:
 def _kill_payer(
     call: ToolCall, unmet: list[ToolCall], by_tenant: dict[TenantId, Share], snapshot: Snapshot, policy: Policy
 ) -> Step:
-    """End a call for want of memory. `unmet`: those it was chosen among."""
+    """End a call for want of memory. `unmet`: the stopped calls for which there is none."""
     memory = policy.memory
     pool, used = memory.pool_bytes(snapshot.host.memory_total_bytes), snapshot.tool_used_bytes()
-    needed = _next_hard_bytes(call, policy) - call.used_bytes
-    waited_ns = _waited_ns(call, snapshot)
-    if waited_ns >= memory.wait_ns:
-        rule, why = "no memory for a stopped call within its wait", f"waited {waited_ns / NS_PER_S:.1f} s"
-    else:
+    waiter = max(unmet, key=lambda c: _waited_ns(c, snapshot))
+    waited = f"{_waited_ns(waiter, snapshot) / NS_PER_S:.1f} s"
+    if _waited_ns(waiter, snapshot) < memory.wait_ns:
         rule, why = "every tool call waits for memory", "no call can go on and free some"
+    elif _waited_ns(call, snapshot) >= memory.wait_ns and call in unmet:
+        rule, why = "no memory for a stopped call within its wait", f"it waited {waited}"
+    else:
+        rule = "no memory for a stopped call within its wait"
+        why = f"{waiter.kind} of {waiter.tenant} waited {waited} and this tenant is further above its share"
     share = by_tenant[call.tenant]
     message = (
-        f"Equipoise ended this tool call: it stood at its budget of {_mib(call.hard_bytes)}, {why}, and the "
-        f"{_mib(pool)} for tool calls were in use. Run it again later or with less memory."
+        f"Equipoise ended this tool call: it held {_mib(call.used_bytes)}, {why}, and the {_mib(pool)} for tool calls "
+        f"were in use. Run it again later or with less memory."
     )
     payers = [call, *sorted((c for c in unmet if c is not call), key=lambda c: _pays_first(c, by_tenant))]
     return Step(
         call,
         Kill(call.id, message),
         rule,
-        (used + needed) / MIB,
+        (used + _next_hard_bytes(waiter, policy) - waiter.used_bytes) / MIB,
         pool / MIB,
         "MiB",
         f"{why}; the pool holds {_mib(used)} of {_mib(pool)}; {call.tenant} stands at "

@@ -21,6 +21,7 @@ from equipoise.policies.actions import (
     Wait,
 )
 from equipoise.policies.decide import decide
+from equipoise.policies.fairness import shares
 from equipoise.policies.model import KvTier, SessionPhase, ToolCall, ToolCallPhase
 from equipoise.policies.policy import Policy
 from equipoise.policies.snapshot import Snapshot
@@ -69,7 +70,9 @@ def _check_call(action: Throttle | Freeze | Thaw | Grant | Wait | Kill, snapshot
     call = _call(action.tool_call, snapshot)
     assert call.gone_ns is None, f"{action}: all its processes are gone"
     assert call.phase is not ToolCallPhase.KILLED, f"{action}: it was killed"
-    if isinstance(action, Grant | Wait | Kill):
+    if isinstance(action, Kill) and call.stopped_ns is None:
+        _check_debtor(call, snapshot, policy)
+    elif isinstance(action, Grant | Wait | Kill):
         assert call.stopped_ns is not None, f"{action}: it does not stand at its budget"
     else:
         assert call.running, f"{action}: it has ended"
@@ -87,6 +90,19 @@ def _check_call(action: Throttle | Freeze | Thaw | Grant | Wait | Kill, snapshot
             assert call.waiting_until_ns is None, f"{action}: told twice"
         case Kill():
             assert action.message and action.message.isprintable()
+
+
+def _check_debtor(call: ToolCall, snapshot: Snapshot, policy: Policy) -> None:
+    """A call that gets on is ended only for one whose wait is over, only where it was granted more than it began with,
+    and only where its tenant is further above its share than the one that waited."""
+    assert call.used_bytes > policy.memory.budget_for(call.kind).hard_bytes, f"{call}: it holds no grant"
+    by_tenant = shares(snapshot, policy)
+    waited = [
+        c
+        for c in snapshot.tool_calls
+        if c.stopped_ns is not None and snapshot.now_ns - c.stopped_ns >= policy.memory.wait_ns
+    ]
+    assert any(by_tenant[c.tenant].weighted < by_tenant[call.tenant].weighted for c in waited), f"{call}: for nobody"
 
 
 def _check_directive(

@@ -174,6 +174,32 @@ def test_when_two_waits_end_together_only_the_richer_tenant_pays() -> None:
     assert done(20.0, poor, rich, call(3, used_mib=200)) == {2: "Kill", 1: "Grant"}
 
 
+def test_when_a_wait_ends_a_richer_tenant_that_holds_a_grant_pays_instead_of_the_one_that_waited() -> None:
+    of = policy(tenants={"gold": 4.0, "silver": 1.0}, pool_mib=1000)
+    waited = replace(stopped(1, "gold", used_mib=300), waiting_until_ns=ns(20))
+    granted = call(2, "silver", used_mib=600, hard_mib=768)
+    assert done(19.9, waited, granted, of=of) == {}
+    steps_now = steps(20.0, waited, granted, of=of)
+    assert {int(s.call.id): type(s.action).__name__ for s in steps_now} == {2: "Kill", 1: "Grant"}
+    assert "waited 20.0 s" in steps_now[0].evidence
+
+
+def test_when_a_wait_ends_nobody_else_pays_who_holds_no_more_than_it_began_with() -> None:
+    waited = replace(stopped(1, "gold", used_mib=500), waiting_until_ns=ns(20))
+    assert done(20.0, waited, call(2, "silver", used_mib=512)) == {1: "Kill"}
+
+
+def test_within_a_tenant_the_call_that_stands_pays_before_one_that_gets_on() -> None:
+    waited = replace(stopped(1, "gold", used_mib=300), waiting_until_ns=ns(20))
+    assert done(20.0, waited, call(2, "gold", used_mib=700, hard_mib=768)) == {1: "Kill"}
+
+
+def test_memory_of_a_call_that_is_dying_is_not_asked_of_another() -> None:
+    dying = call(3, "silver", used_mib=600, phase=ToolCallPhase.KILLED)
+    waited = replace(stopped(1, "gold", used_mib=300), waiting_until_ns=ns(20))
+    assert done(20.0, waited, dying, call(2, "silver", used_mib=100)) == {1: "Grant"}
+
+
 def test_memory_of_a_call_that_ends_at_the_largest_budget_serves_the_others() -> None:
     runaway, modest = stopped(1, "silver", used_mib=1024), stopped(2, "gold", used_mib=500)
     assert done(1.0, runaway, modest, of=policy(pool_mib=1524)) == {1: "Kill", 2: "Grant"}
