@@ -68,6 +68,8 @@ from .sources import HostSampler, SandboxSampler, Source
 from .tallies import Tallies
 
 SOCKET_MODE = 0o660
+HOOK_MODULES = "equipoise.integrations."
+"""In the command line of every hook that our integrations install."""
 LONGEST_SOCKET = 107
 """Of sockaddr_un's 108 bytes, see unix(7)."""
 GUARDIAN_CHECK_S = 1.0
@@ -133,6 +135,7 @@ class Service:
         self.polling: FallbackBudget | None = None
         """Stands in for the probes."""
         self.guardian: Guardian
+        self._own_hooks: set[ToolCallId] = set()
         self.loop: Loop
         self.hook: EngineHook
         self.holds: Holds
@@ -420,7 +423,20 @@ class Service:
         if any(isinstance(event, EventsLost) for event in events):
             events += self.probes.resync()
         for event in events:
-            self.loop.emit(event)
+            if not self._is_own_hook(event):
+                self.loop.emit(event)
+
+    def _is_own_hook(self, event: Event) -> bool:
+        """Whether it is about a hook of ours that an agent ran: that is no tool call, and must not be taken for the
+        one it announces."""
+        call = getattr(event, "id", None)
+        if isinstance(event, ToolCallStarted) and HOOK_MODULES in event.command:
+            self._own_hooks.add(event.id)
+        if call not in self._own_hooks:
+            return False
+        if isinstance(event, ProcessesGone):
+            self._own_hooks.discard(event.id)
+        return True
 
     def _settle(self) -> None:
         """Take in everything that waits and turn once: what the servers answer then is up to date."""

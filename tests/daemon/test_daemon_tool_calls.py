@@ -108,6 +108,20 @@ def test_what_a_hook_announces_is_joined_with_the_process_that_the_kernel_sees(d
     assert not daemon.tool_calls("under-a-hook"), "it is one call, not two"
 
 
+def test_a_hook_of_ours_that_the_agent_runs_is_no_tool_call_and_is_not_taken_for_the_announced_one(daemon):
+    agent = daemon.agent(name="own-hook")
+    hook = f"{sys.executable} -m equipoise.integrations.claude_code.hook </dev/null"
+    begun = daemon.sandboxes.BeginToolCall(
+        sandbox_pb2.BeginToolCallRequest(tenant_id="gold", name="own-hook", command="make", external_id="toolu_2")
+    )
+    agent.call("sh", "-c", f"{hook} || true")
+    agent.call("sh", "-c", "exit 3 # the-announced-one")
+    ended = daemon.sandboxes.EndToolCall(sandbox_pb2.EndToolCallRequest(external_id="toolu_2"))
+    calls = {c.tool_call_id: c for c in daemon.tool_calls() if c.sandbox == "own-hook" and c.command != "true"}
+    assert list(calls) == [ended.tool_call_id] and begun.tool_call_id
+    assert calls[ended.tool_call_id].exit_code == 3, "the process that counts is the one after the hook"
+
+
 def test_an_escapee_is_accounted_and_its_sandbox_goes_when_it_does(daemon):
     agent = daemon.agent(name="escape")
     escapee = f"{sys.executable} -S -c 'x = bytearray(b\"x\" * (30 << 20)); import time; time.sleep(60)'"
