@@ -30,6 +30,7 @@ from equipoise.tests.kernel.ebpf.test_lineage import (  # noqa: E402, F401
     test_an_exec_under_an_agent_is_a_tool_call_with_its_command_line,
     test_each_exec_of_the_agent_is_a_tool_call_of_its_own,
     test_execs_inside_a_tool_call_belong_to_it,
+    test_hundreds_of_short_processes_leave_no_trace_in_the_books,
 )
 from equipoise.tests.kernel.ebpf.test_loading import (  # noqa: E402, F401
     test_capabilities_are_found_by_trying,
