@@ -16,24 +16,22 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from .conversation import map_prompt
 from .directing import Director
 from .directives import Directive, Outcome, OutcomeStatus
 from .disk_tier import DiskTier
-from .errors import ContextError, EngineError, RequestError, SwapError
+from .errors import ContextError, EngineError, RequestError
 from .language_model import LanguageModel
 from .ledger import Ledger
-from .plan import Discard, Move, MoveDown, MoveIn, MoveOut, Share, Slice, StepPlan
+from .mover import Mover
+from .plan import Slice, StepPlan
+from .reporter import OCCUPANCY_PERIOD_NS, Listener, Reporter
 from .reports import (
     CostFigures,
     EngineFacts,
     Occupancy,
-    Report,
-    Reported,
-    SessionKv,
-    SessionMoved,
     Totals,
     TurnEnded,
     TurnPreempted,
@@ -57,19 +55,15 @@ from .sequence import (
     TurnRefused,
     TurnRequest,
 )
-from .swapper import Copied, Swapper
+from .swapper import Swapper
 from .template import tool_calls_in
 from .text import TextStream
 
 _log = logging.getLogger(__name__)
 
-OCCUPANCY_PERIOD_NS = 200_000_000
-_REMEMBERED_OUTCOMES = 4096
 _IDLE_WAIT_S = 1.0
 # A step with fewer prompt tokens is over soon enough by itself.
 _INTERRUPTIBLE_TOKENS = 16
-
-Listener = Callable[[Reported], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +76,8 @@ class EngineConfig:
     """Output limit of a turn that names none."""
     interrupts: bool = True
     """A turn that wishes a time to first token may interrupt a long prefill inside a step."""
+    max_sessions: int = 4096
+    """Conversations remembered; one more makes the engine forget the idle one unused longest."""
     max_queued_turns: int = 256
     """Turns waiting for admission; one more is refused with 429."""
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
@@ -146,7 +142,6 @@ class Engine:
         self.config = config
         self.engine_id = f"embedded-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self.totals = Totals()
-        self.cost = CostFigures()
         self._runner = runner
         self._ledger = Ledger(
             device_capacity_tokens=min(config.kv_tokens, runner.physical_tokens),
@@ -158,17 +153,15 @@ class Engine:
         self._scheduler = Scheduler(config.scheduler, self._ledger, physical_tokens=runner.physical_tokens)
         self._director = Director(self._scheduler)
         self._swapper = Swapper(runner, disk)
+        self._reporter = Reporter(self._scheduler, self.totals, clock)
+        self._mover = Mover(runner, self._swapper, self._scheduler, self._reporter, self.totals)
         self._live: dict[SessionId, _Live] = {}
         # A session computes one turn at a time; the next ones wait here in order of arrival.
         self._behind: dict[SessionId, collections.deque[_Submit]] = {}
         self._inbox: queue.SimpleQueue[_Arrival] = queue.SimpleQueue()
-        self._listeners: list[Listener] = []
-        self._outcomes: collections.OrderedDict[str, Outcome] = collections.OrderedDict()
         self._turn_numbers = itertools.count(1)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
-        self._occupancy_sent_ns = 0
-        self._occupancy_due = True
 
     # From any thread
 
@@ -207,8 +200,8 @@ class Engine:
 
     def listen(self, listener: Listener) -> Callable[[], None]:
         """Call `listener` on the engine's thread with every report; it must not block. Returns how to stop it."""
-        self._inbox.put(_Call(lambda: self._add_listener(listener)))
-        return lambda: self._inbox.put(_Call(lambda: self._listeners.remove(listener)))
+        self._inbox.put(_Call(lambda: self._reporter.add(listener)))
+        return lambda: self._inbox.put(_Call(lambda: self._reporter.remove(listener)))
 
     def call(self, function: Callable[[], None]) -> None:
         """Run `function` on the engine's thread at the next step border (tests, metrics)."""
@@ -220,7 +213,7 @@ class Engine:
         Raises EngineError where the loop does not answer in time.
         """
         answer: queue.SimpleQueue[tuple[Occupancy, dict[TenantId, float]]] = queue.SimpleQueue()
-        self.call(lambda: answer.put((self._occupancy(), self._scheduler.service.counters())))
+        self.call(lambda: answer.put((self._reporter.occupancy(), self._scheduler.service.counters())))
         try:
             return answer.get(timeout=timeout_s)
         except queue.Empty:
@@ -237,6 +230,15 @@ class Engine:
             disk_capacity_bytes=self._ledger.disk_capacity_bytes,
             cost=self.cost,
         )
+
+    @property
+    def cost(self) -> CostFigures:
+        """What computing and copying cost here, as reported to the daemon and used for SLOs."""
+        return self._reporter.cost
+
+    @cost.setter
+    def cost(self, figures: CostFigures) -> None:
+        self._reporter.cost = figures
 
     @property
     def longest_turn_tokens(self) -> int:
@@ -262,10 +264,10 @@ class Engine:
         calls `start` may call it instead.
         """
         self._take_arrivals(wait)
-        self._note_failed_writes()
+        self._mover.note_failed_writes()
         now_ns = self._clock()
         for outcome in self._director.retry_deferred(now_ns):
-            self._settle(outcome)
+            self._reporter.settle(outcome)
         plan = self._scheduler.plan(now_ns)
         self._wake_ns = min((at for at in (plan.wake_ns, self._director.next_deadline_ns()) if at), default=None)
         try:
@@ -273,7 +275,7 @@ class Engine:
         except ContextError as error:
             self._fail_step(plan, error)
         self._stuck = not plan.slices and not plan.moves and self._scheduler.busy()
-        self._report_occupancy()
+        self._reporter.report_occupancy()
         return bool(plan.slices or plan.moves)
 
     def _take_arrivals(self, wait: bool) -> None:
@@ -284,7 +286,7 @@ class Engine:
             wait_s = 0.02 if self._stuck else _IDLE_WAIT_S
             if self._wake_ns is not None:
                 wait_s = min(wait_s, max(0.0, (self._wake_ns - self._clock()) / 1e9))
-            if self._occupancy_due:
+            if self._reporter.occupancy_due:
                 wait_s = min(wait_s, OCCUPANCY_PERIOD_NS / 1e9)
             try:
                 self._handle(self._inbox.get(timeout=wait_s))
@@ -323,7 +325,7 @@ class Engine:
             return
         self._live[session_id] = live
         live.sink(TurnAccepted(live.turn.prompt_tokens))
-        self._occupancy_due = True
+        self._reporter.occupancy_due = True
 
     def _prepare(self, arrival: _Submit) -> _Live:
         """Map the prompt onto the session and queue the turn. Raises RequestError, with nothing changed."""
@@ -354,6 +356,8 @@ class Engine:
                 param="messages",
             )
         sampler = self._runner.sampler(request.sampling)
+        if session.id not in self._scheduler.sessions and len(self._scheduler.sessions) >= self.config.max_sessions:
+            self._scheduler.forget_oldest()
         self._scheduler.diverged(session, prompt.common_tokens)
         session.tokens = prompt.tokens
         turn = Turn(
@@ -433,7 +437,7 @@ class Engine:
             )
         )
         told = live.request.awaits_tool and completed
-        self._report(
+        self._reporter.report(
             TurnEnded(
                 session_id=session.id,
                 tenant_id=session.tenant_id,
@@ -447,7 +451,7 @@ class Engine:
                 queued_ns=queued_ns,
             )
         )
-        self._occupancy_due = True
+        self._reporter.occupancy_due = True
         self._next_behind(session.id)
 
     # Carrying out a plan
@@ -455,7 +459,7 @@ class Engine:
     def _carry_out(self, plan: StepPlan) -> None:
         failed: set[SessionId] = set()
         for move in plan.moves:
-            if not self._carry_out_move(move):
+            if not self._mover.carry_out(move):
                 failed.add(move.session_id)
         for session_id in plan.admitted:
             self._report_started(session_id)
@@ -463,11 +467,11 @@ class Engine:
             self.totals.preempted_count += 1
             session = self._scheduler.sessions[preempted.session_id]
             turn_id = session.turn.id if session.turn else TurnId("")
-            self._report(
+            self._reporter.report(
                 TurnPreempted(session.id, session.tenant_id, turn_id, preempted.to_tier, preempted.directive_id)
             )
             if preempted.directive_id:
-                self._settle(Outcome(preempted.directive_id, OutcomeStatus.COMPLETED))
+                self._reporter.settle(Outcome(preempted.directive_id, OutcomeStatus.COMPLETED))
         slices = [item for item in plan.slices if item.session_id not in failed]
         if slices:
             self._step(slices)
@@ -550,113 +554,11 @@ class Engine:
             if live is not None:
                 self._finish(live, FinishReason.ERROR, str(error))
 
-    def _carry_out_move(self, move: Move) -> bool:
-        """Carry out one move. False where the KV was lost: it is computed again."""
-        if isinstance(move, Discard):
-            self._discard(move)
-            return True
-        if isinstance(move, Share):
-            self._runner.share(move.source, move.slot, move.tokens)
-            self.totals.shared_tokens += move.tokens
-            return True
-        try:
-            match move:
-                case MoveOut():
-                    copied, from_tier, to_tier = self._swapper.out(move), Tier.DEVICE, move.tier
-                case MoveIn():
-                    copied, from_tier, to_tier = self._swapper.back(move), move.tier, Tier.DEVICE
-                case MoveDown():
-                    copied, from_tier, to_tier = self._swapper.down(move), Tier.HOST, Tier.DISK
-        except SwapError as error:
-            self._lose(move, error)
-            return False
-        self._count(move, copied)
-        session = self._scheduler.sessions.get(move.session_id)
-        if session is not None:
-            self._moved(session, from_tier, to_tier, move.tokens, copied, move.directive_id)
-        if move.directive_id:
-            self._settle(Outcome(move.directive_id, OutcomeStatus.COMPLETED))
-        return True
-
-    def _count(self, move: MoveOut | MoveIn | MoveDown, copied: Copied) -> None:
-        totals = self.totals
-        if isinstance(move, MoveIn):
-            totals.swap_in_count += 1
-            totals.swap_in_bytes += copied.moved_bytes
-            totals.swap_in_ns += copied.duration_ns
-        elif isinstance(move, MoveOut):
-            totals.swap_out_count += 1
-            totals.swap_out_bytes += copied.moved_bytes
-            totals.swap_out_ns += copied.duration_ns
-
-    def _lose(self, move: MoveOut | MoveIn | MoveDown, error: SwapError) -> None:
-        _log.error("swap_failed session=%s error=%r", move.session_id, str(error))
-        self.totals.swap_failures += 1
-        if not isinstance(move, MoveDown):
-            self._runner.cut(move.slot, 0)
-        for tier in (Tier.HOST, Tier.DISK):
-            self._swapper.discard(move.session_id, tier)
-        self._scheduler.lost(move.session_id)
-        if move.directive_id:
-            self._settle(Outcome(move.directive_id, OutcomeStatus.REJECTED, str(error)))
-
-    def _discard(self, move: Discard) -> None:
-        if move.tier is not Tier.DEVICE:
-            self._swapper.discard(move.session_id, move.tier)
-            return
-        assert move.slot is not None
-        dropped = self._runner.held_tokens(move.slot) - move.from_token
-        self._runner.cut(move.slot, move.from_token)
-        session = self._scheduler.sessions.get(move.session_id)
-        if session is not None and move.from_token == 0 and dropped > 0:
-            self._moved(session, Tier.DEVICE, Tier.NONE, dropped, Copied(0, 0), move.directive_id)
-
-    def _moved(
-        self, session: Session, from_tier: Tier, to_tier: Tier, tokens: int, copied: Copied, directive_id: str
-    ) -> None:
-        self._occupancy_due = True
-        self._report(
-            SessionMoved(
-                session_id=session.id,
-                tenant_id=session.tenant_id,
-                from_tier=from_tier,
-                to_tier=to_tier,
-                tokens=tokens,
-                moved_bytes=copied.moved_bytes,
-                duration_ns=copied.duration_ns,
-                directive_id=directive_id,
-            )
-        )
-
-    def _note_failed_writes(self) -> None:
-        for session_id, reason in self._swapper.take_failures().items():
-            _log.error("disk_write_failed session=%s error=%r", session_id, reason)
-            self.totals.swap_failures += 1
-            self._scheduler.copy_lost(session_id, Tier.DISK)
-
     # Directives and reports
 
     def _direct(self, directive: Directive) -> None:
-        known = self._outcomes.get(directive.directive_id)
-        outcome = known or self._director.apply(directive, self._clock())
-        self._occupancy_due = True
-        self._settle(outcome)
-
-    def _settle(self, outcome: Outcome) -> None:
-        """Remember and report an outcome; a repeated directive is answered with the newest."""
-        self._outcomes[outcome.directive_id] = outcome
-        if len(self._outcomes) > _REMEMBERED_OUTCOMES:
-            self._outcomes.popitem(last=False)
-        self._report(outcome)
-
-    def _add_listener(self, listener: Listener) -> None:
-        self._listeners.append(listener)
-        self._occupancy_due = True
-
-    def _report(self, report: Report) -> None:
-        reported = Reported(self._clock(), report)
-        for listener in self._listeners:
-            listener(reported)
+        known = self._reporter.outcome_of(directive.directive_id)
+        self._reporter.settle(known or self._director.apply(directive, self._clock()))
 
     def _report_started(self, session_id: SessionId) -> None:
         live = self._live.get(session_id)
@@ -664,55 +566,11 @@ class Engine:
             return
         turn = live.turn
         self.totals.cached_tokens += turn.cached_tokens
-        self._occupancy_due = True
-        self._report(
+        self._reporter.occupancy_due = True
+        self._reporter.report(
             TurnStarted(
                 session_id, turn.tenant_id, turn.id, turn.prompt_tokens, turn.cached_tokens, live.request.peer_port
             )
-        )
-
-    def _report_occupancy(self) -> None:
-        now_ns = self._clock()
-        busy = bool(self._scheduler.running)
-        if not self._listeners or not (self._occupancy_due or busy):
-            return
-        if now_ns - self._occupancy_sent_ns < OCCUPANCY_PERIOD_NS:
-            return
-        self._occupancy_sent_ns = now_ns
-        self._occupancy_due = False
-        self._report(self._occupancy())
-
-    def _occupancy(self) -> Occupancy:
-        ledger = self._ledger
-        sessions = []
-        for session in self._scheduler.sessions.values():
-            holding = ledger.holding(session.id)
-            tier, held = holding.longest()
-            sessions.append(
-                SessionKv(
-                    session_id=session.id,
-                    tenant_id=session.tenant_id,
-                    phase=self._scheduler.phase(session),
-                    tier=tier,
-                    held_tokens=held,
-                    context_tokens=len(session.tokens),
-                    host_bytes=holding.host_tokens * ledger.bytes_per_token,
-                    disk_bytes=holding.disk_tokens * ledger.bytes_per_token,
-                    retain_until_ns=session.pinned_until_ns,
-                    shared_tokens=ledger.shared_tokens(session.id),
-                )
-            )
-        return Occupancy(
-            sessions=tuple(sessions),
-            device_used_tokens=ledger.device_used_tokens,
-            host_used_bytes=ledger.host_used_bytes,
-            disk_used_bytes=ledger.disk_used_bytes,
-            running_count=len(self._scheduler.running),
-            waiting_count=len(self._scheduler.waiting),
-            device_capacity_tokens=ledger.device_capacity_tokens,
-            host_capacity_bytes=ledger.host_capacity_bytes,
-            totals=replace(self.totals),
-            cost=self.cost,
         )
 
 

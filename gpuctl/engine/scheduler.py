@@ -319,6 +319,12 @@ class Scheduler:
             if session.turn is None and session.last_used_ns + self.config.forget_ns <= now_ns:
                 self._forget(session)
 
+    def forget_oldest(self) -> None:
+        """Forget the idle session unused longest. A no-op where every session has a turn."""
+        idle = [session for session in self.sessions.values() if session.turn is None]
+        if idle:
+            self._forget(min(idle, key=lambda session: session.last_used_ns))
+
     def _forget(self, session: Session) -> None:
         self.placement.discard_all(session)
         self.ledger.forget(session.id)

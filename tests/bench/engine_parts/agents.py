@@ -24,13 +24,13 @@ from equipoise.tests.bench.report import Baseline, Row
 
 DATA = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "agent_traces_glm.jsonl.gz"
 SESSIONS = 24
-TURNS = 6
-SCALE = 32
+TURNS = 5
+SCALE = 40
 """Recorded tokens per token here."""
 LONGEST_PAUSE_S = 12.0
 IN_TIME_S = 3.0
-KV_TOKENS = 8 * 900
-HOST_BYTES = 8 * 900 * 23_052
+KV_TOKENS = 8 * 700
+HOST_BYTES = 8 * 700 * 23_052
 
 
 @dataclass(frozen=True, slots=True)

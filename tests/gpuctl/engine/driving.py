@@ -59,6 +59,7 @@ class Driven:
         disk_tokens: int = 0,
         runner: FakeRunner | None = None,
         max_queued_turns: int = 256,
+        max_sessions: int = 4096,
         **scheduler: Any,
     ) -> None:
         self.runner = runner or FakeRunner(physical_tokens=max(1024, kv_tokens))
@@ -68,6 +69,7 @@ class Driven:
             host_bytes=host_tokens * self.runner.bytes_per_token,
             disk_bytes=disk_tokens * self.runner.bytes_per_token,
             max_queued_turns=max_queued_turns,
+            max_sessions=max_sessions,
             scheduler=SchedulerConfig(**scheduler),
         )
         self.engine = Engine(cast(Any, FakeModel()), self.runner, config, disk, clock=lambda: self.now_ns)

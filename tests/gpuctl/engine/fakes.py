@@ -80,8 +80,7 @@ class FakeRunner:
 
     def share(self, source: Slot, slot: Slot, tokens: int) -> None:
         assert not self.slots.get(slot)
-        assert len(self.slots[source]) >= tokens
-        self.slots[slot] = self.slots[source][:tokens]
+        self.slots[slot] = self.slots.get(source, [])[:tokens]
 
     def cut(self, slot: Slot, from_token: int) -> None:
         if slot in self.slots:

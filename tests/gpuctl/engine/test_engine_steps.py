@@ -594,3 +594,27 @@ def test_a_prefix_is_not_shared_across_tenants():
     turn = driven.complete("b", "s" * 50 + "beta", tenant="red")
     assert turn.end is not None
     assert turn.end.cached_tokens == 0
+
+
+def test_past_its_limit_of_sessions_the_engine_forgets_the_one_unused_longest():
+    driven = Driven(max_sessions=2)
+    for name in ("a", "b", "c"):
+        driven.complete(name, f"hello {name}")
+        driven.advance(1)
+    assert set(driven.engine._scheduler.sessions) == {S("b"), S("c")}
+
+
+def test_a_prefix_whose_donor_was_lost_in_the_same_step_is_computed_instead():
+    driven = Driven(share_prefix_tokens=10)
+    first = driven.complete("a", "s" * 50 + "alpha")
+    driven.direct(swap_out(driven, "a"))
+    driven.settle()
+    driven.runner.fail_next_put = True
+    back = driven.turn("a", "s" * 50 + "alpha" + first.text, 5)
+    sharer = driven.turn("b", "s" * 50 + "beta", 5)
+    for _ in range(200):
+        driven.engine.cycle()
+        driven.engine._ledger.check_integrity()
+    assert back.text == driven.runner.expected_output("s" * 50 + "alpha" + first.text, 5)
+    assert sharer.text == driven.runner.expected_output("s" * 50 + "beta", 5)
+    assert driven.engine.totals.swap_failures == 2, "the donor's copy, and the prefix it could not give"
