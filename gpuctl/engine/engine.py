@@ -377,9 +377,7 @@ class Engine:
     def _due_ns(self, request: TurnRequest, turn: Turn, common_tokens: int) -> int | None:
         """When the turn must begin to meet its SLO: what is wished less what the cost model says it takes."""
         cost, due = self.cost, []
-        new = turn.prompt_tokens - common_tokens
-        pairs = turn.prompt_tokens**2 - common_tokens**2
-        prefill_s = cost.prefill_seconds_per_token * new + cost.prefill_seconds_per_token2 * pairs
+        prefill_s = cost.prefill_seconds(turn.prompt_tokens, common_tokens)
         if request.slo.ttft_ns is not None:
             due.append(turn.arrival_ns + request.slo.ttft_ns - int(prefill_s * 1e9))
         if request.slo.deadline_ns is not None:
@@ -432,6 +430,7 @@ class Engine:
                 output_tokens=turn.output_tokens,
                 queued_ns=queued_ns,
                 ttft_ns=ttft_ns,
+                slowdown_ratio=self._slowdown(turn, now_ns),
                 awaits_tool=live.request.awaits_tool or reason is FinishReason.TOOL_CALLS,
                 error=error,
             )
@@ -453,6 +452,13 @@ class Engine:
         )
         self._reporter.occupancy_due = True
         self._next_behind(session.id)
+
+    def _slowdown(self, turn: Turn, now_ns: int) -> float | None:
+        # What was dropped and computed again is part of the slowdown, not of the ideal.
+        in_place = min(turn.prompt_tokens, turn.cached_tokens + turn.recomputed_tokens)
+        ideal_s = self.cost.prefill_seconds(turn.prompt_tokens, in_place)
+        ideal_s += max(0, turn.output_tokens - 1) * self.cost.decode_step_seconds
+        return (now_ns - turn.arrival_ns) / 1e9 / ideal_s if ideal_s > 0 and turn.output_tokens else None
 
     # Carrying out a plan
 

@@ -22,6 +22,11 @@ class CostFigures:
     host_bytes_per_second: float = 0.0
     disk_bytes_per_second: float = 0.0
 
+    def prefill_seconds(self, tokens: int, held_tokens: int = 0) -> float:
+        """Seconds to compute a prompt of `tokens` of which the first `held_tokens` are held."""
+        pairs = tokens * tokens - held_tokens * held_tokens
+        return self.prefill_seconds_per_token * (tokens - held_tokens) + self.prefill_seconds_per_token2 * pairs
+
 
 @dataclass(frozen=True, slots=True)
 class EngineFacts:

@@ -141,6 +141,8 @@ class TurnFinished:
     output_tokens: int
     queued_ns: int
     ttft_ns: int | None
+    slowdown_ratio: float | None = None
+    """Its time from arrival to end over what it takes alone with its KV in place, by the cost model."""
     awaits_tool: bool = False
     error: str | None = None
 

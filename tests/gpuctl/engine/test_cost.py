@@ -6,9 +6,11 @@ import time
 
 import pytest
 from equipoise.gpuctl.engine.cost import _solve, fit, load_or_fit
+from equipoise.gpuctl.engine.reports import CostFigures
 from equipoise.gpuctl.engine.runner import BatchSlice, ContextMode
 from equipoise.gpuctl.engine.sequence import Slot
 from equipoise.gpuctl.tiers import disk_bytes_per_second, disk_free_bytes, host_available_bytes
+from equipoise.tests.gpuctl.engine.driving import Driven
 
 
 def test_the_fit_recovers_the_coefficients_it_was_made_from():
@@ -18,6 +20,21 @@ def test_the_fit_recovers_the_coefficients_it_was_made_from():
     per_token, per_pair = _solve(96, 384, cost(96), cost(480) - cost(384))
     assert per_token == pytest.approx(0.002)
     assert per_pair == pytest.approx(1e-6)
+
+
+def test_a_turn_that_ran_alone_is_not_slowed_down_and_one_that_waited_is():
+    driven = Driven(max_running=1)
+    driven.engine.cost = CostFigures(prefill_seconds_per_token=0.1, decode_step_seconds=1.0)
+    first = driven.turn("a", "p" * 10, 3)
+    second = driven.turn("b", "p" * 10, 3)
+    for _ in range(20):
+        driven.steps(1)
+        driven.advance(1)
+    assert first.end is not None
+    assert second.end is not None
+    assert first.end.slowdown_ratio is not None
+    assert first.end.slowdown_ratio == pytest.approx(2 / 3)  # two steps' time passed; the model says 1 s + 2 s
+    assert second.end.slowdown_ratio == pytest.approx(5 / 3)
 
 
 @pytest.mark.engine
