@@ -45,6 +45,8 @@ class HostReplay:
         self._config = config
         self._suite: GuestSuite | None = None
         self._not_run: str | None = None
+        self._outstanding: set[str] = set()
+        """Selected tests whose result has not come back."""
         if os.environ.get("EQUIPOISE_VM") == "0":
             self._not_run = "switched off by EQUIPOISE_VM=0"
 
@@ -58,12 +60,20 @@ class HostReplay:
         item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
         return True
 
+    def pytest_sessionfinish(self) -> None:
+        """Waits for the guest's own end; after Ctrl-C or -x, with results outstanding, ends it."""
+        if self._suite is None:
+            return
+        if self._outstanding:
+            self._suite.close()
+        else:
+            self._suite.wait()
+
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         """What every reader of the log should see: that the VM did not run, or how long it took."""
         if self._not_run is not None:
             terminalreporter.write_line(f"{NOT_RUN}: {self._not_run}", red=True, bold=True)
         elif self._suite is not None:
-            self._suite.wait()
             terminalreporter.write_line(f"VM tests: one boot, {self._suite.seconds:.0f} s with everything")
 
     def pytest_unconfigure(self) -> None:
@@ -75,7 +85,9 @@ class HostReplay:
             if self._suite is None:
                 selected = [each.nodeid for each in item.session.items if each.path.is_relative_to(TESTS)]
                 self._suite = GuestSuite(selected)
+                self._outstanding.update(selected)
             result = self._suite.result(item.nodeid)
+            self._outstanding.discard(item.nodeid)
             if self._suite.not_run is None:
                 hook = self._config.hook.pytest_report_from_serializable
                 reports = [hook(config=self._config, data=data) for data in result.reports]
