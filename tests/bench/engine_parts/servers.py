@@ -20,7 +20,7 @@ import os, sys, threading, xllamacpp
 params = xllamacpp.CommonParams()
 params.model.path = sys.argv[1]
 params.n_parallel, params.n_ctx, params.cache_ram_mib = int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-params.port = 0
+params.port, params.kv_unified = 0, True
 params.cpuparams.n_threads = params.cpuparams_batch.n_threads = int(sys.argv[5])
 server = xllamacpp.Server(params)
 print("listening", server.listening_address, flush=True)
@@ -44,7 +44,7 @@ def engine(*options: str, threads: int = 1) -> Iterator[str]:
 
 @contextmanager
 def llama_server(*, slots: int, context_tokens: int, cache_mib: int, threads: int = 1) -> Iterator[str]:
-    """llama.cpp's server with `slots` slots that share `context_tokens` and `cache_mib` of host RAM for prompts."""
+    """llama.cpp's server with `slots` slots that share (one pool of cells) `context_tokens` and `cache_mib` of host RAM for prompts."""
     numbers = [str(number) for number in (slots, context_tokens, cache_mib, threads)]
     with _process([sys.executable, "-c", _PEER, str(model_path()), *numbers]) as url:
         yield url
