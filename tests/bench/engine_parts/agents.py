@@ -120,7 +120,8 @@ def _recorded() -> list[list[Step]]:
             turns = _longest_pauses(json.loads(line)["turns"])
             if len(turns) <= TURNS:
                 continue
-            steps, held = [], 0
+            steps: list[Step] = []
+            held = 0.0
             for turn, following in itertools.pairwise(turns):
                 new = max(8, int(turn["prompt_tokens"] - held) // SCALE)
                 held = turn["prompt_tokens"] + turn["output_tokens"]

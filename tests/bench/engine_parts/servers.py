@@ -44,7 +44,7 @@ def engine(*options: str, threads: int = 1) -> Iterator[str]:
 
 @contextmanager
 def llama_server(*, slots: int, context_tokens: int, cache_mib: int, threads: int = 1) -> Iterator[str]:
-    """llama.cpp's server with `slots` slots that share (one pool of cells) `context_tokens` and `cache_mib` of host RAM for prompts."""
+    """llama.cpp's server: `slots` slots over one pool of `context_tokens`, `cache_mib` of host RAM for prompts."""
     numbers = [str(number) for number in (slots, context_tokens, cache_mib, threads)]
     with _process([sys.executable, "-c", _PEER, str(model_path()), *numbers]) as url:
         yield url
