@@ -40,7 +40,9 @@ def left_behind(process, out):
             continue
         if other.pid != os.getpid() and any(str(out) in word for word in words):
             found.append(" ".join(words))
-    cgroups = [str(path) for path in Path("/sys/fs/cgroup").glob(f"**/equipoise-demo-{process.pid}")]
+    # Two levels down at most: what lies deeper comes and goes under a glob's feet.
+    cgroups = [str(path) for path in Path("/sys/fs/cgroup").glob(f"*/equipoise-demo-{process.pid}")]
+    cgroups += [str(path) for path in Path("/sys/fs/cgroup").glob(f"equipoise-demo-{process.pid}")]
     return found + cgroups
 
 

@@ -75,7 +75,7 @@ class Bench:
             self.tick()
             time.sleep(0.005)
 
-    def finish(self, child: subprocess.Popen[bytes], timeout_s: float = 60.0) -> str:
+    def finish(self, child: subprocess.Popen[bytes], timeout_s: float = 180.0) -> str:
         """Wait for the agent's end and return what it printed."""
         self.wait(lambda: child.poll() is not None, "the agent's end", timeout_s)
         self.tick()

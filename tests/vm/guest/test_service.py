@@ -21,7 +21,8 @@ COMMAND = Path("/usr/local/bin/equipoise")
 SOCKET = Path("/run/equipoise/equipoise.sock")
 CGROUP = Path("/sys/fs/cgroup/system.slice") / UNIT
 # As shipped but for the time that systemd waits for a daemon that hangs: 30 s, and 20 s more for it to abort.
-DROP_IN = "[Service]\nWatchdogSec=20\nTimeoutAbortSec=2\n"
+# PrivateTmp would hide the checkout where it lies under /tmp, and with it the command that is to start.
+DROP_IN = "[Service]\nPrivateTmp=no\nWatchdogSec=20\nTimeoutAbortSec=2\n"
 
 
 def run(*command: str) -> str:
