@@ -19,6 +19,7 @@ from . import abi
 from .abi import Role
 from .errors import EbpfError, UnknownTag
 from .libbpf import BpfMap, monotonic_ns
+from .missed import MissedExits
 from .probes import Probes
 from .reader import EventReader
 
@@ -78,6 +79,7 @@ class ToolMemory:
         self._ended: set[int] = set()
         """Tags whose root has exited while processes are left."""
         self._last_tag = 0
+        self._missed = MissedExits(probes.object)
         self.reader = EventReader(
             maps["events"],
             record_of=self._tools.__getitem__,
@@ -103,6 +105,21 @@ class ToolMemory:
         gone, self._gone = self._gone, []
         for tag, slot in gone:
             self._release(tag, slot)
+        if self._missed.due(monotonic_ns()):
+            events += self.bury()
+        return events
+
+    def bury(self) -> list[Event]:
+        """Takes processes whose exit the kernel side missed out of the books; tool calls that this ends end in the next
+        drain(). drain() calls it when it may be needed.
+        """
+        events: list[Event] = []
+        for process in self._missed.bury():
+            record = self._tools[process.slot]
+            if record.tag == process.tag and record.root_tgid == process.tgid and record.role == Role.TOOL:
+                tag, peak_bytes = ToolCallId(process.tag), record.peak_bytes
+                self._ended.add(tag)
+                events.append(ToolCallEnded(monotonic_ns(), tag, None, None, peak_bytes=peak_bytes))
         return events
 
     def resync(self) -> list[Event]:

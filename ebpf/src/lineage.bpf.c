@@ -8,7 +8,7 @@
  * Each of the three hooks has two programs. The kernel skips a tracing program while another task's run of it is not
  * finished on the same CPU, and since tracepoints became preemptible (7.0) that happens to programs that are preempted:
  * in 2 % of the forks of a busy 7.3 guest. The second program then does the work; after a first that ran it finds it
- * done. bpftool counts the skipped runs as recursion_misses.
+ * done. bpftool counts the skipped runs as recursion_misses; what both missed of an exit is found by missed.py.
  */
 
 /* A process of the tool call exists now. */
@@ -161,7 +161,7 @@ static __always_inline void emit_exit(u32 kind, struct tool_record *tool, u32 sl
 	event_submit(event, true);
 }
 
-/* A process left the tool call (or agent) without exiting; the last one's leaving ends it all the same. */
+/* A process left the tool call (or agent) without an exit that we saw; the last one's leaving ends it all the same. */
 static __always_inline void remove_process(struct tool_record *tool, u32 slot, struct task_struct *task)
 {
 	if (__sync_fetch_and_sub(&tool->processes, 1) == 1)
@@ -322,6 +322,35 @@ int retag_process(struct bpf_iter__task *ctx)
 		add_process(tool, fresh.tag, fresh.slot, fresh.role, task, task->real_parent->tgid, false);
 	else if (process->tag != fresh.tag)
 		move_process(process, tool, fresh.tag, fresh.slot, fresh.role, task);
+	return 0;
+}
+
+/*
+ * Take a process whose exit was missed out of the books: user space found it dead and names it. At the walk's end, where
+ * there is no task any more. An exit that is seen after all finds the record gone, or this does: one of them counts it.
+ */
+SEC("iter/task")
+int bury_process(struct bpf_iter__task *ctx)
+{
+	struct process_record *found, process;
+	struct retag_request *request;
+	struct tool_record *tool;
+	u32 zero = 0, tgid;
+
+	request = bpf_map_lookup_elem(&retag, &zero);
+	if (ctx->task || !request)
+		return 0;
+	tgid = request->tgid;
+	found = bpf_map_lookup_elem(&processes, &tgid);
+	if (!found || found->tag != request->tag)
+		return 0;
+	process = *found;
+	if (bpf_map_delete_elem(&processes, &tgid))
+		return 0;
+	tool = tool_of(process.tag, process.slot);
+	leave_mm(process.mm);
+	if (tool)
+		remove_process(tool, process.slot, bpf_get_current_task_btf());
 	return 0;
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -236,3 +237,23 @@ def test_hundreds_of_short_processes_leave_no_trace_in_the_books(bench):
     assert bench.tools.followed_count() == (0, 0)
     assert bench.tools.losses().events_count == 0
     assert all(count == 0 for _, count in bench.tools.losses().untracked)
+
+
+def test_an_exit_that_no_program_saw_is_found_by_the_dead_process(bench):
+    agent, _ = bench.agent("tool('import os; os.read(0, 1)'); os.read(0, 1)")
+    bench.wait(bench.started, "the tool call")
+    call = bench.started()[0]
+    for link in bench.tools._probes._links[:]:  # nothing less than all programs missing it is a missed exit
+        link.destroy()
+    os.kill(call.pid, 9)
+    bench.wait(lambda: Path(f"/proc/{call.pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z", "its death")
+    bench.tick()
+    assert bench.tools.processes(call.id) == (call.pid,)
+    bench.events += bench.tools.bury()
+    bench.tick()
+    ended = bench.ended(call.id)
+    assert (ended.exit_code, ended.signal) == (None, None), "nobody saw how it ended"
+    assert bench.gone(call.id)
+    assert bench.tools.usage(call.id) is None
+    assert agent.poll() is None, "the living are left alone"
+    assert agent.pid in [pid for tag in bench.tools.tags() for pid in bench.tools.processes(tag)]
