@@ -91,7 +91,7 @@ def agent(service, agents: list["subprocess.Popen[bytes]"]) -> "subprocess.Popen
     """An agent in a sandbox of the service, in the middle of a tool call. The last one, where it still lives."""
     if not agents or agents[-1].poll() is not None:
         command = [str(COMMAND), "run", "--socket", str(SOCKET), "--tenant", "default", "--name", "vm", "--"]
-        agents.append(subprocess.Popen([*command, "sh", "-c", "sleep 1000; true"], stdout=subprocess.PIPE))
+        agents.append(subprocess.Popen([*command, "sh", "-c", "sleep 1000; exit 3"], stdout=subprocess.PIPE))
     wait_until(lambda: len(sandbox_processes()) == 2 or agents[-1].poll() is not None, "the agent and its tool call")
     assert agents[-1].poll() is None, journal()
     return agents[-1]
