@@ -30,7 +30,8 @@ from .journal.writer import clear_holds, lock_holder
 from .processes import PROC, boot_id, identify
 
 _READY = b"ready\n"
-_START_TIMEOUT_S = 10.0
+_START_TIMEOUT_S = 30.0
+"""It takes 0.2 s; a daemon that comes back on a starved machine is worth waiting for (the unit waits 60 s)."""
 _PATIENCE_S = 0.25
 """With a locked journal: whatever is stopped waits as long."""
 _IGNORED = (
