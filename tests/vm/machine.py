@@ -29,8 +29,9 @@ ATTEMPTS = 3  # one boot and at most two more, and only where the guest never re
 BOOT_FILES = Path(__file__).with_name("boot")
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHARE_IN_GUEST = Path("/vmshare")
-# Flags of a plain x86-64-v3 machine less what TCG does badly or not at all.
-CPU = "Haswell-noTSX,-pcid,-x2apic,-tsc-deadline,-invpcid"
+# Flags of a plain x86-64-v3 machine less what TCG does badly or not at all. erms: the kernel would clear and copy pages
+# with string instructions on bytes, which TCG does one by one.
+CPU = "Haswell-noTSX,-pcid,-x2apic,-tsc-deadline,-invpcid,-erms"
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .bytecode import compile_for_guest
 from .errors import VmError
 from .machine import REPOSITORY, SHARE_IN_GUEST, Machine, settings_from_environment
 from .scheduler_build import compile_scheduler
@@ -127,6 +128,7 @@ class GuestSuite:
         try:
             machine = Machine(settings_from_environment(), say=self._say)
             machine.prepare()
+            compile_for_guest(REPOSITORY, self._node_ids)
             compile_scheduler(machine.settings.cache, machine.packages, machine.vmlinux)
             outcome = machine.run(
                 _pytest_command(self._node_ids),

@@ -49,12 +49,14 @@ def has_grown(child: "subprocess.Popen[bytes]") -> bool:
     return child.stdout.readline() == b"grown\n"
 
 
-def wait_until(condition: Callable[[], object], what: str, patience_s: float = PATIENCE_S) -> None:
-    """Polls until `condition` holds; fails naming `what` did not come."""
+def wait_until(
+    condition: Callable[[], object], what: str, patience_s: float = PATIENCE_S, pause_s: float = 0.05
+) -> None:
+    """Polls until `condition` holds; fails naming `what` did not come. `pause_s`: longer where asking is work."""
     deadline = time.monotonic() + patience_s
     while not condition():
         assert time.monotonic() < deadline, f"not within {patience_s:.0f} s: {what}"
-        time.sleep(0.05)
+        time.sleep(pause_s)
 
 
 def share_of_one_cpu(driver: CgroupDriver, heavy: str, light: str) -> float:
