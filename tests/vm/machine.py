@@ -108,7 +108,12 @@ class Machine:
         return self._boot(script, share, output or _to_stdout, cancelled or threading.Event())
 
     def shell(self) -> int:
-        """An interactive root shell in the guest, on this terminal. Returns its exit code."""
+        """An interactive root shell in the guest, on this terminal. Returns its exit code.
+
+        Raises HostUnfit without a terminal: the end of a pipe would not reach the guest's shell, and no limit ends it.
+        """
+        if not sys.stdin.isatty():
+            raise HostUnfit('a shell needs a terminal on standard input; for a script use make vm CMD="bash FILE"')
         script = _command_script(["/bin/bash", "-i"], Path.cwd(), _terminal_size())
         return self._boot(script, None, None, threading.Event()).exit_code
 
