@@ -6,11 +6,13 @@ selection (-k, -m, a path), failures, skips and durations look as if it had run 
 
 import json
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from .children import signals_as_exceptions
 from .suite import REPORTS, GuestSuite
 
 TESTS = Path(__file__).parent / "guest"
@@ -44,6 +46,8 @@ class HostReplay:
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
         self._suite: GuestSuite | None = None
+        self._signals = ExitStack()
+        """While there is a guest: SIGTERM and SIGHUP end the run as Ctrl-C does, and the guest with it."""
         self._not_run: str | None = None
         self._outstanding: set[str] = set()
         """Selected tests whose result has not come back."""
@@ -79,11 +83,13 @@ class HostReplay:
     def pytest_unconfigure(self) -> None:
         if self._suite is not None:
             self._suite.close()
+        self._signals.close()
 
     def _reports(self, item: pytest.Item) -> list[pytest.TestReport]:
         if self._not_run is None:
             if self._suite is None:
                 selected = [each.nodeid for each in item.session.items if each.path.is_relative_to(TESTS)]
+                self._signals.enter_context(signals_as_exceptions())
                 self._suite = GuestSuite(selected)
                 self._outstanding.update(selected)
             result = self._suite.result(item.nodeid)
