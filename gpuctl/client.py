@@ -290,6 +290,7 @@ def _session(session: SessionKv) -> pb.SessionKv:
         disk_bytes=session.disk_bytes,
         retain_until_ns=session.retain_until_ns or 0,
         shared_tokens=session.shared_tokens,
+        charged_tokens=session.charged_tokens,
     )
 
 

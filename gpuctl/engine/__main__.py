@@ -65,6 +65,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--slot-tokens", type=_positive, help="most tokens of one conversation")
     add("--threads", type=_positive, default=max(1, min(4, (os.cpu_count() or 2) // 2)), help="compute threads")
     add("--ctx-mode", choices=[mode.value for mode in ContextMode], default=ContextMode.UNIFIED.value)
+    add(
+        "--anonymous",
+        choices=["keep", "drop"],
+        default="keep",
+        help="KV of turns that name no session: keep it for the prompt that continues it, or drop it at the turn's end",
+    )
     add("--default-policy", choices=[policy.value for policy in IdlePolicy], default=IdlePolicy.RETAIN.value)
     add("--retain-s", type=float, default=30.0, help="own retention after a turn, seconds")
     add("--max-running", type=_positive, default=16, help="turns computed together")
@@ -105,6 +111,7 @@ def _serve(options: argparse.Namespace, listener: socket.socket) -> int:
             host_bytes=options.host_bytes,
             disk_bytes=options.disk_bytes,
             max_queued_turns=options.max_queued,
+            keep_anonymous=options.anonymous == "keep",
             scheduler=SchedulerConfig(
                 step_tokens=options.step_tokens,
                 mixed_prefill_tokens=options.mixed_prefill_tokens,

@@ -16,7 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .conversation import map_prompt
 from .directing import Director
@@ -55,6 +55,8 @@ from .sequence import (
     TurnRefused,
     TurnRequest,
 )
+from .session_index import SessionIndex
+from .slo import begin_by_ns
 from .swapper import Swapper
 from .template import tool_calls_in
 from .text import TextStream
@@ -77,7 +79,9 @@ class EngineConfig:
     interrupts: bool = True
     """A turn that wishes a time to first token may interrupt a long prefill inside a step."""
     max_sessions: int = 4096
-    """Conversations remembered; one more makes the engine forget the idle one unused longest."""
+    """Conversations remembered; one more makes the engine forget the idle one unused longest, unnamed ones first."""
+    keep_anonymous: bool = True
+    """Turns that name no session leave one that a prompt continuing its text finds again; else they leave nothing."""
     max_queued_turns: int = 256
     """Turns waiting for admission; one more is refused with 429."""
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
@@ -155,6 +159,7 @@ class Engine:
         self._swapper = Swapper(runner, disk)
         self._reporter = Reporter(self._scheduler, self.totals, clock)
         self._mover = Mover(runner, self._swapper, self._scheduler, self._reporter, self.totals)
+        self._by_text = SessionIndex()
         self._live: dict[SessionId, _Live] = {}
         # A session computes one turn at a time; the next ones wait here in order of arrival.
         self._behind: dict[SessionId, collections.deque[_Submit]] = {}
@@ -238,7 +243,7 @@ class Engine:
 
     @cost.setter
     def cost(self, figures: CostFigures) -> None:
-        self._reporter.cost = figures
+        self._reporter.cost = self._scheduler.cost = figures
 
     @property
     def longest_turn_tokens(self) -> int:
@@ -312,8 +317,8 @@ class Engine:
     # Turns
 
     def _begin(self, arrival: _Submit) -> None:
-        request = arrival.request
-        session_id = request.session_id
+        arrival = self._named(arrival)
+        session_id = arrival.request.session_id
         if session_id in self._live:
             self._behind.setdefault(session_id, collections.deque()).append(arrival)
             return
@@ -324,8 +329,20 @@ class Engine:
             self._next_behind(session_id)
             return
         self._live[session_id] = live
-        live.sink(TurnAccepted(live.turn.prompt_tokens))
+        live.sink(TurnAccepted(live.turn.prompt_tokens, session_id))
         self._reporter.occupancy_due = True
+
+    def _named(self, arrival: _Submit) -> _Submit:
+        """A turn that names no session goes on with the one its prompt continues, or leaves nothing behind."""
+        request = arrival.request
+        if not request.anonymous:
+            return arrival
+        if not self.config.keep_anonymous:
+            return replace(arrival, request=replace(request, anonymous=False, ephemeral=True))
+        found = self._by_text.find(request.tenant_id, request.prompt)
+        if found is None or found not in self._scheduler.sessions:
+            return arrival
+        return replace(arrival, request=replace(request, session_id=found))
 
     def _prepare(self, arrival: _Submit) -> _Live:
         """Map the prompt onto the session and queue the turn. Raises RequestError, with nothing changed."""
@@ -368,22 +385,14 @@ class Engine:
             prompt_tokens=len(prompt.tokens),
             max_output_tokens=min(request.max_tokens or self.config.default_max_tokens, room),
         )
-        turn.due_ns = self._due_ns(request, turn, prompt.common_tokens)
+        turn.slo = request.slo
+        turn.due_ns = begin_by_ns(turn, self.cost, prompt.common_tokens)
+        session.anonymous = request.anonymous
+        self._by_text.remove(session.id)
         self._scheduler.submit(session, turn)
         if self._ledger.holding(session.id).longest()[0] is Tier.DISK:
             self._swapper.read_ahead(session.id)
         return _Live(request, turn, arrival.sink, sampler, TextStream(request.stop), bytearray())
-
-    def _due_ns(self, request: TurnRequest, turn: Turn, common_tokens: int) -> int | None:
-        """When the turn must begin to meet its SLO: what is wished less what the cost model says it takes."""
-        cost, due = self.cost, []
-        prefill_s = cost.prefill_seconds(turn.prompt_tokens, common_tokens)
-        if request.slo.ttft_ns is not None:
-            due.append(turn.arrival_ns + request.slo.ttft_ns - int(prefill_s * 1e9))
-        if request.slo.deadline_ns is not None:
-            decode_s = cost.decode_step_seconds * turn.max_output_tokens
-            due.append(turn.arrival_ns + request.slo.deadline_ns - int((prefill_s + decode_s) * 1e9))
-        return min(due, default=None)
 
     def _next_behind(self, session_id: SessionId) -> None:
         waiting = self._behind.get(session_id)
@@ -418,6 +427,8 @@ class Engine:
         del self._live[session.id]
         completed = reason is not FinishReason.CANCELLED and reason is not FinishReason.ERROR
         self._scheduler.finish(session.id, now_ns, completed=completed)
+        if session.anonymous and session.id in self._scheduler.sessions:
+            self._by_text.add(session)
         queued_ns = (turn.admitted_ns or now_ns) - turn.arrival_ns
         ttft_ns = None if turn.first_token_ns is None else turn.first_token_ns - turn.arrival_ns
         self.totals.turns_finished += 1
@@ -464,6 +475,8 @@ class Engine:
 
     def _carry_out(self, plan: StepPlan) -> None:
         failed: set[SessionId] = set()
+        for session_id in plan.forgotten:
+            self._by_text.remove(session_id)
         for move in plan.moves:
             if not self._mover.carry_out(move):
                 failed.add(move.session_id)

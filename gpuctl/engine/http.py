@@ -45,6 +45,7 @@ TENANT_HEADER = "x-equipoise-tenant"
 AWAITS_TOOL_HEADER = "x-equipoise-awaits-tool"
 TTFT_HEADER = "x-equipoise-ttft-ms"
 DEADLINE_HEADER = "x-equipoise-deadline-ms"
+TPOT_HEADER = "x-equipoise-tpot-ms"
 DEFAULT_TENANT = TenantId("default")
 _MAX_ID_CHARACTERS = 200
 
@@ -170,7 +171,11 @@ class Endpoint:
             session_id=SessionId(session) if session else None,
             peer_port=request.client.port if request.client else None,
             awaits_tool=request.headers.get(AWAITS_TOOL_HEADER, "").lower() in ("1", "true"),
-            slo=Slo(_milliseconds(request, TTFT_HEADER), _milliseconds(request, DEADLINE_HEADER)),
+            slo=Slo(
+                ttft_ns=_milliseconds(request, TTFT_HEADER),
+                deadline_ns=_milliseconds(request, DEADLINE_HEADER),
+                tpot_ns=_milliseconds(request, TPOT_HEADER),
+            ),
         )
         return body, caller
 
@@ -224,8 +229,8 @@ class Endpoint:
 
     async def _answer(self, request: Request, ask: wire.Ask) -> Response:
         stream = TurnStream(self._engine)
-        await stream.open(ask.turn)
-        answer = wire.Answer(self._engine.model.name, ask.turn.session_id, chat=ask.chat)
+        accepted = await stream.open(ask.turn)
+        answer = wire.Answer(self._engine.model.name, accepted.session_id, chat=ask.chat)
         if ask.stream:
             return StreamingResponse(
                 self._stream(stream, ask, answer),

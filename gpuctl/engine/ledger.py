@@ -8,7 +8,7 @@ Invariants (`check_integrity`):
 - a slot belongs to at most one session; a session has a slot exactly when it holds device tokens or is being computed;
 - device use is the sum of the sessions' device tokens, a shared prefix counted once, and never negative; the same for
   host and disk bytes, which share nothing;
-- a group of sessions that share a prefix has at least two members, all of which hold the whole prefix;
+- sessions that share cells form the tree of shared_cells.py, and each holds the whole prefix it shares;
 - every copy is a prefix of the conversation: a host or disk copy may be shorter or longer than what the device holds,
   never of other tokens (`truncate` shortens all copies at once).
 """
@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .sequence import SessionId, Slot, Tier
+from .shared_cells import SharedCells
 
 
 @dataclass(slots=True)
@@ -29,7 +30,6 @@ class Holding:
     device_tokens: int = 0
     host_tokens: int = 0
     disk_tokens: int = 0
-    group: SharedPrefix | None = None
 
     def longest(self) -> tuple[Tier, int]:
         """The tier of the longest copy, the nearest one where several are as long, and its length."""
@@ -42,14 +42,6 @@ class Holding:
             if tokens > best[1]:
                 best = (tier, tokens)
         return best
-
-
-@dataclass(slots=True, eq=False)
-class SharedPrefix:
-    """The first `tokens` of its members' conversations lie in the same cells."""
-
-    tokens: int
-    members: set[SessionId]
 
 
 class Ledger:
@@ -67,11 +59,12 @@ class Ledger:
         self.disk_capacity_bytes = disk_capacity_bytes
         self.bytes_per_token = bytes_per_token
         self.slot_count = slot_count
-        self._device_tokens = 0  # shared prefixes counted for each member
-        self._saved_tokens = 0  # what sharing spares
+        self._device_tokens = 0  # shared cells counted for each of their users
+        self._shared = SharedCells()
         self.host_used_tokens = 0
         self.disk_used_tokens = 0
         self._holdings: dict[SessionId, Holding] = {}
+        self._in_slots: dict[Slot, SessionId] = {}
         # Lowest first: in split mode llama.cpp batches only neighbouring slots together.
         self._free_slots: list[Slot] = [Slot(number) for number in reversed(range(slot_count))]
 
@@ -81,6 +74,10 @@ class Ledger:
     def __iter__(self) -> Iterator[SessionId]:
         return iter(self._holdings)
 
+    def on_device(self) -> list[SessionId]:
+        """The sessions that have a slot, by slot: at most `slot_count`, however many are known."""
+        return [session_id for _, session_id in sorted(self._in_slots.items())]
+
     def holding(self, session_id: SessionId) -> Holding:
         """The session's holding, an empty one where the books know nothing of it."""
         return self._holdings.get(session_id) or Holding()
@@ -89,7 +86,7 @@ class Ledger:
 
     @property
     def device_used_tokens(self) -> int:
-        return self._device_tokens - self._saved_tokens
+        return self._device_tokens - self._shared.saved_tokens
 
     @property
     def device_free_tokens(self) -> int:
@@ -124,6 +121,7 @@ class Ledger:
         holding = self._holdings.setdefault(session_id, Holding())
         if holding.slot is None:
             holding.slot = self._free_slots.pop()
+            self._in_slots[holding.slot] = session_id
         return holding.slot
 
     def grow(self, session_id: SessionId, tokens: int) -> None:
@@ -134,56 +132,44 @@ class Ledger:
     def share(self, donor_id: SessionId, session_id: SessionId, tokens: int) -> None:
         """The session, which holds a slot and nothing in it, now has the donor's first `tokens` in the same cells.
 
-        A donor that already shares does so for exactly its group's prefix: see `shareable`.
+        Raises AssertionError where the donor holds fewer; `tokens` must be above 0.
         """
         donor, holding = self._holdings[donor_id], self._holdings[session_id]
         assert not holding.device_tokens, f"{session_id}: holds {holding.device_tokens} tokens of its own"
-        if donor.group is None:
-            donor.group = SharedPrefix(tokens, {donor_id})
-        assert donor.group.tokens == tokens, f"{donor_id}: its group shares {donor.group.tokens} tokens, not {tokens}"
-        donor.group.members.add(session_id)
-        holding.group = donor.group
+        assert 0 < tokens <= donor.device_tokens, f"{donor_id}: holds {donor.device_tokens} tokens, not {tokens}"
+        self._shared.share(donor_id, session_id, tokens)
         holding.device_tokens = tokens
         self._device_tokens += tokens
-        self._saved_tokens += tokens
-
-    def shareable(self, donor_id: SessionId, common_tokens: int) -> int:
-        """How many of the `common_tokens` the donor could share: all of them, or its group's prefix, or none."""
-        donor = self.holding(donor_id)
-        common_tokens = min(common_tokens, donor.device_tokens)
-        if donor.group is None:
-            return common_tokens
-        return donor.group.tokens if donor.group.tokens <= common_tokens else 0
 
     def shared_tokens(self, session_id: SessionId) -> int:
-        """Of the session's device tokens, those in cells shared with others."""
-        group = self.holding(session_id).group
-        return group.tokens if group is not None else 0
+        """Of the session's device tokens, those in cells shared with others: a prefix."""
+        return self._shared.shared_tokens(session_id)
 
-    def freed_by_leaving(self, session_id: SessionId) -> int:
-        """Device tokens that are free once the session has left: those it shares stay for the others."""
-        return self.holding(session_id).device_tokens - self.shared_tokens(session_id)
+    def charged_tokens(self, session_id: SessionId) -> float:
+        """Device cells the session answers for: those it alone uses, and 1/n of those it uses with n - 1 others.
 
-    def _leave_group(self, session_id: SessionId, holding: Holding) -> None:
-        group, holding.group = holding.group, None
-        if group is None:
-            return
-        group.members.discard(session_id)
-        self._saved_tokens -= group.tokens
-        if len(group.members) == 1:
-            self._holdings[group.members.pop()].group = None
+        Over all sessions they add up to `device_used_tokens`.
+        """
+        own = self.holding(session_id).device_tokens - self.shared_tokens(session_id)
+        return own + self._shared.charged_tokens(session_id)
+
+    def freed_by_leaving(self, *leaving: SessionId) -> int:
+        """Device tokens that are free once all these sessions have left: what others share with them stays."""
+        own = sum(self.holding(s).device_tokens - self.shared_tokens(s) for s in leaving)
+        return own + self._shared.freed_with(leaving)
 
     def leave_device(self, session_id: SessionId) -> None:
         """The device copy and the slot are gone. Safe where there is none."""
         holding = self._holdings.get(session_id)
         if holding is None:
             return
-        self._leave_group(session_id, holding)
+        self._shared.cut(session_id, 0)
         self._device_tokens -= holding.device_tokens
         holding.device_tokens = 0
         if holding.slot is not None:
             self._free_slots.append(holding.slot)
             self._free_slots.sort(reverse=True)
+            del self._in_slots[holding.slot]
             holding.slot = None
 
     # Other tiers
@@ -211,9 +197,7 @@ class Ledger:
         holding = self._holdings.get(session_id)
         if holding is None:
             return
-        if holding.group is not None and to_tokens < holding.group.tokens:
-            # What is left of the shared cells is counted for this session alone from here on: never too little.
-            self._leave_group(session_id, holding)
+        self._shared.cut(session_id, to_tokens)
         self._device_tokens -= max(0, holding.device_tokens - to_tokens)
         holding.device_tokens = min(holding.device_tokens, to_tokens)
         self.host_used_tokens -= max(0, holding.host_tokens - to_tokens)
@@ -241,11 +225,7 @@ class Ledger:
             ("disk", self.disk_used_tokens, sum(h.disk_tokens for h in self._holdings.values())),
         ):
             assert used == total, f"{name}: books say {used}, sessions hold {total}"
-        groups = {id(h.group): h.group for h in self._holdings.values() if h.group is not None}
-        for group in groups.values():
-            members = {s for s, h in self._holdings.items() if h.group is group}
-            assert members == group.members, f"group of {group.members} is held by {members}"
-            assert len(members) > 1, f"{members}: shares with nobody"
-            assert all(self._holdings[s].device_tokens >= group.tokens for s in members), members
-        saved = sum(group.tokens * (len(group.members) - 1) for group in groups.values())
-        assert saved == self._saved_tokens, f"books say sharing spares {self._saved_tokens}, groups spare {saved}"
+        assert self._in_slots == {h.slot: s for s, h in self._holdings.items() if h.slot is not None}
+        self._shared.check_integrity({s: h.device_tokens for s, h in self._holdings.items()})
+        charged = sum(self.charged_tokens(s) for s in self._holdings)
+        assert abs(charged - self.device_used_tokens) < 1e-6, f"charged {charged}, used {self.device_used_tokens}"

@@ -3,14 +3,16 @@
 Owns: eviction order, moves between tiers, retention marks, and every change of the ledger other than growth.
 Pure, like the scheduler it serves. Must not: know of queues beyond who is computing, nor move bytes.
 
-Order of leaving: idle sessions as their retention ends, then waiting turns that still hold KV, from the back of the
-queue; sessions pinned by a directive last, and only where the caller allows it.
+Order of leaving: idle sessions nobody named, then the other idle ones, each as their retention ends; then waiting turns
+that still hold KV, from the back of the queue; sessions pinned by a directive last, and only where the caller allows
+it. What nobody named takes no host room from what somebody did.
 """
 
 from __future__ import annotations
 
 import enum
 from collections.abc import Container, Iterable
+from dataclasses import dataclass
 
 from .ledger import Ledger
 from .plan import Discard, Move, MoveDown, MoveIn, MoveOut, Share
@@ -26,6 +28,15 @@ class Reach(enum.Enum):
     UNPINNED = 2
     """Whatever no directive has pinned."""
     PINNED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Donor:
+    """A session on the device whose first `tokens` another one may use."""
+
+    session_id: SessionId
+    slot: Slot
+    tokens: int
 
 
 class Placement:
@@ -48,7 +59,7 @@ class Placement:
 
     def reclaimable(self, now_ns: int, reach: Reach, keep: Iterable[SessionId] = ()) -> int:
         """Device tokens `make_room` could free."""
-        return sum(self.ledger.freed_by_leaving(s.id) for s in self._candidates(now_ns, reach, keep))
+        return self.ledger.freed_by_leaving(*(s.id for s in self._candidates(now_ns, reach, keep)))
 
     def make_room(self, tokens: int, now_ns: int, reach: Reach, keep: Iterable[SessionId] = ()) -> None:
         """Evict until `tokens` have been freed or nobody is left to evict. Zero or less is a safe no-op."""
@@ -60,10 +71,10 @@ class Placement:
             if tokens <= 0:
                 return
 
-    def ensure_slot(self, session: Session, now_ns: int, reach: Reach) -> bool:
+    def ensure_slot(self, session: Session, now_ns: int, reach: Reach, keep: Iterable[SessionId] = ()) -> bool:
         """Whether the session has a slot or a free one exists, evicting one other session if that helps."""
         if self.ledger.holding(session.id).slot is None and not self.ledger.free_slot_count:
-            for other in self._candidates(now_ns, reach, {session.id})[:1]:
+            for other in self._candidates(now_ns, reach, {session.id, *keep})[:1]:
                 self.evict(other)
         return self.ledger.holding(session.id).slot is not None or self.ledger.free_slot_count > 0
 
@@ -71,9 +82,9 @@ class Placement:
         """Sessions that hold a slot and are not computing, in the order they should leave."""
         spared = set(keep)
         found: list[tuple[tuple[int, float, int], Session]] = []
-        for session_id in self.ledger:
+        for session_id in self.ledger.on_device():
             session = self._sessions[session_id]
-            if session_id in spared or session_id in self._computing or self.ledger.holding(session_id).slot is None:
+            if session_id in spared or session_id in self._computing:
                 continue
             pinned = session.pinned_until_ns is not None
             if pinned and reach is not Reach.PINNED:
@@ -82,11 +93,11 @@ class Placement:
                 if reach is Reach.EXPIRED:
                     continue
                 # Its turn waits: the later it will run, the sooner it may leave.
-                rank = (2 if pinned else 1, -self._service.counter(session.tenant_id), -session.turn.arrival_ns)
+                rank = (3 if pinned else 2, -self._service.counter(session.tenant_id), -session.turn.arrival_ns)
             else:
                 if reach is Reach.EXPIRED and session.retain_until_ns > now_ns:
                     continue
-                rank = (2 if pinned else 0, float(session.retain_until_ns), 0)
+                rank = (3 if pinned else 0 if session.anonymous else 1, float(session.retain_until_ns), 0)
             found.append((rank, session))
         return [session for _, session in sorted(found, key=lambda entry: entry[0])]
 
@@ -131,19 +142,26 @@ class Placement:
         """Whether `tier` takes the session's first `tokens`, making room in the host tier where that helps."""
         appended = max(0, tokens - self._valid(session, tier))
         if tier is Tier.HOST and not self.ledger.room(tier, appended):
-            self.shed_host(appended, keep=session.id)
+            self.shed_host(appended, keep=session)
         return self.ledger.room(tier, appended)
 
-    def shed_host(self, appended: int, keep: SessionId | None = None) -> None:
-        """Make room for `appended` tokens in the host tier.
+    def shed_host(self, appended: int, keep: Session | None = None) -> None:
+        """Make room for `appended` tokens in the host tier, for `keep` where given.
 
         Copies the device also holds go first (they cost nothing now), then idle sessions' copies move to disk, longest
-        unused first, where there is a disk tier.
+        unused first, where there is a disk tier; those of sessions nobody named go there first, or nowhere.
         """
         if self.ledger.room(Tier.HOST, appended):
             return
-        holders = [self._sessions[s] for s in self.ledger if s != keep and self.ledger.holding(s).host_tokens]
-        holders.sort(key=lambda s: (s.turn is not None, s.last_used_ns))
+        only_anonymous = keep is not None and keep.anonymous
+        holders = [
+            session
+            for session_id in self.ledger
+            if self.ledger.holding(session_id).host_tokens
+            and (session := self._sessions[session_id]) is not keep
+            and (session.anonymous or not only_anonymous)
+        ]
+        holders.sort(key=lambda s: (s.turn is not None, not s.anonymous, s.last_used_ns))
         for session in holders:
             holding = self.ledger.holding(session.id)
             if holding.host_tokens <= holding.device_tokens:
@@ -151,7 +169,11 @@ class Placement:
                 if self.ledger.room(Tier.HOST, appended):
                     return
         for session in holders:
-            if session.turn is None and self.demote(session) and self.ledger.room(Tier.HOST, appended):
+            if session.turn is not None or not self.ledger.holding(session.id).host_tokens:
+                continue
+            if not self.demote(session) and session.anonymous:
+                self.discard_copy(session, Tier.HOST)
+            if self.ledger.room(Tier.HOST, appended):
                 return
 
     def _valid(self, session: Session, tier: Tier) -> int:
@@ -169,33 +191,36 @@ class Placement:
             self.moves.append(MoveIn(session.id, slot, tier, tokens, directive_id))
         return slot
 
-    def share_prefix(self, session: Session, least_tokens: int) -> int:
-        """Give a session that holds nothing the longest prefix another one has on the device; the tokens shared.
+    def find_donor(self, session: Session, least_tokens: int) -> Donor | None:
+        """Who on the device holds the longest prefix of the session's conversation, `least_tokens` or more of it.
 
-        Nothing is copied and nothing computed. At least one token of the prompt stays to be computed. Only within a
-        tenant: across tenants the time to first token would tell what others have asked.
+        At least one token of the prompt stays to be computed. Only within a tenant: across tenants the time to first
+        token would tell what others have asked.
         """
-        best, donor = least_tokens - 1, None
-        for other_id in self.ledger:
+        best: Donor | None = None
+        least = least_tokens
+        for other_id in self.ledger.on_device():
             other = self._sessions[other_id]
             if other_id == session.id or other.tenant_id != session.tenant_id:
                 continue
-            if self.ledger.holding(other_id).device_tokens <= best:
+            holding = self.ledger.holding(other_id)
+            # The first tokens tell nearly all strangers apart, at the cost of one comparison of two slices.
+            if holding.device_tokens < least or other.tokens[:least] != session.tokens[:least]:
                 continue
-            if other.tokens[: best + 1] != session.tokens[: best + 1]:
-                continue
-            common = min(common_prefix(other.tokens, session.tokens), len(session.tokens) - 1)
-            tokens = self.ledger.shareable(other_id, common)
-            if tokens > best:
-                best, donor = tokens, other
-        if donor is None:
-            return 0
-        source = self.ledger.holding(donor.id).slot
-        assert source is not None
-        slot = self.ledger.open(session.id)
-        self.ledger.share(donor.id, session.id, best)
-        self.moves.append(Share(session.id, source, slot, best))
+            common = min(common_prefix(other.tokens, session.tokens), holding.device_tokens, len(session.tokens) - 1)
+            if common >= least:
+                assert holding.slot is not None
+                best, least = Donor(other_id, holding.slot, common), common + 1
         return best
+
+    def share(self, session: Session, donor: Donor) -> None:
+        """Give a session that holds nothing the donor's cells: nothing is copied and nothing computed.
+
+        The caller has seen to a slot.
+        """
+        slot = self.ledger.open(session.id)
+        self.ledger.share(donor.session_id, session.id, donor.tokens)
+        self.moves.append(Share(session.id, donor.slot, slot, donor.tokens))
 
     # Away
 

@@ -88,6 +88,7 @@ class Reporter:
                     disk_bytes=holding.disk_tokens * ledger.bytes_per_token,
                     retain_until_ns=session.pinned_until_ns,
                     shared_tokens=ledger.shared_tokens(session.id),
+                    charged_tokens=ledger.charged_tokens(session.id),
                 )
             )
         return Occupancy(

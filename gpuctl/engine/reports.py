@@ -5,6 +5,8 @@ Owns: the closed set of reports. Must not: import gRPC (client.py translates the
 
 from __future__ import annotations
 
+import math
+import sys
 from dataclasses import dataclass
 
 from .directives import Outcome
@@ -26,6 +28,24 @@ class CostFigures:
         """Seconds to compute a prompt of `tokens` of which the first `held_tokens` are held."""
         pairs = tokens * tokens - held_tokens * held_tokens
         return self.prefill_seconds_per_token * (tokens - held_tokens) + self.prefill_seconds_per_token2 * pairs
+
+    def prefill_tokens_within(self, seconds: float, held_tokens: int = 0) -> int:
+        """Most tokens after the first `held_tokens` that `prefill_seconds` says are computed within `seconds`.
+
+        The root of b n^2 + (a + 2 b held) n = seconds; without measured figures as many as one likes (sys.maxsize).
+        """
+        if seconds <= 0:
+            return 0
+        per_pair = self.prefill_seconds_per_token2
+        linear = self.prefill_seconds_per_token + 2 * per_pair * held_tokens
+        if linear + per_pair <= 0:
+            return sys.maxsize
+        # The form that does not subtract nearly equal numbers where b is small.
+        return int(2 * seconds / (linear + math.sqrt(linear * linear + 4 * per_pair * seconds)))
+
+    def decode_seconds(self, sequences: int) -> float:
+        """Seconds of a step that computes one token each of so many sequences; 0 for none."""
+        return self.decode_step_seconds + (sequences - 1) * self.decode_seconds_per_sequence if sequences else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +96,8 @@ class SessionKv:
     disk_bytes: int
     retain_until_ns: int | None
     shared_tokens: int = 0
+    charged_tokens: float = 0.0
+    """Device cells it answers for: a cell with n users counts 1/n for each. All sessions' add up to what is used."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,14 @@ bytes, sample, or know text.
 
 Rules
 - Continuous batching: every step carries one token of each decoding turn and chunks of the prompts, within step_tokens.
-- Order: the tenant with the least weighted service first; within a tenant the least margin to its SLO, then the
-  oldest turn. So an SLO buys nothing from other tenants (JITServe's order inside VTC's shares).
+- Order: the tenant with the least weighted service first; within a tenant the least margin to its SLO (slo.py), then
+  the oldest turn, members of a prefix group next to each other. So an SLO or a group buys no place from other tenants
+  (JITServe's order inside VTC's shares).
+- A turn is passed over while another of its tenant computes a prefix it will share, for a bounded number of steps
+  (prefix_groups.py). The tenant is charged for the prefix once (service.py).
+- A step's prompts are cut to what lets each decoding turn keep its wished pace, as far as the cost model knows, but
+  never below paced_prefill_tokens, nor below mixed_prefill_tokens where somebody waits for the prompt's first token:
+  a prefill always goes on.
 - A turn is admitted when its whole prompt fits and the Past-Future peak of the batch stays below capacity. Admission
   stops at the first turn that does not fit: a small turn never overtakes a large one for good.
 - A tenant below its weighted share of a full batch's places takes one from the tenant furthest above its own.
@@ -24,10 +30,17 @@ from dataclasses import dataclass
 
 from .admission import OutputLengths, peak_tokens
 from .ledger import Ledger
-from .placement import Placement, Reach
+from .placement import Donor, Placement, Reach
 from .plan import PreemptedTurn, Slice, StepPlan
+from .prefix_groups import PrefixGroups
+from .reports import CostFigures
 from .sequence import IdlePolicy, Session, SessionId, SessionPhase, TenantId, Tier, Turn
 from .service import TokenService
+from .slo import due_ns, prefill_seconds_allowed
+
+
+# Looking for sessions to forget goes through all of them, and nobody waits for it.
+_SWEEP_PERIOD_NS = 10**9
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +49,8 @@ class SchedulerConfig:
     """Most tokens of one step, prompts and outputs together."""
     mixed_prefill_tokens: int = 64
     """Most prompt tokens of a step that also decodes: bounds the pause a long prompt puts between two outputs."""
+    paced_prefill_tokens: int = 16
+    """Fewest prompt tokens of such a step while prompts wait, whatever pace a decoding turn wishes."""
     max_running: int = 16
     idle_policy: IdlePolicy = IdlePolicy.RETAIN
     retain_ns: int = 30 * 10**9
@@ -44,6 +59,8 @@ class SchedulerConfig:
     """A session unused for so long is forgotten in every tier."""
     share_prefix_tokens: int | None = None
     """Share prefixes of at least so many tokens between sessions (unified context only); None: never."""
+    group_wait_steps: int = 128
+    """Most steps a turn is passed over because another computes a prefix it will share; 0: never."""
     admission_quantile: float = 0.8
     admit_full_output: bool = False
     """Reserve every turn's whole max_tokens (no Past-Future): the cautious baseline."""
@@ -61,6 +78,10 @@ class Scheduler:
         self.running: dict[SessionId, Turn] = {}
         self.waiting: dict[SessionId, Turn] = {}
         self.placement = Placement(ledger, self.sessions, self.running, self.service)
+        self.groups = PrefixGroups(ledger, config.share_prefix_tokens, config.group_wait_steps)
+        self.cost = CostFigures()
+        """What computing takes here; without figures no wished pace shortens a prompt's chunk."""
+        self._sweep_ns = 0
         self._plan = StepPlan()
 
     # Turns
@@ -72,6 +93,8 @@ class Scheduler:
         self.sessions[session.id] = session
         self.waiting[session.id] = turn
         self.service.arrive(turn.tenant_id)
+        if not self.ledger.holding(session.id).longest()[1]:
+            self.groups.arrive(turn, session.tokens)
 
     def diverged(self, session: Session, common_tokens: int) -> None:
         """The next prompt shares only `common_tokens` with what is held: forget the rest. Call before `submit`."""
@@ -89,6 +112,7 @@ class Scheduler:
         session.retain_until_ns = now_ns + self.config.retain_ns
         self.running.pop(session_id, None)
         self.waiting.pop(session_id, None)
+        self.groups.leave(session_id)
         self.service.leave(turn.tenant_id)
         if completed:
             self.lengths.add(turn.output_tokens)
@@ -113,6 +137,8 @@ class Scheduler:
         prompt_new = min(start + count, turn.prompt_tokens) - start - again
         if prompt_new > 0:
             self.service.charge_input(turn.tenant_id, prompt_new)
+        if start + count >= turn.prompt_tokens:
+            self.groups.leave(session_id)
 
     def produced(self, session_id: SessionId) -> None:
         """One output token was sampled and appended to the session."""
@@ -155,15 +181,16 @@ class Scheduler:
         self._batch(now_ns)
         plan, self._plan = self._plan, StepPlan()
         plan.moves = self.placement.take_moves()
-        plan.wake_ns = min((s.held_until_ns for s in self.sessions.values() if s.held_until_ns), default=None)
         return plan
 
     def _ordered(self, turns: Iterable[Turn]) -> list[Turn]:
-        """Least-served tenant first; within it the turn with the least margin to its SLO, then the oldest."""
+        """Least-served tenant first; within it the turn with the least margin to its SLO, then the oldest, beside those
+        of its prefix group."""
 
-        def rank(turn: Turn) -> tuple[float, float, int]:
-            due = float("inf") if turn.due_ns is None else turn.due_ns
-            return (self.service.counter(turn.tenant_id), due, turn.arrival_ns)
+        def rank(turn: Turn) -> tuple[float, float, int, int]:
+            due = due_ns(turn, self.cost)
+            margin = float("inf") if due is None else due
+            return (self.service.counter(turn.tenant_id), margin, self.groups.standing_ns(turn), turn.arrival_ns)
 
         return sorted(turns, key=rank)
 
@@ -173,9 +200,11 @@ class Scheduler:
         if not self.waiting:
             return
         for turn in self._ordered(t for s, t in self.waiting.items() if self.sessions[s].held_until_ns is None):
+            if self.groups.passes_over(turn):
+                continue
             if len(self.running) >= self.config.max_running and not self._take_seat(turn):
                 return
-            if not self._fits(turn, now_ns):
+            if not self._find_room(turn, now_ns):
                 return
             self._enter(turn, now_ns)
 
@@ -204,22 +233,40 @@ class Scheduler:
         self.pause(youngest.session_id)
         return True
 
-    def _fits(self, turn: Turn, now_ns: int) -> bool:
-        """Make room for the turn beside the running ones, if that can be done."""
+    def _find_room(self, turn: Turn, now_ns: int) -> bool:
+        """Make room for the turn beside the running ones, and take over the prefix another has; False: not now."""
         session = self.sessions[turn.session_id]
+        donor = self._donor(session)
+        reach = Reach.UNPINNED if self.running else Reach.PINNED
+        keep = {session.id}
+        if self.running and self._missing_room(turn) > self.placement.reclaimable(now_ns, reach, keep):
+            # Perhaps beside its donor, whose cells it then need not have twice.
+            if donor is None:
+                return False
+            keep.add(donor.session_id)
+            if self._missing_room(turn) - donor.tokens > self.placement.reclaimable(now_ns, reach, keep):
+                return False
+        # Shared before the room is made: whoever leaves then, its shared cells stay.
+        if donor is not None and self.placement.ensure_slot(session, now_ns, reach, {donor.session_id}):
+            self.placement.share(session, donor)
+        elif not self.placement.ensure_slot(session, now_ns, reach):
+            return False
+        self.placement.make_room(self._missing_room(turn), now_ns, reach, keep)
+        return True
+
+    def _donor(self, session: Session) -> Donor | None:
+        if self.config.share_prefix_tokens is None or self.ledger.holding(session.id).longest()[1]:
+            return None
+        return self.placement.find_donor(session, self.config.share_prefix_tokens)
+
+    def _missing_room(self, turn: Turn) -> int:
+        """Tokens that must leave for the batch's peak with the turn in it to fit; negative: so much is free."""
         batch = [*self.running.values(), turn]
         peak = peak_tokens((len(self.sessions[t.session_id].tokens), self._left(t)) for t in batch)
         # Gross on both sides: what sharing spares within the batch stays spared in `others`.
         in_batch = sum(self.ledger.holding(t.session_id).device_tokens for t in batch)
         others = self.ledger.device_used_tokens - in_batch
-        missing = peak + others - self.ledger.device_capacity_tokens
-        alone = not self.running
-        reach = Reach.PINNED if alone else Reach.UNPINNED
-        keep = {turn.session_id}
-        if not alone and missing > self.placement.reclaimable(now_ns, reach, keep):
-            return False
-        self.placement.make_room(missing, now_ns, reach, keep)
-        return self.placement.ensure_slot(session, now_ns, reach)
+        return peak + others - self.ledger.device_capacity_tokens
 
     def _left(self, turn: Turn) -> int:
         """Output tokens the turn will likely still produce."""
@@ -230,8 +277,6 @@ class Scheduler:
     def _enter(self, turn: Turn, now_ns: int) -> None:
         session = self.sessions[turn.session_id]
         held = self.ledger.holding(session.id).longest()[1]
-        if not held and self.config.share_prefix_tokens is not None:
-            held = self.placement.share_prefix(session, self.config.share_prefix_tokens)
         self.placement.move_in(session)
         # At least the last token is computed, or there would be nothing to sample from.
         last = len(session.tokens) - 1
@@ -243,6 +288,7 @@ class Scheduler:
             self._plan.admitted.append(session.id)
         del self.waiting[session.id]
         self.running[session.id] = turn
+        self.groups.enter(session.id)
 
     # The batch
 
@@ -259,10 +305,18 @@ class Scheduler:
         awaited = [t for t in prefilling if t.due_ns is not None and t.output_tokens == 0]
         if decoding and not awaited:
             budget = min(budget, self.config.mixed_prefill_tokens)
+        seconds = prefill_seconds_allowed(decoding, self.cost, now_ns)
+        assured = self.config.mixed_prefill_tokens if awaited else self.config.paced_prefill_tokens
         for turn in awaited or prefilling:
-            if budget > 0:
-                counts[turn.session_id] = min(left[turn.session_id], budget)
-                budget -= counts[turn.session_id]
+            count = min(left[turn.session_id], budget)
+            if seconds is not None:
+                held = self.ledger.holding(turn.session_id).device_tokens
+                count = min(count, max(assured, self.cost.prefill_tokens_within(seconds, held)))
+                seconds -= self.cost.prefill_seconds(held + count, held)
+                assured -= count
+            if count > 0:
+                counts[turn.session_id] = count
+                budget -= count
         self._fit_batch(counts, turns, now_ns)
         for session_id, count in counts.items():
             holding = self.ledger.holding(session_id)
@@ -297,8 +351,7 @@ class Scheduler:
 
     def preempt(self, turn: Turn, *, tier: Tier | None = None, directive_id: str = "") -> None:
         """Take a running turn out of the batch and queue it again; its KV leaves the device (see Placement.evict)."""
-        del self.running[turn.session_id]
-        self.waiting[turn.session_id] = turn
+        self.pause(turn.session_id)
         turn.preempted_count += 1
         to_tier = self.placement.evict(self.sessions[turn.session_id], tier)
         self._plan.preempted.append(PreemptedTurn(turn.session_id, to_tier, directive_id))
@@ -307,23 +360,41 @@ class Scheduler:
         """Take a running turn out of the batch but leave its KV where it is until somebody needs the room."""
         if (turn := self.running.pop(session_id, None)) is not None:
             self.waiting[session_id] = turn
+            self.groups.leave(session_id)
 
     # Time
 
     def _expire(self, now_ns: int) -> None:
-        for session in list(self.sessions.values()):
-            if session.held_until_ns is not None and session.held_until_ns <= now_ns:
-                session.held_until_ns = None
+        """End holds and pins whose time is up; `plan` tells when the next hold ends."""
+        wake_ns: int | None = None
+        for session in self.sessions.values():
+            if session.held_until_ns is None and session.pinned_until_ns is None:
+                continue
             if session.pinned_until_ns is not None and session.pinned_until_ns <= now_ns:
                 session.pinned_until_ns = None
-            if session.turn is None and session.last_used_ns + self.config.forget_ns <= now_ns:
-                self._forget(session)
+            if session.held_until_ns is not None:
+                if session.held_until_ns <= now_ns:
+                    session.held_until_ns = None
+                else:
+                    wake_ns = min(wake_ns or session.held_until_ns, session.held_until_ns)
+        self._plan.wake_ns = wake_ns
+        if now_ns >= self._sweep_ns:
+            self._sweep_ns = now_ns + _SWEEP_PERIOD_NS
+            for session in list(self.sessions.values()):
+                if session.turn is None and (
+                    session.last_used_ns + self.config.forget_ns <= now_ns or self._void(session)
+                ):
+                    self._forget(session)
+
+    def _void(self, session: Session) -> bool:
+        """Whether nobody would miss it: it holds nothing, and no client knows its name."""
+        return session.anonymous and not self.ledger.holding(session.id).longest()[1]
 
     def forget_oldest(self) -> None:
-        """Forget the idle session unused longest. A no-op where every session has a turn."""
+        """Forget the idle session unused longest, one nobody named first. A no-op where every session has a turn."""
         idle = [session for session in self.sessions.values() if session.turn is None]
         if idle:
-            self._forget(min(idle, key=lambda session: session.last_used_ns))
+            self._forget(min(idle, key=lambda session: (not session.anonymous, session.last_used_ns)))
 
     def _forget(self, session: Session) -> None:
         self.placement.discard_all(session)

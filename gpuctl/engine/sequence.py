@@ -75,6 +75,8 @@ class Slo:
 
     ttft_ns: int | None = None
     deadline_ns: int | None = None
+    tpot_ns: int | None = None
+    """Time per output token, on average from the first token on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,7 @@ class TurnRequest:
     """One turn a client asks for."""
 
     session_id: SessionId
+    """With `anonymous` only the name of a session begun anew."""
     tenant_id: TenantId
     prompt: str
     """The whole conversation, rendered by the chat template, the assistant's header last."""
@@ -93,6 +96,8 @@ class TurnRequest:
     """A turn with a wished time to first token may interrupt another's long prefill."""
     ephemeral: bool = False
     """The session is of this turn only: its KV is dropped when the turn ends."""
+    anonymous: bool = False
+    """The client names no session: the turn goes on with the one whose whole conversation its prompt continues."""
     peer_port: int | None = None
     """The client's TCP port: lets the daemon join the session to a sandbox."""
     may_call_tools: bool = False
@@ -115,6 +120,8 @@ class TurnAccepted:
     """The first event of a turn that will be served."""
 
     prompt_tokens: int
+    session_id: SessionId
+    """The request's, or that of the anonymous session it continues."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +174,10 @@ class Turn:
     output_tokens: int = 0
     preempted_count: int = 0
     due_ns: int | None = None
-    """When it must begin to be computed to meet its SLO, as far as the cost model knows; None: no SLO."""
+    """When it must begin to be computed for its first token or its deadline; None: no such wish. See slo.py."""
+    slo: Slo = Slo()
+    group_waits: int = 0
+    """Steps it was passed over because another turn computes a prefix it will share."""
     admitted_ns: int | None = None
     """When it first entered the batch."""
     first_token_ns: int | None = None
@@ -183,6 +193,8 @@ class Session:
     text: str | None = ""
     """The text of `tokens`; None where they do not decode to clean UTF-8."""
     ephemeral: bool = False
+    anonymous: bool = False
+    """No client has named it: found again by its text only (session_index.py), and the first to give way."""
     turn: Turn | None = None
     computed_high_tokens: int = 0
     """The longest prefix of `tokens` ever computed: what lies below and is computed again had been dropped."""
@@ -194,9 +206,16 @@ class Session:
     last_used_ns: int = 0
 
 
+_COMPARED_AT_ONCE = 128
+
+
 def common_prefix(left: Sequence[Token], right: Sequence[Token]) -> int:
-    """Length of the longest common prefix."""
-    for index, (one, other) in enumerate(zip(left, right, strict=False)):
-        if one != other:
+    """Length of the longest common prefix; long equal stretches are compared as slices, some 10 times as fast."""
+    length = min(len(left), len(right))
+    start = 0
+    while start < length and left[start : start + _COMPARED_AT_ONCE] == right[start : start + _COMPARED_AT_ONCE]:
+        start += _COMPARED_AT_ONCE
+    for index in range(start, min(start + _COMPARED_AT_ONCE, length)):
+        if left[index] != right[index]:
             return index
-    return min(len(left), len(right))
+    return length

@@ -4,6 +4,10 @@ Owns: one counter per tenant and the lift when a tenant comes back. Must not: kn
 Source: Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024), algorithms 2 and 4: serve the tenant with
 the smallest counter; input tokens weigh 1, output tokens 2; the gap between two backlogged tenants stays below
 2 max(w_p L_input, w_q M).
+
+A prefix that several turns share is charged once: to their tenant (cells are never shared across tenants), by the turn
+that computes it, as it is computed. The turns that then use its cells are charged their own rest alone. What the shared
+cells occupy is split among their users in the occupancy report (Ledger.charged_tokens), not in these counters.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class Caller:
 
     tenant_id: TenantId
     session_id: SessionId | None
-    """None: the turn belongs to no conversation."""
+    """None: the client names no conversation; the engine finds the one its prompt continues."""
     peer_port: int | None
     awaits_tool: bool
     slo: Slo
@@ -89,7 +89,7 @@ def _ask(body: Json, caller: Caller, prompt: str, *, chat: bool, tools: bool, lo
     limit = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
     options = body.get("stream_options")
     turn = TurnRequest(
-        session_id=caller.session_id or SessionId(f"once-{uuid.uuid4().hex[:16]}"),
+        session_id=caller.session_id or SessionId(f"anonymous-{uuid.uuid4().hex}"),
         tenant_id=caller.tenant_id,
         prompt=prompt,
         max_tokens=_integer(body, limit, None, 1, None),
@@ -105,7 +105,7 @@ def _ask(body: Json, caller: Caller, prompt: str, *, chat: bool, tools: bool, lo
             logprobs=logprobs,
         ),
         slo=caller.slo,
-        ephemeral=caller.session_id is None,
+        anonymous=caller.session_id is None,
         peer_port=caller.peer_port,
         may_call_tools=tools,
         awaits_tool=caller.awaits_tool,
