@@ -151,7 +151,8 @@ class Placement:
         Copies the device also holds go first (they cost nothing now), then idle sessions' copies move to disk, longest
         unused first, where there is a disk tier; those of sessions nobody named go there first, or nowhere.
         """
-        if self.ledger.room(Tier.HOST, appended):
+        in_vain = appended * self.ledger.bytes_per_token > self.ledger.host_capacity_bytes
+        if in_vain or self.ledger.room(Tier.HOST, appended):
             return
         only_anonymous = keep is not None and keep.anonymous
         holders = [

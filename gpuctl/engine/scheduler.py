@@ -17,7 +17,8 @@ Rules
   a prefill always goes on.
 - A turn is admitted when its whole prompt fits and the Past-Future peak of the batch stays below capacity. Admission
   stops at the first turn that does not fit: a small turn never overtakes a large one for good.
-- A tenant below its weighted share of a full batch's places takes one from the tenant furthest above its own.
+- A tenant below its weighted share of a full batch's places takes one from the tenant furthest above its own, unless
+  it has had more service than that one.
 - A directed retention is broken only where nothing could run otherwise.
 - A running turn loses its place only when the running ones outgrow capacity: the most-served tenant's youngest goes.
 - A turn that runs alone may always go on: progress does not depend on a capacity that was lowered under it.
@@ -37,7 +38,6 @@ from .reports import CostFigures
 from .sequence import IdlePolicy, Session, SessionId, SessionPhase, TenantId, Tier, Turn
 from .service import TokenService
 from .slo import due_ns, prefill_seconds_allowed
-
 
 # Looking for sessions to forget goes through all of them, and nobody waits for it.
 _SWEEP_PERIOD_NS = 10**9
@@ -199,6 +199,7 @@ class Scheduler:
     def _admit(self, now_ns: int) -> None:
         if not self.waiting:
             return
+        self.groups.begin_step()
         for turn in self._ordered(t for s, t in self.waiting.items() if self.sessions[s].held_until_ns is None):
             if self.groups.passes_over(turn):
                 continue
@@ -228,6 +229,9 @@ class Scheduler:
         richest = max(seats, key=above_share)
         # A whole place on both sides, or two tenants would trade it back and forth.
         if above_share(turn.tenant_id) > -1 or above_share(richest) < 1:
+            return False
+        # Places are not service: where the richest in places has had less of it, the places are how it catches up.
+        if self.service.counter(turn.tenant_id) > self.service.counter(richest):
             return False
         youngest = max((t for t in self.running.values() if t.tenant_id == richest), key=lambda t: t.arrival_ns)
         self.pause(youngest.session_id)
@@ -357,10 +361,13 @@ class Scheduler:
         self._plan.preempted.append(PreemptedTurn(turn.session_id, to_tier, directive_id))
 
     def pause(self, session_id: SessionId) -> None:
-        """Take a running turn out of the batch but leave its KV where it is until somebody needs the room."""
+        """Take a running turn out of the batch but leave its KV where it is until somebody needs the room.
+
+        One that waits only leaves its prefix group: no other turn stands or waits on its behalf.
+        """
+        self.groups.leave(session_id)
         if (turn := self.running.pop(session_id, None)) is not None:
             self.waiting[session_id] = turn
-            self.groups.leave(session_id)
 
     # Time
 
@@ -381,13 +388,13 @@ class Scheduler:
         if now_ns >= self._sweep_ns:
             self._sweep_ns = now_ns + _SWEEP_PERIOD_NS
             for session in list(self.sessions.values()):
-                if session.turn is None and (
-                    session.last_used_ns + self.config.forget_ns <= now_ns or self._void(session)
-                ):
+                if session.turn is None and self._forgettable(session, now_ns):
                     self._forget(session)
 
-    def _void(self, session: Session) -> bool:
-        """Whether nobody would miss it: it holds nothing, and no client knows its name."""
+    def _forgettable(self, session: Session, now_ns: int) -> bool:
+        """Long unused; or it holds nothing and no client knows its name, so that nobody would miss it."""
+        if session.last_used_ns + self.config.forget_ns <= now_ns:
+            return True
         return session.anonymous and not self.ledger.holding(session.id).longest()[1]
 
     def forget_oldest(self) -> None:

@@ -60,6 +60,7 @@ class Driven:
         runner: FakeRunner | None = None,
         max_queued_turns: int = 256,
         max_sessions: int = 4096,
+        keep_anonymous: bool = True,
         **scheduler: Any,
     ) -> None:
         self.runner = runner or FakeRunner(physical_tokens=max(1024, kv_tokens))
@@ -70,6 +71,7 @@ class Driven:
             disk_bytes=disk_tokens * self.runner.bytes_per_token,
             max_queued_turns=max_queued_turns,
             max_sessions=max_sessions,
+            keep_anonymous=keep_anonymous,
             scheduler=SchedulerConfig(**scheduler),
         )
         self.engine = Engine(cast(Any, FakeModel()), self.runner, config, disk, clock=lambda: self.now_ns)
@@ -109,6 +111,7 @@ class Driven:
         """The books are whole and say what the runner and the swapper really hold."""
         ledger = self.engine._ledger
         ledger.check_integrity()
+        self.engine._scheduler.groups.check_integrity()
         slots: dict[int, int] = {}
         for session_id in ledger:
             holding = ledger.holding(session_id)

@@ -9,14 +9,17 @@ import pytest
 from equipoise.gpuctl.engine import directives as ask
 from equipoise.gpuctl.engine.disk_tier import DiskTier
 from equipoise.gpuctl.engine.engine import Engine, EngineConfig
+from equipoise.gpuctl.engine.reports import CostFigures
 from equipoise.gpuctl.engine.runner import ContextMode
 from equipoise.gpuctl.engine.scheduler import SchedulerConfig
 from equipoise.gpuctl.engine.sequence import (
     SessionId,
+    Slo,
     Slot,
     TenantId,
     TextDelta,
     Tier,
+    TurnAccepted,
     TurnEvent,
     TurnFinished,
     TurnRequest,
@@ -26,6 +29,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 SESSIONS = [SessionId(name) for name in "abcdef"]
 SECOND = 10**9
+SYSTEM = "You are one of several agents that work on the same task. Answer in few words and ask when in doubt. "
 
 
 class Life:
@@ -39,29 +43,50 @@ class Life:
             kv_tokens=300,
             host_bytes=200 * runner.bytes_per_token,
             disk_bytes=200 * runner.bytes_per_token,
-            scheduler=SchedulerConfig(step_tokens=64, mixed_prefill_tokens=32),
+            scheduler=SchedulerConfig(
+                step_tokens=64,
+                mixed_prefill_tokens=32,
+                share_prefix_tokens=8 if runner.mode is ContextMode.UNIFIED else None,
+            ),
         )
         self.engine = Engine(model, runner, config, disk, clock=lambda: self.now_ns)
+        self.engine.cost = CostFigures(prefill_seconds_per_token=0.001, decode_step_seconds=0.01)
         self.text: dict[SessionId, str] = {}
+        self.told: list[str] = []  # conversations of clients that name no session
+        self.continued = 0
         self.busy: dict[SessionId, list[TurnEvent]] = {}
         self.ended = 0
         self.directives = 0
 
     def act(self) -> None:
         session = self.random.choice(SESSIONS)
-        if self.random.random() < 0.5 and session not in self.busy:
+        what = self.random.random()
+        if what < 0.35 and session not in self.busy:
             prompt = self.text.get(session, "") + " a small thing" * self.random.randint(1, 8)
-            prompt = prompt if len(prompt) < 500 else " begin again" * 4
-            events: list[TurnEvent] = []
-            request = TurnRequest(session, TenantId(session), prompt, max_tokens=self.random.randint(1, 10))
-            turn_id = self.engine.submit(request, events.append)
-            self.busy[session] = events
-            self.text[session] = prompt
-            if self.random.random() < 0.1:
-                self.engine.cancel(turn_id)
+            self.ask(session, prompt if len(prompt) < 500 else " begin again" * 4, TenantId(session))
+        elif what < 0.45:
+            for _ in range(self.random.randint(2, 4)):  # a group
+                self.directives += 1
+                name = SessionId(f"member-{self.directives}")
+                slo = self.random.choice([Slo(), Slo(tpot_ns=SECOND // 50)])
+                self.ask(name, f"{SYSTEM}You have number {self.directives}.", TenantId("agents"), slo=slo)
+        elif what < 0.6:
+            self.directives += 1
+            told = self.random.choice([text for text in self.told if len(text) < 500] or [SYSTEM])
+            name = SessionId(f"unnamed-{self.directives}")
+            self.ask(name, f"{told} And then?", TenantId("agents"), anonymous=True)
         else:
             self.engine.direct(self.directive(session))
         self.now_ns += self.random.randint(0, 3 * SECOND)
+
+    def ask(self, session: SessionId, prompt: str, tenant: TenantId, **options: Any) -> None:
+        events: list[TurnEvent] = []
+        request = TurnRequest(session, tenant, prompt, max_tokens=self.random.randint(1, 10), **options)
+        turn_id = self.engine.submit(request, events.append)
+        self.busy[session] = events
+        self.text[session] = prompt
+        if self.random.random() < 0.1:
+            self.engine.cancel(turn_id)
 
     def directive(self, session: SessionId) -> Any:
         self.directives += 1
@@ -87,12 +112,18 @@ class Life:
         for session, events in list(self.busy.items()):
             if events and isinstance(events[-1], TurnFinished):
                 self.text[session] += "".join(e.text for e in events if isinstance(e, TextDelta))
+                accepted = events[0]
+                assert isinstance(accepted, TurnAccepted)
+                if session.startswith("unnamed"):
+                    self.told.append(self.text[session])
+                    self.continued += accepted.session_id != session
                 self.ended += 1
                 del self.busy[session]
 
     def compare(self) -> None:
         ledger = self.engine._ledger
         ledger.check_integrity()
+        self.engine._scheduler.groups.check_integrity()
         if self.engine._scheduler.placement.moves:
             return  # decided at this border, carried out in the next step
         booked = {ledger.holding(s).slot: ledger.holding(s).device_tokens for s in ledger}
@@ -117,5 +148,7 @@ def test_the_books_say_what_the_library_holds(make_runner, model, tmp_path, mode
     assert not life.busy, "turns that never end"
     assert life.ended > 15
     assert life.engine.totals.swap_in_count > 0
+    assert life.continued > 0
+    assert (life.engine.totals.shared_tokens > 0) == (mode is ContextMode.UNIFIED)
     assert life.engine.totals.swap_failures == 0
     disk.close()

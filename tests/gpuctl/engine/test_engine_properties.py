@@ -6,7 +6,8 @@ from typing import Any
 
 from equipoise.gpuctl.engine import directives as ask
 from equipoise.gpuctl.engine.directives import PreemptMode
-from equipoise.gpuctl.engine.sequence import FinishReason, SessionId, Tier
+from equipoise.gpuctl.engine.reports import CostFigures
+from equipoise.gpuctl.engine.sequence import FinishReason, SessionId, Slo, Tier, TurnAccepted
 from equipoise.tests.gpuctl.engine.driving import SECOND, Driven, Turn
 from equipoise.tests.gpuctl.engine.fakes import FakeRunner
 from hypothesis import HealthCheck, settings
@@ -32,8 +33,15 @@ class EngineMachine(RuleBasedStateMachine):
             mixed_prefill_tokens=8,
             share_prefix_tokens=3,
         )
+        self.driven.engine.cost = CostFigures(prefill_seconds_per_token=0.001, decode_step_seconds=0.01)
         self.under_way: dict[str, tuple[str, int, Turn]] = {}
         self.text: dict[str, str] = {}
+        self.unnamed: list[tuple[str, str, int, Turn]] = []
+        """Turns of clients that name no session: tenant, prompt, most tokens, what they see."""
+        self.told: list[tuple[str, str]] = []
+        """Tenant and text of the conversations such clients could go on with."""
+        self.owner: dict[str, str] = {}
+        """Tenant of each session that such clients were given."""
         self.numbers = 0
 
     def name(self) -> str:
@@ -52,6 +60,35 @@ class EngineMachine(RuleBasedStateMachine):
             prompt = more
         turn = self.driven.turn(session, prompt, tokens, TENANT_OF[session])
         self.under_way[session] = (prompt, tokens, turn)
+
+    @rule(
+        tenant=st.sampled_from(["red", "blue"]),
+        before=st.integers(0, 8),
+        more=st.text("xy", min_size=1, max_size=20),
+        tokens=st.integers(1, 20),
+    )
+    def ask_without_a_name(self, tenant: str, before: int, more: str, tokens: int) -> None:
+        texts = [text for owner, text in self.told if owner == tenant]
+        prompt = (texts[-1 - before] if before < len(texts) else "") + more
+        if len(prompt) > 90:
+            prompt = more
+        self.numbers += 1
+        turn = self.driven.turn(f"unnamed-{self.numbers}", prompt, tokens, tenant, anonymous=True)
+        self.unnamed.append((tenant, prompt, tokens, turn))
+
+    @rule(
+        tenant=st.sampled_from(["red", "green"]),
+        prefix=st.text("xy", min_size=4, max_size=60),
+        rests=st.lists(st.text("xy", min_size=1, max_size=6), min_size=2, max_size=5),
+        slo=st.sampled_from([Slo(), Slo(ttft_ns=SECOND), Slo(tpot_ns=SECOND // 50), Slo(deadline_ns=SECOND)]),
+    )
+    def ask_as_a_group(self, tenant: str, prefix: str, rests: list[str], slo: Slo) -> None:
+        for rest in rests:
+            self.numbers += 1
+            turn = self.driven.turn(
+                f"member-{self.numbers}", prefix + rest, 3, tenant, slo=slo, ephemeral=self.numbers % 2 == 0
+            )
+            self.under_way[f"member-{self.numbers}"] = (prefix + rest, 3, turn)
 
     @rule(count=st.integers(1, 12))
     def step(self, count: int) -> None:
@@ -104,11 +141,28 @@ class EngineMachine(RuleBasedStateMachine):
                 self.text.pop(session, None)
                 continue
             assert turn.text == self.driven.runner.expected_output(prompt, tokens), session
-            self.text[session] = prompt + turn.text
+            if session in SESSIONS:
+                self.text[session] = prompt + turn.text
+        for entry in list(self.unnamed):
+            tenant, prompt, tokens, turn = entry
+            if turn.refusal is not None:
+                raise AssertionError(turn.refusal.error)
+            if turn.end is None:
+                continue
+            self.unnamed.remove(entry)
+            assert turn.text == self.driven.runner.expected_output(prompt, tokens)
+            (accepted,) = [event for event in turn.events if isinstance(event, TurnAccepted)]
+            assert self.owner.setdefault(accepted.session_id, tenant) == tenant, "another tenant's conversation"
+            self.told.append((tenant, prompt + turn.text))
 
     @invariant()
     def the_books_are_whole(self) -> None:
-        self.driven.engine._ledger.check_integrity()
+        scheduler = self.driven.engine._scheduler
+        scheduler.ledger.check_integrity()
+        scheduler.groups.check_integrity()
+        for session_id in self.driven.engine._by_text._filed:
+            session = scheduler.sessions.get(SessionId(session_id))
+            assert session is None or (session.anonymous and session.turn is None), session_id
         assert self.driven.engine.totals.swap_failures == 0
 
     def capacity_is_kept(self) -> None:
@@ -124,6 +178,8 @@ class EngineMachine(RuleBasedStateMachine):
         self.driven.settle()
         self.collect()
         assert not self.under_way, "turns that never end"
+        assert not self.unnamed, "turns that never end"
+        assert not self.driven.engine._scheduler.groups._members
 
 
 TestEngineMachine = EngineMachine.TestCase
