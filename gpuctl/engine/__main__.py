@@ -116,7 +116,7 @@ def _serve(options: argparse.Namespace, listener: socket.socket) -> int:
                 step_tokens=options.step_tokens,
                 mixed_prefill_tokens=options.mixed_prefill_tokens,
                 max_running=min(options.max_running, runner.slot_count),
-                share_prefix_tokens=shared or None,
+                share_prefix_tokens=shared if shared > 0 else None,
                 idle_policy=IdlePolicy(options.default_policy),
                 retain_ns=int(options.retain_s * 1e9),
             ),

@@ -317,7 +317,8 @@ class Engine:
     # Turns
 
     def _begin(self, arrival: _Submit) -> None:
-        arrival = self._named(arrival)
+        known, keep = self._scheduler.sessions, self.config.keep_anonymous
+        arrival = replace(arrival, request=self._by_text.named(arrival.request, known, keep=keep))
         session_id = arrival.request.session_id
         if session_id in self._live:
             self._behind.setdefault(session_id, collections.deque()).append(arrival)
@@ -331,18 +332,6 @@ class Engine:
         self._live[session_id] = live
         live.sink(TurnAccepted(live.turn.prompt_tokens, session_id))
         self._reporter.occupancy_due = True
-
-    def _named(self, arrival: _Submit) -> _Submit:
-        """A turn that names no session goes on with the one its prompt continues, or leaves nothing behind."""
-        request = arrival.request
-        if not request.anonymous:
-            return arrival
-        if not self.config.keep_anonymous:
-            return replace(arrival, request=replace(request, anonymous=False, ephemeral=True))
-        found = self._by_text.find(request.tenant_id, request.prompt)
-        if found is None or found not in self._scheduler.sessions:
-            return arrival
-        return replace(arrival, request=replace(request, session_id=found))
 
     def _prepare(self, arrival: _Submit) -> _Live:
         """Map the prompt onto the session and queue the turn. Raises RequestError, with nothing changed."""

@@ -59,7 +59,7 @@ class SchedulerConfig:
     """A session unused for so long is forgotten in every tier."""
     share_prefix_tokens: int | None = None
     """Share prefixes of at least so many tokens between sessions (unified context only); None: never."""
-    group_wait_steps: int = 128
+    group_wait_steps: int = 512
     """Most steps a turn is passed over because another computes a prefix it will share; 0: never."""
     admission_quantile: float = 0.8
     admit_full_output: bool = False

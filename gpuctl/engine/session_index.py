@@ -16,7 +16,10 @@ cannot be a prefix of any prompt's, as a prompt is clean UTF-8.
 
 from __future__ import annotations
 
-from .sequence import Session, SessionId, TenantId
+from collections.abc import Container
+from dataclasses import replace
+
+from .sequence import Session, SessionId, TenantId, TurnRequest
 
 _BLOCK_CHARACTERS = 64
 _Key = tuple[TenantId, int]
@@ -55,6 +58,16 @@ class SessionIndex:
             del rests[_rest(text)]
         if not rests:
             del self._files[key]
+
+    def named(self, request: TurnRequest, known: Container[SessionId], *, keep: bool) -> TurnRequest:
+        """The request with the session it goes on with. Where it names none and none is found, one begins under the
+        name it brings: `keep`, to be found again; else for this turn only. `known`: those not forgotten meanwhile."""
+        if not request.anonymous:
+            return request
+        if not keep:
+            return replace(request, anonymous=False, ephemeral=True)
+        found = self.find(request.tenant_id, request.prompt)
+        return request if found is None or found not in known else replace(request, session_id=found)
 
     def find(self, tenant_id: TenantId, prompt: str) -> SessionId | None:
         """The tenant's session with the longest text that begins `prompt`."""

@@ -9,8 +9,9 @@ import pytest
 from equipoise.gpuctl.engine import directives as ask
 from equipoise.gpuctl.engine.disk_tier import DiskTier
 from equipoise.gpuctl.engine.engine import Engine, EngineConfig
+from equipoise.gpuctl.engine.ledger import Ledger
 from equipoise.gpuctl.engine.reports import CostFigures
-from equipoise.gpuctl.engine.runner import ContextMode
+from equipoise.gpuctl.engine.runner import BatchSlice, ContextMode, StepStatus
 from equipoise.gpuctl.engine.scheduler import SchedulerConfig
 from equipoise.gpuctl.engine.sequence import (
     SessionId,
@@ -152,3 +153,40 @@ def test_the_books_say_what_the_library_holds(make_runner, model, tmp_path, mode
     assert (life.engine.totals.shared_tokens > 0) == (mode is ContextMode.UNIFIED)
     assert life.engine.totals.swap_failures == 0
     disk.close()
+
+
+def test_what_nested_sharing_spares_in_the_books_is_really_free_in_the_library(make_runner, model):
+    runner = make_runner(mode=ContextMode.UNIFIED, kv_tokens=512, slot_count=4, step_tokens=64)
+    ledger = Ledger(device_capacity_tokens=runner.physical_tokens, slot_count=4, bytes_per_token=runner.bytes_per_token)
+    names = [SessionId(name) for name in "abcd"]
+
+    def grow(name: SessionId, count: int) -> StepStatus:
+        slot = ledger.open(name)
+        while count:
+            part = min(count, 64)
+            tokens = [(7 * i) % 1000 + 3 for i in range(part)]
+            status = runner.step([BatchSlice(slot, ledger.holding(name).device_tokens, tokens)]).status
+            if status is not StepStatus.DONE:
+                return StepStatus(status)
+            ledger.grow(name, part)
+            count -= part
+        return StepStatus.DONE
+
+    def share(donor: SessionId, name: SessionId, tokens: int) -> None:
+        slot, source = ledger.open(name), ledger.holding(donor).slot
+        ledger.share(donor, name, tokens)
+        runner.share(source, slot, tokens)
+
+    assert grow(names[0], 200) is StepStatus.DONE
+    for donor, name, tokens in ((0, 1, 180), (1, 2, 90), (0, 3, 120)):
+        share(names[donor], names[name], tokens)
+        assert grow(names[name], 60) is StepStatus.DONE
+    assert ledger.device_used_tokens == 200 + 3 * 60
+    # The donor of all of it leaves: only what it alone used is free.
+    freed = ledger.freed_by_leaving(names[0])
+    runner.cut(ledger.holding(names[0]).slot, 0)
+    ledger.leave_device(names[0])
+    ledger.check_integrity()
+    assert (freed, ledger.device_used_tokens) == (20, 360)
+    assert grow(names[3], ledger.device_free_tokens) is StepStatus.DONE, "the library is full where the books are not"
+    assert grow(names[2], 1) is StepStatus.NO_ROOM, "the library has more than the books say"

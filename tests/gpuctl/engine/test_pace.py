@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from equipoise.gpuctl.engine.reports import CostFigures
 from equipoise.gpuctl.engine.sequence import SessionId, Slo, TenantId, Turn, TurnId
@@ -96,7 +98,7 @@ def test_as_many_prompt_tokens_fit_a_time_as_their_cost_says(seconds, held, per_
 class Paced(Driven):
     """Its clock moves by what each step costs."""
 
-    def __init__(self, cost: CostFigures = COST, **options: object) -> None:
+    def __init__(self, cost: CostFigures = COST, **options: Any) -> None:
         super().__init__(**options)
         self.engine.cost = cost
         self.prompt_chunks: list[int] = []

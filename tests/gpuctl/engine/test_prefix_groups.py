@@ -11,6 +11,7 @@ from equipoise.gpuctl.engine.prefix_groups import PrefixGroups
 from equipoise.gpuctl.engine.scheduler import Scheduler, SchedulerConfig
 from equipoise.gpuctl.engine.sequence import Session, SessionId, Slo, TenantId, Turn, TurnId
 from equipoise.tests.gpuctl.engine.driving import SECOND, Driven
+from equipoise.tests.gpuctl.engine.driving import Turn as DrivenTurn
 from equipoise.tests.gpuctl.engine.fakes import FakeRunner
 
 PREFIX = "You are one of several agents. Your tools are: " * 4
@@ -168,7 +169,7 @@ def test_the_service_gap_of_backlogged_tenants_stays_within_vtcs_bound_although_
     runner = FakeRunner(physical_tokens=4 * kv_tokens)  # the fake has each shared cell as often as it has users
     driven = Driven(kv_tokens=kv_tokens, runner=runner, share_prefix_tokens=10, max_running=4)
     left = {"grouped": 300, "plain": 300}
-    under_way: dict[str, list] = {"grouped": [], "plain": []}
+    under_way: dict[str, list[DrivenTurn]] = {"grouped": [], "plain": []}
     service = driven.engine._scheduler.service
     bound = 2 * max(prompt_tokens, 2 * kv_tokens)
     gap = 0.0
