@@ -78,7 +78,7 @@ class PrefixGroups:
     def arrive(self, turn: Turn, tokens: Sequence[Token]) -> None:
         """A turn that holds nothing is queued. `tokens`: its prompt first; kept, so it may only grow.
 
-        About 30 us per 1000 tokens.
+        Takes 10 to 20 us per 1000 tokens.
         """
         if self._least_tokens is None or len(tokens) <= self._least_tokens:
             return

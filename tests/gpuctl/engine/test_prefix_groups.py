@@ -6,10 +6,23 @@ import time
 
 import pytest
 from equipoise.gpuctl.engine import directives as ask
+from equipoise.gpuctl.engine.engine import Engine, EngineConfig
 from equipoise.gpuctl.engine.ledger import Ledger
 from equipoise.gpuctl.engine.prefix_groups import PrefixGroups
+from equipoise.gpuctl.engine.runner import ContextMode
 from equipoise.gpuctl.engine.scheduler import Scheduler, SchedulerConfig
-from equipoise.gpuctl.engine.sequence import Session, SessionId, Slo, TenantId, Turn, TurnId
+from equipoise.gpuctl.engine.sequence import (
+    Session,
+    SessionId,
+    Slo,
+    TenantId,
+    Turn,
+    TurnEvent,
+    TurnFinished,
+    TurnId,
+    TurnRequest,
+    common_prefix,
+)
 from equipoise.tests.gpuctl.engine.driving import SECOND, Driven
 from equipoise.tests.gpuctl.engine.driving import Turn as DrivenTurn
 from equipoise.tests.gpuctl.engine.fakes import FakeRunner
@@ -243,3 +256,27 @@ def test_a_group_that_has_gone_leaves_nothing_behind():
         groups.check_integrity()
     assert not groups._groups
     assert not groups._members
+
+
+@pytest.mark.engine
+def test_the_real_model_computes_a_common_prompt_once_for_all_its_agents(make_runner, model):
+    runner = make_runner(mode=ContextMode.UNIFIED, kv_tokens=1024, slot_count=4)
+    config = EngineConfig(kv_tokens=1024, scheduler=SchedulerConfig(step_tokens=64, share_prefix_tokens=8))
+    engine = Engine(model, runner, config)
+    prompts = [f"{PREFIX}You are agent number {n}." for n in range(4)]
+    ends: list[TurnFinished] = []
+
+    def sink(event: TurnEvent) -> None:
+        if isinstance(event, TurnFinished):
+            ends.append(event)
+
+    for n, prompt in enumerate(prompts):
+        engine.submit(TurnRequest(SessionId(f"agent-{n}"), TenantId("t"), prompt, max_tokens=2), sink)
+    for _ in range(40):
+        engine.cycle()
+        engine._ledger.check_integrity()
+    tokens = [model.tokenize(prompt) for prompt in prompts]
+    common = min(common_prefix(tokens[0], other) for other in tokens[1:])
+    assert len(ends) == 4
+    assert common > 3 * (len(tokens[0]) - common)
+    assert engine.totals.prefill_tokens == common + sum(len(each) - common for each in tokens)
