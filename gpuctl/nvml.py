@@ -68,6 +68,17 @@ class Nvml:
         answers = (self._memory(handle) for handle in self._handles)
         return tuple(GpuMemory(int(answer.total), int(answer.used)) for answer in answers if answer)
 
+    def energy_joules(self, index: int) -> float | None:
+        """What one GPU has used since the driver was loaded: one call, for a reader that asks many times a second.
+
+        None where the GPU does not tell, or after close().
+        """
+        if index >= len(self._handles):
+            return None
+        handle, nvml = self._handles[index], self._binding
+        millijoules = self._ask(lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(handle))
+        return None if millijoules is None else millijoules / 1000
+
     def close(self) -> None:
         if self._handles:
             self._handles = ()
@@ -81,7 +92,6 @@ class Nvml:
         memory = self._memory(handle)
         rates = self._ask(lambda: nvml.nvmlDeviceGetUtilizationRates(handle))
         milliwatts = self._ask(lambda: nvml.nvmlDeviceGetPowerUsage(handle))
-        millijoules = self._ask(lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(handle))
         processes = self._ask(lambda: nvml.nvmlDeviceGetComputeRunningProcesses(handle))
         return Gpu(
             index=index,
@@ -92,7 +102,7 @@ class Nvml:
             busy_ratio=rates.gpu / 100 if rates else None,
             memory_busy_ratio=rates.memory / 100 if rates else None,
             power_watts=milliwatts / 1000 if milliwatts is not None else None,
-            energy_joules=millijoules / 1000 if millijoules is not None else None,
+            energy_joules=self.energy_joules(index),
             processes=None
             if processes is None
             else tuple(
