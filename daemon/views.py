@@ -115,6 +115,11 @@ def session_view(session: Session, snapshot: Snapshot) -> pb.SessionView:
         host_bytes=session.host_bytes,
         verdict=session.verdict.value if session.verdict else "",
         in_tool_call=snapshot.running_call_of(session.id) is not None,
+        ended_turn_count=session.cost.turn_count,
+        pte=session.cost.pte,
+        wasted_pte=session.cost.wasted_pte,
+        energy_joules=session.cost.energy_joules,
+        slowdown_ratio=session.cost.slowdown_ratio,
     )
 
 

@@ -229,6 +229,11 @@ def report_message(reported: Reported) -> pb.EngineReport:
                     output_tokens=ended.output_tokens,
                     ttft_ns=ended.ttft_ns or 0,
                     queued_ns=ended.queued_ns,
+                    pte=ended.cost.pte,
+                    wasted_pte=ended.cost.wasted_pte,
+                    energy_joules=ended.cost.energy_joules,
+                    duration_ns=ended.cost.duration_ns,
+                    ideal_ns=ended.cost.ideal_ns,
                 )
             )
         case SessionMoved() as moved:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..policies.accounting import TurnCost
 from ..policies.events import Event, KvObserved, SessionMoved, TurnEnded, TurnPreempted, TurnStarted
 from ..policies.model import (
     CostModel,
@@ -66,6 +67,17 @@ def cost_of(cost: pb.CostModel) -> CostModel:
     )
 
 
+def turn_cost_of(ended: pb.TurnEnded) -> TurnCost:
+    """What an ended turn cost; what the engine left out stays None, never 0."""
+    return TurnCost(
+        pte=ended.pte if ended.HasField("pte") else None,
+        wasted_pte=ended.wasted_pte,
+        energy_joules=ended.energy_joules if ended.HasField("energy_joules") else None,
+        duration_ns=ended.duration_ns,
+        ideal_ns=ended.ideal_ns if ended.HasField("ideal_ns") else None,
+    )
+
+
 def event_of(report: pb.EngineReport, engine: EngineId) -> Event | None:
     """The event a report stands for; None for one that this version does not know."""
     match report.WhichOneof("report"):
@@ -96,6 +108,7 @@ def event_of(report: pb.EngineReport, engine: EngineId) -> Event | None:
                 output_tokens=ended.output_tokens,
                 ttft_ns=ended.ttft_ns,
                 queued_ns=ended.queued_ns,
+                cost=turn_cost_of(ended),
             )
         case "session_moved":
             moved = report.session_moved

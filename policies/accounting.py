@@ -7,10 +7,10 @@ PTE states all work of a turn in one unit, the computing of one prompt token wit
     PTE = prefill tokens + gamma x sum over decode steps of the tokens of context each step reads
 
 Source: Su et al., "Beyond Accuracy: Unveiling Inefficiency Patterns in Tool-Integrated Reasoning" (2026, arXiv
-2604.05404): PTE = sum over turns of D_prefill + gamma L_seq D_decode. Here D_prefill is what was really computed (tokens
-found in the cache are not, tokens computed again because their KV was dropped are), and L_seq x D_decode is summed step
-by step, so that a turn cut in two costs what it costs whole. An output token's own place in the KV is computed with the
-next step; that of the last one, if ever, as a prompt token of the next turn: nothing is counted twice.
+2604.05404): PTE = sum over turns of D_prefill + gamma L_seq D_decode. Here D_prefill is what was really computed
+(tokens found in the cache are not, tokens computed again because their KV was dropped are), and L_seq x D_decode is
+summed step by step, so that a turn cut in two costs what it costs whole. A step computes the KV of the output drawn
+before it; that of the last output, if ever, is a prompt token's of the next turn: nothing is counted twice.
 
 gamma is what one token of context adds to a decode step, in prefill tokens: bytes of KV to be read against
 multiplications to be done. On known GPUs it follows from the model's shape and the GPU; elsewhere it is measured.
@@ -25,8 +25,8 @@ from dataclasses import dataclass
 FLOPS_PER_BYTE = {"H100": 756.5, "H200": 348.1, "A100": 322.5}
 """Operational intensity a GPU needs to be busy: peak FLOP/s over memory bandwidth, by what NVML's name of it contains.
 
-The paper's figures. They are those of the data sheets' 16-bit peak with sparsity on the PCIe and NVL boards (1513 TFLOP/s
-over 2.0 TB/s, 1671 over 4.8, 624 over 1.935); an SXM board of the same name differs by up to a fifth.
+The paper's figures. They agree with the data sheets' 16-bit peak with sparsity on the PCIe and NVL boards (1513
+TFLOP/s over 2.0 TB/s, 1671 over 4.8, 624 over 1.935); an SXM board of the same name differs by up to a fifth.
 """
 
 
@@ -134,8 +134,8 @@ class TurnCost:
     duration_ns: int = 0
     """From arrival to end, waiting included."""
     ideal_ns: int | None = None
-    """What the cost model says the turn takes alone on this machine with its KV in place: the new part of its prompt and
-    its outputs, no queue, no neighbours, no swap, nothing computed twice. None: no cost model, or no output."""
+    """What the cost model says the turn takes alone on this machine with its KV in place: the new part of its prompt
+    and its outputs, no queue, no neighbours, no swap, nothing computed twice. None: no cost model, or no output."""
 
     @property
     def slowdown_ratio(self) -> float | None:

@@ -6,9 +6,10 @@ journal stores them. An Outcome is an event like any other.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
+from .accounting import TurnCost
 from .actions import Decision, Outcome
 from .model import (
     CgroupId,
@@ -237,6 +238,7 @@ class TurnEnded:
     output_tokens: int
     ttft_ns: int
     queued_ns: int
+    cost: TurnCost = field(default_factory=TurnCost)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import NewType
 
+from .accounting import SessionCost
+
 TenantId = NewType("TenantId", str)
 CgroupId = NewType("CgroupId", int)
 """A cgroup's id in the v2 hierarchy: the inode of its directory. It names a sandbox on either layout."""
@@ -270,6 +272,8 @@ class Session:
     verdict: Verdict | None = None
     """What was last asked of the engine for this session."""
     verdict_ns: int = 0
+    cost: SessionCost = field(default_factory=SessionCost)
+    """Of its turns that ended while this daemon and the engine knew each other."""
 
     def device_tokens(self) -> int:
         return self.held_tokens if self.tier is KvTier.DEVICE else 0

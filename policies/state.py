@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import assert_never
 
+from .accounting import SessionCost
 from .actions import (
     Action,
     Decision,
@@ -116,6 +117,8 @@ class State:
         self._decisions: dict[DecisionId, Decision] = {}
         self._weights: set[tuple[EngineId, TenantId, float]] = set()
         self._left_behind: set[SessionId] = set()
+        self._early_costs: dict[SessionId, tuple[EngineId, SessionCost]] = {}
+        """Of sessions whose turns ended before their engine's first picture of them."""
         self._pressure_since_ns: int | None = None
 
     def resolve(self, tool_call: ToolCallId) -> ToolCallId:
@@ -456,6 +459,7 @@ class State:
         )
         self.sessions = {key: s for key, s in self.sessions.items() if s.engine != event.engine}
         self._weights = {told for told in self._weights if told[0] != event.engine}
+        self._early_costs = {key: early for key, early in self._early_costs.items() if early[0] != event.engine}
 
     def _kv_observed(self, event: KvObserved) -> None:
         engine = self.engines.get(event.engine)
@@ -487,8 +491,11 @@ class State:
                 turn_count=known.turn_count,
                 verdict=known.verdict,
                 verdict_ns=known.verdict_ns,
+                cost=self._early_costs.get(session.id, (event.engine, known.cost))[1],
             )
         self.sessions = seen
+        # The picture is whole: a session that is not in it is gone, and its early costs with it.
+        self._early_costs = {key: early for key, early in self._early_costs.items() if early[0] != event.engine}
 
     def _turn_started(self, event: TurnStarted) -> None:
         self._left_behind.discard(event.session)
@@ -501,7 +508,13 @@ class State:
     def _turn_ended(self, event: TurnEnded) -> None:
         if session := self.sessions.get(event.session):
             self._accrue_all(event.at_ns)
-            self.sessions[session.id] = replace(session, phase=SessionPhase.IDLE, last_finish=event.finish_reason)
+            cost = session.cost.plus(event.cost)
+            self.sessions[session.id] = replace(
+                session, phase=SessionPhase.IDLE, last_finish=event.finish_reason, cost=cost
+            )
+        elif event.engine in self.engines:
+            _, so_far = self._early_costs.get(event.session, (event.engine, SessionCost()))
+            self._early_costs[event.session] = (event.engine, so_far.plus(event.cost))
 
     def _session_moved(self, event: SessionMoved) -> None:
         if session := self.sessions.get(event.session):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from ...policies.accounting import TurnCost
 from ...policies.model import EngineId, FinishReason, SessionId, TenantId
 
 
@@ -43,6 +44,7 @@ class Turn:
     output_tokens: int = 0
     ttft_ns: int | None = None
     queued_ns: int | None = None
+    cost: TurnCost | None = None
 
 
 @dataclass(frozen=True, slots=True)

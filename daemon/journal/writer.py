@@ -293,6 +293,7 @@ class Journal(HoldBook):
                 output_tokens=event.output_tokens,
                 ttft_ns=event.ttft_ns,
                 queued_ns=event.queued_ns,
+                cost=event.cost,
             )
         )
 

@@ -21,8 +21,9 @@ from pathlib import Path
 from starlette.applications import Starlette
 from uvicorn import Config, Server
 
+from ..energy import EnergyAbsence, open_meter
 from . import llama
-from .cost import load_or_fit
+from .cost import gamma_of_gpus, load_or_fit
 from .disk_tier import DiskTier
 from .engine import Engine, EngineConfig
 from .errors import EngineError, ListenError
@@ -33,6 +34,7 @@ from .runner import ContextMode, LlamaRunner
 from .scheduler import SchedulerConfig
 from .sequence import IdlePolicy, TenantId
 
+_log = logging.getLogger(__name__)
 _UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "kB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -103,6 +105,9 @@ def _serve(options: argparse.Namespace, listener: socket.socket) -> int:
     disk = None
     if options.disk_bytes:
         disk = DiskTier(options.disk_folder or cache_folder() / "kv", f"{path} {path.stat().st_size} {llama.VERSION}")
+    meter = open_meter(on_gpu=options.gpu_layers != 0 and llama.library().llama_supports_gpu_offload())
+    if isinstance(meter, EnergyAbsence):
+        _log.info("energy_not_measured reason=%r remedy=%r", meter.reason, meter.remedy)
     engine = Engine(
         model,
         runner,
@@ -122,6 +127,8 @@ def _serve(options: argparse.Namespace, listener: socket.socket) -> int:
             ),
         ),
         disk,
+        gamma=gamma_of_gpus(model, options.gpu_layers),
+        meter=None if isinstance(meter, EnergyAbsence) else meter,
     )
     engine.cost = load_or_fit(runner, path, options.threads, cache_folder(), disk.folder if disk else None)
     engine.start()
@@ -129,6 +136,8 @@ def _serve(options: argparse.Namespace, listener: socket.socket) -> int:
         asyncio.run(_serve_http(options, engine, listener))
     finally:
         engine.stop()
+        if not isinstance(meter, EnergyAbsence):
+            meter.close()
         runner.close()
         model.close()
     return 0

@@ -29,3 +29,11 @@ def map_prompt(model: LanguageModel, session: Session, text: str) -> Prompt:
         return Prompt([*session.tokens, *rest], len(session.tokens))
     tokens = model.tokenize(text)
     return Prompt(tokens, common_prefix(session.tokens, tokens))
+
+
+def joined(prompt: str, output: bytes | bytearray) -> str | None:
+    """The conversation's text after a turn; None where the output is not clean UTF-8."""
+    try:
+        return prompt + output.decode("utf-8")
+    except UnicodeDecodeError:
+        return None

@@ -1,9 +1,11 @@
 """What computing and copying KV costs on this machine: fitted when the engine starts, kept per model and machine.
 
-Owns: the measurements, the fit, and the file that keeps it. Must not: decide by it (policies/economy.py does).
+Owns: the measurements, the fit, the file that keeps it, and where gamma comes from (policies/accounting.py says what it
+is). Must not: decide by it (policies/economy.py does).
 
 Prefill of C tokens is taken as a C + b C^2 (matrix products per token, attention per pair); a decode step of n
-sequences as t_1 + (n - 1) t_more. Each figure is the least of its repetitions: what disturbs one only adds time.
+sequences as t_1 + (n - 1) t_more, t_1 growing with each token of context. Each figure is the least of its repetitions:
+what disturbs one only adds time.
 """
 
 from __future__ import annotations
@@ -13,21 +15,26 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ...policies.accounting import Gamma, gamma_from_table
+from ..nvml import NvmlAbsence, open_nvml
 from ..tiers import disk_bytes_per_second
 from . import llama
+from .language_model import LanguageModel
 from .reports import CostFigures
 from .runner import BatchSlice, Runner
 from .sequence import SamplingParams, Slot
 
 _CHUNK_TOKENS = 96
-_FILE_VERSION = 1
+_FILE_VERSION = 2
+_SHORT_TOKENS = 8
+_LEAST_ROUNDS, _MOST_ROUNDS = 12, 48
 
 
 def fit(runner: Runner, disk_folder: Path | None = None) -> CostFigures:
-    """Measure; takes one or two seconds on a small model. The runner must be empty and is empty again afterwards.
+    """Measure; takes a few seconds on a small model. The runner must be empty and is empty again afterwards.
 
     Figures that cannot be measured in a context this small stay 0.
     """
@@ -38,7 +45,7 @@ def fit(runner: Runner, disk_folder: Path | None = None) -> CostFigures:
     runner.cut(first, 0)
 
     def prefill(start: int) -> float:
-        return _least(2, lambda: runner.step([BatchSlice(first, start, tokens)]), lambda: runner.cut(first, start))
+        return _least(3, lambda: runner.step([BatchSlice(first, start, tokens)]), lambda: runner.cut(first, start))
 
     near = prefill(0)
     reach = 0
@@ -59,10 +66,11 @@ def fit(runner: Runner, disk_folder: Path | None = None) -> CostFigures:
     many = min(8, runner.slot_count)
     held = [reach] + [0] * (many - 1)
     for n in range(1, many):
-        runner.step([BatchSlice(Slot(n), 0, tokens[:8])])
-        held[n] = 8
+        runner.step([BatchSlice(Slot(n), 0, tokens[:_SHORT_TOKENS])])
+        held[n] = _SHORT_TOKENS
     one = decode(1)
     more = max(0.0, (decode(many) - one) / (many - 1)) if many > 1 else 0.0
+    per_context_token = _context_seconds(runner, held) if many > 1 else 0.0
 
     began = time.perf_counter()
     chunks = [runner.take(first, 0)]
@@ -76,6 +84,7 @@ def fit(runner: Runner, disk_folder: Path | None = None) -> CostFigures:
         prefill_seconds_per_token2=per_pair,
         decode_step_seconds=one,
         decode_seconds_per_sequence=more,
+        decode_seconds_per_context_token=per_context_token,
         host_bytes_per_second=host,
         disk_bytes_per_second=(disk_bytes_per_second(disk_folder) or 0.0) if disk_folder else 0.0,
     )
@@ -90,6 +99,25 @@ def _least(times: int, work: Callable[[], object], undo: Callable[[], object]) -
         best = min(best, time.perf_counter() - began)
         undo()
     return best
+
+
+def _context_seconds(runner: Runner, held: Sequence[int]) -> float:
+    """Seconds that one token of context adds to a decode step; 0 where slot 0 holds no more than slot 1.
+
+    A small difference of two steps: they take turns, so that what slows the machine for a while slows both, and go on
+    until the longer context takes longer.
+    """
+    best = [float("inf"), float("inf")]
+    for taken in range(_MOST_ROUNDS):
+        for n in range(2):
+            began = time.perf_counter()
+            runner.step([BatchSlice(Slot(n), held[n], [5])])
+            best[n] = min(best[n], time.perf_counter() - began)
+            runner.cut(Slot(n), held[n])
+        if taken >= _LEAST_ROUNDS and best[0] > best[1]:
+            break
+    grown = held[0] - held[1]
+    return max(0.0, best[0] - best[1]) / grown if grown > 0 else 0.0
 
 
 def _solve(chunk: int, reach: int, near: float, far: float) -> tuple[float, float]:
@@ -118,6 +146,19 @@ def load_or_fit(runner: Runner, model: Path, threads: int, folder: Path, disk_fo
     except OSError:
         pass  # a cache that cannot be written costs the next start a second
     return figures
+
+
+def gamma_of_gpus(model: LanguageModel, gpu_layers: int) -> Gamma | None:
+    """gamma by the table, where it holds: a dense model that lies whole on GPUs of one known kind. None elsewhere."""
+    whole = gpu_layers < 0 or gpu_layers > model.layer_count  # the output layer counts as one
+    if not whole or model.expert_count or not llama.library().llama_supports_gpu_offload():
+        return None
+    opened = open_nvml()
+    if isinstance(opened, NvmlAbsence):
+        return None
+    names = [gpu.name for gpu in opened.sample()]
+    opened.close()
+    return gamma_from_table(model.shape, names)
 
 
 def _cpu_name() -> str:

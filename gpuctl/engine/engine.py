@@ -18,7 +18,9 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from .conversation import map_prompt
+from ...policies.accounting import Gamma
+from ..energy import EnergyMeter
+from .conversation import joined, map_prompt
 from .directing import Director
 from .directives import Directive, Outcome, OutcomeStatus
 from .disk_tier import DiskTier
@@ -33,9 +35,9 @@ from .reports import (
     EngineFacts,
     Occupancy,
     Totals,
-    TurnEnded,
     TurnPreempted,
     TurnStarted,
+    turn_ended,
 )
 from .runner import BatchSlice, Runner, Sampler, StepStatus
 from .scheduler import Scheduler, SchedulerConfig
@@ -60,6 +62,7 @@ from .slo import begin_by_ns
 from .swapper import Swapper
 from .template import tool_calls_in
 from .text import TextStream
+from .turn_cost import Accounts, AccountsNow
 
 _log = logging.getLogger(__name__)
 
@@ -124,6 +127,7 @@ class _Call:
 
 
 _Arrival = _Submit | _Cancel | _Direct | _Call
+Books = tuple[Occupancy, dict[TenantId, float], AccountsNow]
 
 
 class Engine:
@@ -134,8 +138,10 @@ class Engine:
         config: EngineConfig,
         disk: DiskTier | None = None,
         clock: Callable[[], int] = time.monotonic_ns,
+        gamma: Gamma | None = None,
+        meter: EnergyMeter | None = None,
     ) -> None:
-        """`clock` answers CLOCK_MONOTONIC nanoseconds; tests give their own."""
+        """`clock` answers CLOCK_MONOTONIC nanoseconds; tests give their own. `gamma` and `meter` as in turn_cost.py."""
         self._clock = clock
         self._wake_ns: int | None = None
         self._stuck = False
@@ -157,6 +163,7 @@ class Engine:
         self._scheduler = Scheduler(config.scheduler, self._ledger, physical_tokens=runner.physical_tokens)
         self._director = Director(self._scheduler)
         self._swapper = Swapper(runner, disk)
+        self._accounts = Accounts(clock, self.totals, gamma, meter)
         self._reporter = Reporter(self._scheduler, self.totals, clock)
         self._mover = Mover(runner, self._swapper, self._scheduler, self._reporter, self.totals)
         self._by_text = SessionIndex()
@@ -212,13 +219,14 @@ class Engine:
         """Run `function` on the engine's thread at the next step border (tests, metrics)."""
         self._inbox.put(_Call(function))
 
-    def books_now(self, timeout_s: float = 30.0) -> tuple[Occupancy, dict[TenantId, float]]:
-        """The books and the tenants' service counters at the next step border.
+    def books_now(self, timeout_s: float = 30.0) -> Books:
+        """The books, the tenants' service counters and what turns have cost, at the next step border.
 
         Raises EngineError where the loop does not answer in time.
         """
-        answer: queue.SimpleQueue[tuple[Occupancy, dict[TenantId, float]]] = queue.SimpleQueue()
-        self.call(lambda: answer.put((self._reporter.occupancy(), self._scheduler.service.counters())))
+        answer: queue.SimpleQueue[Books] = queue.SimpleQueue()
+        service, accounts = self._scheduler.service, self._accounts
+        self.call(lambda: answer.put((self._reporter.occupancy(), service.counters(), accounts.now())))
         try:
             return answer.get(timeout=timeout_s)
         except queue.Empty:
@@ -243,7 +251,7 @@ class Engine:
 
     @cost.setter
     def cost(self, figures: CostFigures) -> None:
-        self._reporter.cost = self._scheduler.cost = figures
+        self._reporter.cost = self._scheduler.cost = self._accounts.cost = figures
 
     @property
     def longest_turn_tokens(self) -> int:
@@ -411,54 +419,32 @@ class Engine:
             live.sink(TextDelta(rest))
         if reason is FinishReason.STOP and live.request.may_call_tools and tool_calls_in(live.text)[1]:
             reason = FinishReason.TOOL_CALLS
-        session.text = _joined(live.request.prompt, live.output)
+        session.text = joined(live.request.prompt, live.output)
         live.sampler.close()
         del self._live[session.id]
         completed = reason is not FinishReason.CANCELLED and reason is not FinishReason.ERROR
         self._scheduler.finish(session.id, now_ns, completed=completed)
         if session.anonymous and session.id in self._scheduler.sessions:
             self._by_text.add(session)
-        queued_ns = (turn.admitted_ns or now_ns) - turn.arrival_ns
-        ttft_ns = None if turn.first_token_ns is None else turn.first_token_ns - turn.arrival_ns
-        self.totals.turns_finished += 1
-        live.sink(
-            TurnFinished(
-                reason=reason,
-                prompt_tokens=turn.prompt_tokens,
-                cached_tokens=turn.cached_tokens,
-                recomputed_tokens=turn.recomputed_tokens,
-                output_tokens=turn.output_tokens,
-                queued_ns=queued_ns,
-                ttft_ns=ttft_ns,
-                slowdown_ratio=self._slowdown(turn, now_ns),
-                awaits_tool=live.request.awaits_tool or reason is FinishReason.TOOL_CALLS,
-                error=error,
-            )
+        cost = self._accounts.close(turn, session, now_ns)
+        end = TurnFinished(
+            reason=reason,
+            prompt_tokens=turn.prompt_tokens,
+            cached_tokens=turn.cached_tokens,
+            recomputed_tokens=turn.recomputed_tokens,
+            output_tokens=turn.output_tokens,
+            queued_ns=(turn.admitted_ns or now_ns) - turn.arrival_ns,
+            ttft_ns=None if turn.first_token_ns is None else turn.first_token_ns - turn.arrival_ns,
+            cost=cost,
+            session_cost=session.cost,
+            awaits_tool=live.request.awaits_tool or reason is FinishReason.TOOL_CALLS,
+            error=error,
         )
+        live.sink(end)
         told = live.request.awaits_tool and completed
-        self._reporter.report(
-            TurnEnded(
-                session_id=session.id,
-                tenant_id=session.tenant_id,
-                turn_id=turn.id,
-                finish_reason=FinishReason.TOOL_CALLS if told else reason,
-                prompt_tokens=turn.prompt_tokens,
-                cached_tokens=turn.cached_tokens,
-                recomputed_tokens=turn.recomputed_tokens,
-                output_tokens=turn.output_tokens,
-                ttft_ns=ttft_ns,
-                queued_ns=queued_ns,
-            )
-        )
+        self._reporter.report(turn_ended(turn, end, FinishReason.TOOL_CALLS if told else reason))
         self._reporter.occupancy_due = True
         self._next_behind(session.id)
-
-    def _slowdown(self, turn: Turn, now_ns: int) -> float | None:
-        # What was dropped and computed again is part of the slowdown, not of the ideal.
-        in_place = min(turn.prompt_tokens, turn.cached_tokens + turn.recomputed_tokens)
-        ideal_s = self.cost.prefill_seconds(turn.prompt_tokens, in_place)
-        ideal_s += max(0, turn.output_tokens - 1) * self.cost.decode_step_seconds
-        return (now_ns - turn.arrival_ns) / 1e9 / ideal_s if ideal_s > 0 and turn.output_tokens else None
 
     # Carrying out a plan
 
@@ -483,6 +469,8 @@ class Engine:
         slices = [item for item in plan.slices if item.session_id not in failed]
         if slices:
             self._step(slices)
+        else:
+            self._accounts.pause()
 
     def _step(self, slices: list[Slice]) -> None:
         batch = []
@@ -498,7 +486,9 @@ class Engine:
         self._runner.forget_interrupt()
         if self._interruptible and self._urgent.is_set():
             return
+        self._accounts.begin_step()
         result = self._runner.step(batch)
+        self._accounts.end_step((self._live[item.session_id].turn, item) for item in slices)
         self._interruptible = False
         self.totals.steps += 1
         if result.status is StepStatus.NO_ROOM:
@@ -515,12 +505,10 @@ class Engine:
                 self._take_token(self._live[item.session_id], sampled, now_ns)
 
     def _book(self, item: Slice, count: int) -> None:
-        live = self._live[item.session_id]
-        before = live.turn.recomputed_tokens
+        turn = self._live[item.session_id].turn
+        before = turn.recomputed_tokens
         self._scheduler.computed(item.session_id, item.start, count)
-        self.totals.recomputed_tokens += live.turn.recomputed_tokens - before
-        prompt_part = max(0, min(item.start + count, live.turn.prompt_tokens) - item.start)
-        self.totals.prefill_tokens += prompt_part
+        self._accounts.book(turn, item.start, count, turn.recomputed_tokens - before)
 
     def _book_aborted(self, slices: list[Slice]) -> None:
         """An interrupted step keeps what llama.cpp had finished; the rest is planned again."""
@@ -580,11 +568,3 @@ class Engine:
                 session_id, turn.tenant_id, turn.id, turn.prompt_tokens, turn.cached_tokens, live.request.peer_port
             )
         )
-
-
-def _joined(prompt: str, output: bytearray) -> str | None:
-    """The conversation's text after a turn; None where the output is not clean UTF-8."""
-    try:
-        return prompt + output.decode("utf-8")
-    except UnicodeDecodeError:
-        return None

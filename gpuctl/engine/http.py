@@ -150,8 +150,8 @@ class Endpoint:
         return JSONResponse(listing["data"][0])
 
     async def metrics(self, request: Request) -> Response:
-        occupancy, service = await asyncio.to_thread(self._engine.books_now)
-        return Response(metrics.page(occupancy, service), media_type=CONTENT_TYPE_LATEST)
+        books = await asyncio.to_thread(self._engine.books_now)
+        return Response(metrics.page(*books), media_type=CONTENT_TYPE_LATEST)
 
     async def health(self, request: Request) -> Response:
         return PlainTextResponse("ok\n")

@@ -9,11 +9,14 @@ import ctypes
 from functools import cached_property
 from pathlib import Path
 
+from ...policies.accounting import ModelShape
 from . import llama
 from .errors import ModelError
 from .model import check_gguf
 from .sequence import Token
 from .template import ChatTemplate
+
+KV_ELEMENT_BYTES = 2  # F16, llama.cpp's default: runner.py asks for no other
 
 
 class LanguageModel:
@@ -61,6 +64,29 @@ class LanguageModel:
         buffer = ctypes.create_string_buffer(4096)
         length = self._lib.llama_model_meta_val_str(self.handle, key.encode(), buffer, len(buffer))
         return buffer.value.decode("utf-8", "replace") if length >= 0 else None
+
+    @cached_property
+    def shape(self) -> ModelShape:
+        """What decides gamma. Head sizes as the GGUF names them, else the embedding's width over the heads."""
+        width = self._lib.llama_model_n_embd(self.handle) // max(1, self._lib.llama_model_n_head(self.handle))
+        return ModelShape(
+            layer_count=self.layer_count,
+            kv_head_count=self._lib.llama_model_n_head_kv(self.handle),
+            key_dimension=self._number("attention.key_length") or width,
+            value_dimension=self._number("attention.value_length") or width,
+            kv_element_bytes=KV_ELEMENT_BYTES,
+            parameter_count=self.parameter_count,
+        )
+
+    @cached_property
+    def expert_count(self) -> int:
+        """0: a dense model."""
+        return self._number("expert_count")
+
+    def _number(self, key: str) -> int:
+        """A whole number of the metadata, below the architecture's name; 0 where there is none."""
+        text = self.metadata(f"{self.metadata('general.architecture')}.{key}")
+        return int(text) if text is not None and text.isdigit() else 0
 
     @cached_property
     def chat_template(self) -> ChatTemplate:

@@ -142,6 +142,8 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "llama_model_n_ctx_train": (c_int32, [ptr]),
     "llama_model_n_layer": (c_int32, [ptr]),
     "llama_model_n_embd": (c_int32, [ptr]),
+    "llama_model_n_head": (c_int32, [ptr]),
+    "llama_model_n_head_kv": (c_int32, [ptr]),
     "llama_model_n_params": (ctypes.c_uint64, [ptr]),
     "llama_model_is_recurrent": (c_bool, [ptr]),
     "llama_model_is_hybrid": (c_bool, [ptr]),

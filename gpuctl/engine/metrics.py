@@ -7,20 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from .reports import Occupancy
 from .sequence import TenantId, Tier
+from .turn_cost import AccountsNow
 
 _PREFIX = "equipoise_engine_"
 
 
 class _Page(Collector):
-    def __init__(self, occupancy: Occupancy, service: Mapping[TenantId, float]) -> None:
+    def __init__(self, occupancy: Occupancy, service: Mapping[TenantId, float], accounts: AccountsNow) -> None:
         self._occupancy = occupancy
         self._service = service
+        self._accounts = accounts
 
     def collect(self) -> Iterable[Metric]:
         now, totals = self._occupancy, self._occupancy.totals
@@ -59,6 +61,7 @@ class _Page(Collector):
         for tenant_id, units in sorted(self._service.items()):
             service.add_metric([tenant_id], units)
         yield service
+        yield from _costs(self._accounts)
         gauges: dict[str, tuple[float, str]] = {
             "device_used_tokens": (now.device_used_tokens, "Tokens held on the device."),
             "device_capacity_tokens": (now.device_capacity_tokens, "Tokens the device may hold."),
@@ -72,8 +75,40 @@ class _Page(Collector):
             yield GaugeMetricFamily(_PREFIX + name, text, value=amount)
 
 
-def page(occupancy: Occupancy, service: Mapping[TenantId, float]) -> bytes:
+def _costs(accounts: AccountsNow) -> Iterable[Metric]:
+    """Of turns that have ended. Without energy counters there is no energy series; the info says so in words."""
+    gamma = accounts.gamma
+    yield InfoMetricFamily(
+        _PREFIX + "accounting",
+        "Where gamma comes from, and what counts energy.",
+        value={
+            "gamma": "not measured" if gamma is None else gamma.source.value,
+            "energy": "+".join(accounts.energy_counters) or "not measured",
+        },
+    )
+    if gamma is not None:
+        text = "What a token of context adds to a decode step, in prefill tokens."
+        yield GaugeMetricFamily(_PREFIX + "gamma_ratio", text, value=gamma.prefill_tokens)
+    pte = CounterMetricFamily(
+        _PREFIX + "prefill_token_equivalents", "Work of turns, in prefill tokens (PTE).", labels=["tenant"]
+    )
+    wasted = CounterMetricFamily(
+        _PREFIX + "wasted_prefill_token_equivalents", "Of it, what dropped KV cost again.", labels=["tenant"]
+    )
+    energy = CounterMetricFamily(
+        _PREFIX + "energy_joules", "What the device used while turns were computed.", labels=["tenant"]
+    )
+    for tenant_id, cost in sorted(accounts.tenants.items()):
+        if gamma is not None:
+            pte.add_metric([tenant_id], cost.pte)
+        wasted.add_metric([tenant_id], cost.wasted_pte)
+        if cost.energy_joules is not None:
+            energy.add_metric([tenant_id], cost.energy_joules)
+    yield from (pte, wasted, energy)
+
+
+def page(occupancy: Occupancy, service: Mapping[TenantId, float], accounts: AccountsNow) -> bytes:
     """The text exposition of one moment."""
     registry = CollectorRegistry()
-    registry.register(_Page(occupancy, service))
+    registry.register(_Page(occupancy, service, accounts))
     return generate_latest(registry)

@@ -9,8 +9,9 @@ import math
 import sys
 from dataclasses import dataclass
 
+from ...policies.accounting import TurnCost
 from .directives import Outcome
-from .sequence import FinishReason, SessionId, SessionPhase, TenantId, Tier, TurnId
+from .sequence import FinishReason, SessionId, SessionPhase, TenantId, Tier, Turn, TurnFinished, TurnId
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,8 @@ class CostFigures:
     prefill_seconds_per_token2: float = 0.0
     decode_step_seconds: float = 0.0
     decode_seconds_per_sequence: float = 0.0
+    decode_seconds_per_context_token: float = 0.0
+    """What each token of context adds to a decode step: reading its KV."""
     host_bytes_per_second: float = 0.0
     disk_bytes_per_second: float = 0.0
 
@@ -138,6 +141,24 @@ class TurnEnded:
     output_tokens: int
     ttft_ns: int | None
     queued_ns: int
+    cost: TurnCost
+
+
+def turn_ended(turn: Turn, end: TurnFinished, reason: FinishReason) -> TurnEnded:
+    """The report of what the turn's client was told; `reason` may be plainer to the daemon than to the client."""
+    return TurnEnded(
+        session_id=turn.session_id,
+        tenant_id=turn.tenant_id,
+        turn_id=turn.id,
+        finish_reason=reason,
+        prompt_tokens=end.prompt_tokens,
+        cached_tokens=end.cached_tokens,
+        recomputed_tokens=end.recomputed_tokens,
+        output_tokens=end.output_tokens,
+        ttft_ns=end.ttft_ns,
+        queued_ns=end.queued_ns,
+        cost=end.cost,
+    )
 
 
 @dataclass(frozen=True, slots=True)

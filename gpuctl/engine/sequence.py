@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NewType
 
+from ...policies.accounting import SessionCost, TurnCost
 from .errors import RequestError
 
 SessionId = NewType("SessionId", str)
@@ -148,8 +149,9 @@ class TurnFinished:
     output_tokens: int
     queued_ns: int
     ttft_ns: int | None
-    slowdown_ratio: float | None = None
-    """Its time from arrival to end over what it takes alone with its KV in place, by the cost model."""
+    cost: TurnCost
+    session_cost: SessionCost
+    """Of all turns of its session so far, this one included."""
     awaits_tool: bool = False
     error: str | None = None
 
@@ -204,6 +206,7 @@ class Session:
     """A directed retention: kept on the device even under pressure."""
     held_until_ns: int | None = None
     last_used_ns: int = 0
+    cost: SessionCost = field(default_factory=SessionCost)
 
 
 _COMPARED_AT_ONCE = 128

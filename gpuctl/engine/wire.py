@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ...policies.accounting import SessionCost, TurnCost
 from .errors import RequestError
 from .json_grammar import grammar_of_any_object, grammar_of_schema
 from .language_model import LanguageModel
@@ -251,9 +252,24 @@ class Answer:
             "session": self._session_id,
             "recomputed_tokens": end.recomputed_tokens,
             "queued_ms": round(end.queued_ns / 1e6, 3),
-            "slowdown_ratio": None if end.slowdown_ratio is None else round(end.slowdown_ratio, 3),
             "ttft_ms": None if end.ttft_ns is None else round(end.ttft_ns / 1e6, 3),
+            **_cost(end.cost),
+            "session_cost": {"turns": end.session_cost.turn_count, **_cost(end.session_cost)},
         }
+
+
+def _cost(cost: TurnCost | SessionCost) -> Json:
+    """null: not known, or not measured."""
+    return {
+        "pte": _rounded(cost.pte),
+        "pte_wasted": _rounded(cost.wasted_pte),
+        "energy_joules": _rounded(cost.energy_joules),
+        "slowdown_ratio": _rounded(cost.slowdown_ratio),
+    }
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 3)
 
 
 def usage(end: TurnFinished) -> Json:

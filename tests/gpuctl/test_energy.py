@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -66,6 +67,7 @@ def test_a_counter_that_wrapped_goes_on(package, tmp_path):
     assert cpu.joules() == 3.0
     use(package, RANGE_UJ)
     before = cpu.joules()
+    assert before is not None
     use(package, 0)
     assert cpu.joules() == pytest.approx(before + 1e-6)
     cpu.close()
@@ -103,11 +105,11 @@ def test_a_counter_that_may_not_be_read_is_an_absence_that_says_so(package, tmp_
     # Root reads files of mode 0: a folder in its place cannot be read by anybody.
     (tmp_path / "intel-rapl:1" / "energy_uj").unlink()
     (tmp_path / "intel-rapl:1" / "energy_uj").mkdir()
-    before = len(os.listdir("/proc/self/fd"))
+    before = len([*Path("/proc/self/fd").iterdir()])
     absence = cpu_energy(tmp_path)
     assert isinstance(absence, EnergyAbsence)
     assert "energy_uj" in absence.reason and "root" in absence.remedy
-    assert len(os.listdir("/proc/self/fd")) == before, "the package that could be read is closed again"
+    assert len([*Path("/proc/self/fd").iterdir()]) == before, "the package that could be read is closed again"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read any file")
@@ -150,6 +152,7 @@ def standin(tmp_path_factory):
 def ask(standin: Path, root: Path, pid: int = 4321, **environment: str):
     """Names and four readings of the meter of a process on GPUs, or the absence, in a process with the stand-in."""
     script = f"""
+import itertools
 import json
 import os
 from dataclasses import asdict
@@ -170,7 +173,7 @@ else:
 
 
 def growth(readings: list[float]) -> list[float]:
-    return [round(later - sooner, 6) for sooner, later in zip(readings, readings[1:], strict=False)]
+    return [round(later - sooner, 6) for sooner, later in itertools.pairwise(readings)]
 
 
 def test_the_gpus_a_process_computes_on_are_added(standin, tmp_path):

@@ -32,9 +32,9 @@ def test_a_turn_that_ran_alone_is_not_slowed_down_and_one_that_waited_is():
         driven.advance(1)
     assert first.end is not None
     assert second.end is not None
-    assert first.end.slowdown_ratio is not None
-    assert first.end.slowdown_ratio == pytest.approx(2 / 3)  # two steps' time passed; the model says 1 s + 2 s
-    assert second.end.slowdown_ratio == pytest.approx(5 / 3)
+    assert first.end.cost.slowdown_ratio is not None
+    assert first.end.cost.slowdown_ratio == pytest.approx(2 / 3)  # two steps' time passed; the model says 1 s + 2 s
+    assert second.end.cost.slowdown_ratio == pytest.approx(5 / 3)
 
 
 @pytest.mark.engine
