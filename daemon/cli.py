@@ -233,8 +233,17 @@ def _after_dashes(words: list[str], command: str) -> list[str]:
 
 
 def _add_ps(commands: Commands) -> None:
-    parser = _add(commands, "ps", _ps, "list tool calls", "equipoise ps", "equipoise ps --all --json")
+    parser = _add(
+        commands,
+        "ps",
+        _ps,
+        "list tool calls, or sessions",
+        "equipoise ps",
+        "equipoise ps --all --json",
+        "equipoise ps --sessions",
+    )
     parser.add_argument("--all", action="store_true", help="finished ones too")
+    parser.add_argument("--sessions", action="store_true", help="the engines' sessions instead, and what they cost")
     parser.add_argument("--tenant", default="", help="of one tenant only")
     parser.add_argument("--json", action="store_true", help="one JSON array")
 
@@ -242,6 +251,13 @@ def _add_ps(commands: Commands) -> None:
 def _ps(arguments: argparse.Namespace) -> int:
     from . import printing
 
+    if arguments.sessions:
+        sessions = client.list_sessions(arguments.socket, arguments.tenant)
+        if arguments.json:
+            print(json.dumps([printing.session_dict(s) for s in sessions], indent=1))
+        else:
+            printing.sessions(sessions)
+        return 0
     calls = client.list_tool_calls(arguments.socket, arguments.tenant)
     shown = [c for c in calls if arguments.all or not c.end_ns]
     if arguments.json:

@@ -91,6 +91,14 @@ def list_tool_calls(socket: str, tenant: str = "") -> list[policy_pb2.ToolCallVi
         return list(stub.ListToolCalls(request, timeout=TIMEOUT_S).tool_calls)
 
 
+def list_sessions(socket: str, tenant: str = "") -> list[policy_pb2.SessionView]:
+    """The engines' conversations, by id. Raises CommandError."""
+    with channel(socket) as opened:
+        stub = policy_pb2_grpc.PolicyServiceStub(opened)
+        (picture,) = stub.Watch(policy_pb2.WatchRequest(once=True), timeout=TIMEOUT_S)
+        return [session for session in picture.sessions if tenant in ("", session.tenant_id)]
+
+
 def explain(
     socket: str, tool_call: str = "", session: str = "", tenant: str = "", limit: int = 20
 ) -> list[policy_pb2.DecisionView]:

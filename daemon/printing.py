@@ -18,7 +18,13 @@ from .api.v1 import policy_pb2 as pb
 def as_dict(message: Message) -> dict[str, Any]:
     """With the names of the .proto file; numbers stay numbers."""
     plain = MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
-    return {name: int(v) if isinstance(v, str) and name.endswith(("_ns", "_bytes")) else v for name, v in plain.items()}
+    numbers = ("_ns", "_bytes", "_tokens")
+    return {name: int(v) if isinstance(v, str) and name.endswith(numbers) else v for name, v in plain.items()}
+
+
+def session_dict(session: pb.SessionView) -> dict[str, Any]:
+    """As as_dict; what was not measured or is not known is there, and None."""
+    return {field.name: None for field in session.DESCRIPTOR.fields} | as_dict(session)
 
 
 _WIDTH_WITHOUT_TERMINAL = 180
@@ -55,6 +61,33 @@ def tool_calls(calls: list[pb.ToolCallView], console: Console | None = None) -> 
             f"{call.hard_bytes / MIB:.0f}" if call.hard_bytes else "-",
             f"{call.kv_held_bytes / MIB:.1f}",
             call.verdict or "-",
+        )
+    console.print(table)
+
+
+def sessions(found: list[pb.SessionView], console: Console | None = None) -> None:
+    """One row a session; a line where there are none."""
+    console = console or _console()
+    if not found:
+        console.print("no sessions")
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("SESSION", "TENANT", "STATE", "KV"):
+        table.add_column(name, no_wrap=True, overflow="ellipsis", max_width=44)
+    for name in ("TOKENS", "TURNS", "PTE", "WASTED", "JOULES", "SLOWDOWN"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for session in found:
+        table.add_row(
+            escape(session.session_id),
+            escape(session.tenant_id),
+            session.phase,
+            session.tier,
+            f"{session.held_tokens}/{session.context_tokens}",
+            str(session.ended_turn_count),
+            f"{session.pte:.0f}" if session.HasField("pte") else "not known",
+            f"{session.wasted_pte:.0f}",
+            f"{session.energy_joules:.1f}" if session.HasField("energy_joules") else "not measured",
+            f"{session.slowdown_ratio:.2f}" if session.HasField("slowdown_ratio") else "not known",
         )
     console.print(table)
 

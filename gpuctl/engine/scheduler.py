@@ -90,6 +90,8 @@ class Scheduler:
         """Queue a turn. The session's tokens are its whole prompt, and the ledger holds a true prefix of them."""
         assert session.turn is None, f"{session.id}: one turn at a time"
         session.turn = turn
+        # The prompt's last token is computed in any case, for its logits: that recomputes nothing that was dropped.
+        session.computed_high_tokens = min(session.computed_high_tokens, turn.prompt_tokens - 1)
         self.sessions[session.id] = session
         self.waiting[session.id] = turn
         self.service.arrive(turn.tenant_id)

@@ -149,7 +149,7 @@ class Accounts:
         cost = TurnCost(
             pte=pte(work, gamma) if gamma is not None else None,
             wasted_pte=work.wasted_tokens,
-            energy_joules=self._energy.close(turn.id) if self._energy is not None else None,
+            energy_joules=self._close_energy(turn),
             duration_ns=now_ns - turn.arrival_ns,
             ideal_ns=self._ideal_ns(turn),
         )
@@ -161,6 +161,14 @@ class Accounts:
             sums = replace(sums, energy_joules=(sums.energy_joules or 0.0) + cost.energy_joules)
         self._tenants[turn.tenant_id] = sums
         return cost
+
+    def _close_energy(self, turn: Turn) -> float | None:
+        if self._energy is None:
+            return None
+        joules = self._energy.close(turn.id)
+        if not self._work:
+            self._energy.pause()  # now, and not at the next step border: the engine may sleep before that
+        return joules
 
     def _ideal_ns(self, turn: Turn) -> int | None:
         # What was dropped and computed again is part of the slowdown, not of the ideal.

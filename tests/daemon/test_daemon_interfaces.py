@@ -141,8 +141,15 @@ def test_an_engine_that_attaches_is_seen_and_told_the_weights(daemon):
     )  # fmt: skip
     ending: list[bool] = []
 
+    session = engine_pb2.SessionKv(
+        session_id="gold/ada", tenant_id="gold", tier=engine_pb2.KV_TIER_DEVICE, held_tokens=7
+    )
+    ended = engine_pb2.TurnEnded(session_id="gold/ada", turn_id="t1", pte=43.06, duration_ns=30, ideal_ns=10)
+
     def reports():
         yield hello
+        yield engine_pb2.EngineReport(at_ns=time.monotonic_ns(), turn_ended=ended)
+        yield engine_pb2.EngineReport(at_ns=time.monotonic_ns(), occupancy=engine_pb2.Occupancy(sessions=[session]))
         while not ending:
             time.sleep(0.05)
 
@@ -155,6 +162,12 @@ def test_an_engine_that_attaches_is_seen_and_told_the_weights(daemon):
     assert told == {"gold": 2.0, "silver": 1.0}
     [engine] = daemon.watch().engines
     assert (engine.engine_id, engine.kind, engine.attached) == ("e1", "fake", True)
+    eventually(lambda: daemon.watch().sessions)
+    table = daemon.cli("ps", "--sessions").stdout.splitlines()
+    assert len(table) == 2 and "gold/ada" in table[1] and "not measured" in table[1]
+    [cost] = json.loads(daemon.cli("ps", "--sessions", "--json").stdout)
+    assert (cost["pte"], cost["energy_joules"], cost["slowdown_ratio"]) == (43.06, None, 3.0)
+    assert json.loads(daemon.cli("ps", "--sessions", "--tenant", "silver", "--json").stdout) == []
     ending.append(True)
     stream.cancel()
     eventually(lambda: not daemon.watch().engines[0].attached)

@@ -16,6 +16,7 @@ from equipoise.daemon.holds import Hold, HoldCause, HoldKind
 from equipoise.daemon.journal import Journal, JournalReader, Loss, Sample, Series, Turn, lock_holder, schema
 from equipoise.daemon.journal import writer as writer_module
 from equipoise.daemon.processes import ProcessRef, boot_id
+from equipoise.policies.accounting import TurnCost
 from equipoise.policies.actions import (
     Action,
     Candidate,
@@ -138,12 +139,14 @@ def test_a_turn_is_one_row_from_its_start_to_its_end(tmp_path: Path) -> None:
     journal.flush()
     with JournalReader(tmp_path / "j") as reader:
         assert reader.turns() == (Turn(engine, session, "t1", 100, 20, started_ns=5),)
-    journal.record(TurnEnded(9, engine, session, "t1", FinishReason.TOOL_CALLS, 100, 20, 3, 40, 2, 1))
+    cost = TurnCost(pte=80.5, wasted_pte=3.0, duration_ns=4, ideal_ns=2)
+    journal.record(TurnEnded(9, engine, session, "t1", FinishReason.TOOL_CALLS, 100, 20, 3, 40, 2, 1, cost))
     journal.close()
     with JournalReader(tmp_path / "j") as reader:
         (turn,) = reader.turns()
     assert (turn.started_ns, turn.ended_ns, turn.output_tokens) == (5, 9, 40)
     assert turn.finish_reason is FinishReason.TOOL_CALLS
+    assert turn.cost == cost and turn.cost.energy_joules is None
 
 
 def test_a_hold_is_on_disk_before_take_returns_and_outlives_the_process(tmp_path: Path) -> None:

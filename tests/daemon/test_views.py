@@ -7,8 +7,10 @@ from io import StringIO
 
 import pytest
 from equipoise.daemon import printing, views, words
+from equipoise.daemon.api.v1 import policy_pb2 as pb
 from equipoise.daemon.history import History
 from equipoise.daemon.sandbox_server import notice
+from equipoise.policies.accounting import TurnCost
 from equipoise.policies.actions import (
     Action,
     Drop,
@@ -33,8 +35,9 @@ from equipoise.policies.events import (
     OutcomeObserved,
     SandboxRegistered,
     SandboxRemoved,
+    TurnEnded,
 )
-from equipoise.policies.model import MIB, CgroupId, DecisionId, KvTier, TenantId, ToolCallId, Verdict
+from equipoise.policies.model import MIB, CgroupId, DecisionId, FinishReason, KvTier, TenantId, ToolCallId, Verdict
 from equipoise.policies.state import State
 from equipoise.tests.policies.facts import (
     ENGINE,
@@ -251,6 +254,23 @@ def test_a_decision_without_an_outcome_says_so():
     assert view.outcome == "" and not view.HasField("latency_ms")
 
 
+def sessions_of(*costs: TurnCost) -> list[pb.SessionView]:
+    told = Told(EngineAttached(0, engine()), observed(0, session("gold/ada", held_tokens=10)))
+    for number, cost in enumerate(costs):
+        told.feed(TurnEnded(1, ENGINE, session("gold/ada").id, f"t{number}", FinishReason.STOP, 1, 0, 0, 1, 0, 0, cost))
+    return list(views.watch_response(told.state.snapshot(ns(2)), told.state.policy, told.history).sessions)
+
+
+def test_a_session_shows_what_its_turns_cost_and_nothing_in_place_of_what_is_not_known():
+    turn = TurnCost(pte=10.5, wasted_pte=4, energy_joules=2.0, duration_ns=30, ideal_ns=10)
+    [measured] = sessions_of(turn, turn)
+    assert (measured.ended_turn_count, measured.pte, measured.wasted_pte) == (2, 21.0, 8.0)
+    assert (measured.energy_joules, measured.slowdown_ratio) == (4.0, 3.0)
+    [bare] = sessions_of(TurnCost())
+    assert bare.ended_turn_count == 1
+    assert not any(bare.HasField(name) for name in ("pte", "energy_joules", "slowdown_ratio"))
+
+
 # -- the command line's tables
 
 
@@ -266,6 +286,23 @@ def test_tables_are_one_line_a_call_whatever_its_command_holds():
     lines = printed(printing.tool_calls, [view]).splitlines()
     assert len(lines) == 2 and "sh -c 'a b c'" in lines[1] and "gold/ada" in lines[1]
     assert printed(printing.tool_calls, []) == "no tool calls\n"
+
+
+def test_sessions_are_a_table_that_says_what_was_not_measured():
+    [measured] = sessions_of(TurnCost(pte=10.4, wasted_pte=4, energy_joules=2.0, duration_ns=30, ideal_ns=10))
+    [bare] = sessions_of(TurnCost())
+    head, first, second = printed(printing.sessions, [measured, bare]).splitlines()
+    assert head.split()[4:] == ["TOKENS", "TURNS", "PTE", "WASTED", "JOULES", "SLOWDOWN"]
+    assert first.split() == ["gold/ada", "gold", "idle", "device", "10/10", "1", "10", "4", "2.0", "3.00"]
+    assert second.split()[4:] == ["10/10", "1", "not", "known", "0", "not", "measured", "not", "known"]
+    assert printed(printing.sessions, []) == "no sessions\n"
+
+
+def test_what_was_not_measured_is_null_in_the_json_of_a_session():
+    [bare] = sessions_of(TurnCost())
+    plain = printing.session_dict(bare)
+    assert (plain["energy_joules"], plain["pte"], plain["slowdown_ratio"]) == (None, None, None)
+    assert (plain["held_tokens"], plain["wasted_pte"]) == (10, 0.0)
 
 
 def test_commands_and_evidence_are_printed_as_they_are_and_never_as_markup():

@@ -13,8 +13,9 @@ from equipoise.gpuctl import hook as hook_module
 from equipoise.gpuctl.api.v1 import engine_pb2 as pb
 from equipoise.gpuctl.api.v1 import engine_pb2_grpc
 from equipoise.gpuctl.hook import EngineHook
+from equipoise.policies.accounting import TurnCost
 from equipoise.policies.actions import Decision, Drop, EngineAction, OutcomeStatus, Retain, SetTenantWeight, SwapOut
-from equipoise.policies.events import EngineAttached, EngineDetached, Event, KvObserved, OutcomeObserved
+from equipoise.policies.events import EngineAttached, EngineDetached, Event, KvObserved, OutcomeObserved, TurnEnded
 from equipoise.policies.model import DecisionId, EngineId, KvTier, SessionId, TenantId
 
 ENGINE = EngineId("e1")
@@ -125,6 +126,18 @@ async def test_reports_become_events_in_their_order(served):
         await engine.report(occupancy=pb.Occupancy(device_used_tokens=used))
     await served.until(lambda: len(served.of(KvObserved)) == 3)
     assert [e.device_used_tokens for e in served.of(KvObserved)] == [1, 2, 3]
+
+
+async def test_what_a_turn_cost_arrives_and_what_the_engine_left_out_stays_unknown(served):
+    engine = await served.attached()
+    told = pb.TurnEnded(turn_id="t1", pte=43.06, wasted_pte=13, energy_joules=0.0, duration_ns=30, ideal_ns=10)
+    await engine.report(turn_ended=told)
+    await engine.report(turn_ended=pb.TurnEnded(turn_id="t2", duration_ns=30))
+    await served.until(lambda: len(served.of(TurnEnded)) == 2)
+    measured, bare = [event.cost for event in served.of(TurnEnded)]
+    assert measured == TurnCost(pte=43.06, wasted_pte=13, energy_joules=0.0, duration_ns=30, ideal_ns=10)
+    assert measured.slowdown_ratio == 3
+    assert bare == TurnCost(pte=None, wasted_pte=0, energy_joules=None, duration_ns=30, ideal_ns=None)
 
 
 async def test_actions_go_out_as_directives_with_the_decisions_id_and_deadline(served):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from equipoise.policies.accounting import SessionCost, TurnCost
 from equipoise.policies.actions import (
     Drop,
     OutcomeStatus,
@@ -63,8 +64,8 @@ def turn_started(at_s: float, turn: str = "t1") -> TurnStarted:
     return TurnStarted(ns(at_s), ENGINE, ADA, turn, prompt_tokens=10, cached_tokens=0)
 
 
-def turn_ended(at_s: float, reason: FinishReason = FinishReason.TOOL_CALLS) -> TurnEnded:
-    return TurnEnded(ns(at_s), ENGINE, ADA, "t1", reason, 10, 0, 0, 5, 0, 0)
+def turn_ended(at_s: float, reason: FinishReason = FinishReason.TOOL_CALLS, cost: TurnCost | None = None) -> TurnEnded:
+    return TurnEnded(ns(at_s), ENGINE, ADA, "t1", reason, 10, 0, 0, 5, 0, 0, cost or TurnCost())
 
 
 def moved(at_s: float, to: KvTier, directive: str | None = None) -> SessionMoved:
@@ -276,3 +277,47 @@ def test_a_session_that_another_sandbox_uses_is_not_left_behind() -> None:
 def test_a_sandbox_that_comes_back_claims_its_session() -> None:
     state = state_with_a_call().apply(SandboxRemoved(1, CgroupId(1))).apply(SandboxRegistered(2, sandbox()))
     assert state.snapshot(3).left_behind == frozenset()
+
+
+# -- what turns cost
+
+TURN = TurnCost(pte=10.0, wasted_pte=4.0, energy_joules=2.0, duration_ns=30, ideal_ns=10)
+
+
+def test_a_session_costs_the_sum_of_its_ended_turns_over_every_new_picture() -> None:
+    state = state_with_a_call()
+    assert ada(state).cost == SessionCost()
+    state.apply(turn_started(1.0)).apply(turn_ended(2.0, cost=TURN))
+    state.apply(observed(2.5, session("gold/ada")))
+    state.apply(turn_started(3.0)).apply(turn_ended(4.0, cost=replace(TURN, pte=5.0)))
+    cost = ada(state.apply(observed(4.5, session("gold/ada")))).cost
+    assert (cost.turn_count, cost.pte, cost.wasted_pte, cost.energy_joules) == (2, 15.0, 8.0, 4.0)
+    assert cost.slowdown_ratio == 3.0
+
+
+def test_a_turn_that_ends_before_the_first_picture_of_its_session_is_not_forgotten() -> None:
+    state = State().apply(EngineAttached(0, engine()))
+    state.apply(turn_started(1.0)).apply(turn_ended(2.0, cost=TURN)).apply(turn_ended(2.1, cost=TURN))
+    assert ada(state.apply(observed(2.5, session("gold/ada")))).cost.pte == 20.0
+    assert ada(state.apply(turn_ended(3.0, cost=TURN))).cost.pte == 30.0
+    assert ada(state.apply(observed(3.5, session("gold/ada")))).cost.pte == 30.0
+
+
+def test_the_cost_of_a_session_that_the_next_picture_lacks_is_forgotten() -> None:
+    state = State().apply(EngineAttached(0, engine()))
+    state.apply(turn_ended(2.0, cost=TURN)).apply(observed(2.5))
+    assert ada(state.apply(observed(3.0, session("gold/ada")))).cost == SessionCost()
+    assert not state._early_costs
+
+
+def test_costs_told_early_go_with_their_engine_and_those_of_an_unknown_one_are_not_kept() -> None:
+    state = State().apply(turn_ended(1.0, cost=TURN))
+    assert not state._early_costs
+    state.apply(EngineAttached(2, engine())).apply(turn_ended(2.0, cost=TURN)).apply(EngineDetached(ns(3), ENGINE))
+    assert not state._early_costs
+
+
+def test_a_turn_of_an_engine_that_measures_nothing_leaves_the_sums_unknown_and_not_zero() -> None:
+    state = state_with_a_call()
+    cost = ada(state.apply(turn_ended(2.0))).cost
+    assert (cost.turn_count, cost.pte, cost.energy_joules, cost.slowdown_ratio) == (1, None, None, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from equipoise.gpuctl.energy import EnergyMeter
 from equipoise.gpuctl.engine.directives import Outcome
 from equipoise.gpuctl.engine.engine import Engine, EngineConfig
 from equipoise.gpuctl.engine.reports import Reported
@@ -20,6 +21,7 @@ from equipoise.gpuctl.engine.sequence import (
     TurnRefused,
     TurnRequest,
 )
+from equipoise.policies.accounting import Gamma
 from equipoise.tests.gpuctl.engine.fakes import FakeModel, FakeRunner
 
 SECOND = 10**9
@@ -61,6 +63,8 @@ class Driven:
         max_queued_turns: int = 256,
         max_sessions: int = 4096,
         keep_anonymous: bool = True,
+        gamma: Gamma | None = None,
+        meter: EnergyMeter | None = None,
         **scheduler: Any,
     ) -> None:
         self.runner = runner or FakeRunner(physical_tokens=max(1024, kv_tokens))
@@ -74,7 +78,9 @@ class Driven:
             keep_anonymous=keep_anonymous,
             scheduler=SchedulerConfig(**scheduler),
         )
-        self.engine = Engine(cast(Any, FakeModel()), self.runner, config, disk, clock=lambda: self.now_ns)
+        self.engine = Engine(
+            cast(Any, FakeModel()), self.runner, config, disk, clock=lambda: self.now_ns, gamma=gamma, meter=meter
+        )
         self.reports: list[Reported] = []
         self.engine.listen(self.reports.append)
 

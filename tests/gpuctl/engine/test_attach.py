@@ -13,6 +13,7 @@ import httpx
 import pytest
 from equipoise.gpuctl.api.v1 import engine_pb2 as pb
 from equipoise.gpuctl.api.v1 import engine_pb2_grpc
+from equipoise.gpuctl.energy import EnergyMeter, open_meter
 from equipoise.tests.gpuctl.engine.processes import EngineProcess, running
 
 pytestmark = pytest.mark.engine
@@ -105,6 +106,10 @@ async def test_the_engine_reports_turns_and_obeys_directives(tmp_path):
             assert (ended.session_id, ended.tenant_id) == ("a", "blue")
             assert ended.finish_reason == pb.FINISH_REASON_TOOL_CALLS
             assert ended.ttft_ns > 0
+            assert ended.pte >= ended.prompt_tokens and ended.wasted_pte == 0
+            assert ended.duration_ns > ended.ttft_ns and ended.ideal_ns > 0
+            measurable = isinstance(open_meter(on_gpu=False), EnergyMeter)
+            assert ended.HasField("energy_joules") == measurable, "absent where nothing measures it, and never 0"
             assert daemon.of("turn_started")[0].peer_port > 0
 
             out = await daemon.ask("1", swap_out=pb.SwapOut(session_id="a", tier=pb.KV_TIER_HOST))
