@@ -139,7 +139,8 @@ class TurnCost:
 
     @property
     def slowdown_ratio(self) -> float | None:
-        """duration over ideal: 1 alone and undisturbed (a little below where the model errs), 3 for thrice as long."""
+        """duration over ideal: 1 alone and undisturbed, 3 for thrice as long; below 1 where the model asks too much,
+        as one fitted while the machine was busy does."""
         return self.duration_ns / self.ideal_ns if self.ideal_ns else None
 
 

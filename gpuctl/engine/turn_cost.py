@@ -148,7 +148,7 @@ class Accounts:
         work, gamma = self._work.pop(turn.id, Work()), self.gamma
         cost = TurnCost(
             pte=pte(work, gamma) if gamma is not None else None,
-            wasted_pte=work.wasted_tokens,
+            wasted_pte=float(work.wasted_tokens),
             energy_joules=self._close_energy(turn),
             duration_ns=now_ns - turn.arrival_ns,
             ideal_ns=self._ideal_ns(turn),
