@@ -16,15 +16,18 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .conversation import map_prompt
 from .directing import Director
 from .directives import Directive, Outcome, OutcomeStatus
 from .disk_tier import DiskTier
 from .errors import ContextError, EngineError, RequestError
+from .handover import Handovers
+from .kv_image import KvFormat
 from .language_model import LanguageModel
 from .ledger import Ledger
+from .live import LiveTurn, Sampled, token_of
 from .mover import Mover
 from .plan import Slice, StepPlan
 from .reporter import OCCUPANCY_PERIOD_NS, Listener, Reporter
@@ -37,7 +40,7 @@ from .reports import (
     TurnPreempted,
     TurnStarted,
 )
-from .runner import BatchSlice, Runner, Sampler, StepStatus
+from .runner import BatchSlice, Runner, StepStatus
 from .scheduler import Scheduler, SchedulerConfig
 from .sequence import (
     FinishReason,
@@ -45,9 +48,7 @@ from .sequence import (
     SessionId,
     Sink,
     TenantId,
-    TextDelta,
     Tier,
-    TokenLogprob,
     Turn,
     TurnAccepted,
     TurnFinished,
@@ -55,9 +56,9 @@ from .sequence import (
     TurnRefused,
     TurnRequest,
 )
+from .session_state import EngineParts, Limits
 from .swapper import Swapper
 from .template import tool_calls_in
-from .text import TextStream
 
 _log = logging.getLogger(__name__)
 
@@ -81,19 +82,6 @@ class EngineConfig:
     max_queued_turns: int = 256
     """Turns waiting for admission; one more is refused with 429."""
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
-
-
-@dataclass(slots=True)
-class _Live:
-    """What the engine keeps of a turn beside the scheduler's books."""
-
-    request: TurnRequest
-    turn: Turn
-    sink: Sink
-    sampler: Sampler
-    stream: TextStream
-    output: bytearray
-    text: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +143,24 @@ class Engine:
         self._swapper = Swapper(runner, disk)
         self._reporter = Reporter(self._scheduler, self.totals, clock)
         self._mover = Mover(runner, self._swapper, self._scheduler, self._reporter, self.totals)
-        self._live: dict[SessionId, _Live] = {}
+        self._live: dict[SessionId, LiveTurn] = {}
+        self.handovers = Handovers(
+            EngineParts(
+                engine_id=self.engine_id,
+                model=model,
+                runner=runner,
+                scheduler=self._scheduler,
+                swapper=self._swapper,
+                mover=self._mover,
+                reporter=self._reporter,
+                live=self._live,
+                limits=Limits(self.longest_turn_tokens, config.max_queued_turns, config.max_sessions),
+                finish=self._finish,
+                cancel=self._cancel,
+                next_behind=self._next_behind,
+                clock=clock,
+            )
+        )
         # A session computes one turn at a time; the next ones wait here in order of arrival.
         self._behind: dict[SessionId, collections.deque[_Submit]] = {}
         self._inbox: queue.SimpleQueue[_Arrival] = queue.SimpleQueue()
@@ -177,7 +182,8 @@ class Engine:
 
     def submit(self, request: TurnRequest, sink: Sink) -> TurnId:
         """Queue a turn. `sink` gets TurnAccepted or TurnRefused first, then its text, then TurnFinished."""
-        turn_id = TurnId(f"turn-{next(self._turn_numbers)}")
+        # Unique on the host: a turn keeps its id when it is handed over.
+        turn_id = TurnId(f"{self.engine_id}-turn-{next(self._turn_numbers)}")
         self._inbox.put(_Submit(turn_id, request, sink, self._clock()))
         if request.slo.ttft_ns is not None and self.config.interrupts:
             # In this order: the step that begins now sees the event, one already under way sees the flag.
@@ -232,6 +238,11 @@ class Engine:
         )
 
     @property
+    def kv_format(self) -> KvFormat:
+        """The form of KV this engine saves and takes."""
+        return self._runner.kv_format
+
+    @property
     def cost(self) -> CostFigures:
         """What computing and copying cost here, as reported to the daemon and used for SLOs."""
         return self._reporter.cost
@@ -250,6 +261,7 @@ class Engine:
     def _loop(self) -> None:
         while not self._stopping.is_set():
             self.cycle(wait=True)
+        self.handovers.close()
         for live in list(self._live.values()):
             self._finish(live, FinishReason.CANCELLED)
         for waiting in self._behind.values():
@@ -275,7 +287,8 @@ class Engine:
         except ContextError as error:
             self._fail_step(plan, error)
         self._stuck = not plan.slices and not plan.moves and self._scheduler.busy()
-        self._reporter.report_occupancy()
+        if not self.handovers.in_doubt:
+            self._reporter.report_occupancy()
         return bool(plan.slices or plan.moves)
 
     def _take_arrivals(self, wait: bool) -> None:
@@ -314,7 +327,7 @@ class Engine:
     def _begin(self, arrival: _Submit) -> None:
         request = arrival.request
         session_id = request.session_id
-        if session_id in self._live:
+        if session_id in self._live or self.handovers.away(session_id):
             self._behind.setdefault(session_id, collections.deque()).append(arrival)
             return
         try:
@@ -327,9 +340,10 @@ class Engine:
         live.sink(TurnAccepted(live.turn.prompt_tokens))
         self._reporter.occupancy_due = True
 
-    def _prepare(self, arrival: _Submit) -> _Live:
+    def _prepare(self, arrival: _Submit) -> LiveTurn:
         """Map the prompt onto the session and queue the turn. Raises RequestError, with nothing changed."""
-        request = arrival.request
+        # Another engine may have to go on with this sampling: the seed is drawn here, once.
+        request = replace(arrival.request, sampling=arrival.request.sampling.seeded())
         if len(self._scheduler.waiting) >= self.config.max_queued_turns:
             raise RequestError(
                 f"{len(self._scheduler.waiting)} turns are waiting: try again later",
@@ -372,7 +386,7 @@ class Engine:
         self._scheduler.submit(session, turn)
         if self._ledger.holding(session.id).longest()[0] is Tier.DISK:
             self._swapper.read_ahead(session.id)
-        return _Live(request, turn, arrival.sink, sampler, TextStream(request.stop), bytearray())
+        return LiveTurn(request, turn, arrival.sink, sampler)
 
     def _due_ns(self, request: TurnRequest, turn: Turn, common_tokens: int) -> int | None:
         """When the turn must begin to meet its SLO: what is wished less what the cost model says it takes."""
@@ -403,14 +417,12 @@ class Engine:
             if len(kept) != len(waiting):
                 self._behind[session_id] = kept
                 return
+        self.handovers.cancel(turn_id)
 
-    def _finish(self, live: _Live, reason: FinishReason, error: str | None = None) -> None:
+    def _finish(self, live: LiveTurn, reason: FinishReason, error: str | None = None) -> None:
         turn, session = live.turn, self._scheduler.sessions[live.turn.session_id]
         now_ns = self._clock()
-        rest = live.stream.flush()
-        live.text += rest
-        if rest:
-            live.sink(TextDelta(rest))
+        live.flush()
         if reason is FinishReason.STOP and live.request.may_call_tools and tool_calls_in(live.text)[1]:
             reason = FinishReason.TOOL_CALLS
         session.text = _joined(live.request.prompt, live.output)
@@ -433,6 +445,7 @@ class Engine:
                 slowdown_ratio=self._slowdown(turn, now_ns),
                 awaits_tool=live.request.awaits_tool or reason is FinishReason.TOOL_CALLS,
                 error=error,
+                engine_id=self.engine_id,
             )
         )
         told = live.request.awaits_tool and completed
@@ -471,11 +484,12 @@ class Engine:
             self._report_started(session_id)
         for preempted in plan.preempted:
             self.totals.preempted_count += 1
-            session = self._scheduler.sessions[preempted.session_id]
-            turn_id = session.turn.id if session.turn else TurnId("")
-            self._reporter.report(
-                TurnPreempted(session.id, session.tenant_id, turn_id, preempted.to_tier, preempted.directive_id)
-            )
+            session = self._scheduler.sessions.get(preempted.session_id)
+            if session is not None:  # else forgotten at this very step border
+                turn_id = session.turn.id if session.turn else TurnId("")
+                self._reporter.report(
+                    TurnPreempted(session.id, session.tenant_id, turn_id, preempted.to_tier, preempted.directive_id)
+                )
             if preempted.directive_id:
                 self._reporter.settle(Outcome(preempted.directive_id, OutcomeStatus.COMPLETED))
         slices = [item for item in plan.slices if item.session_id not in failed]
@@ -531,21 +545,14 @@ class Engine:
             if done:
                 self._book(item, done)
 
-    def _take_token(self, live: _Live, sampled: TokenLogprob | int, now_ns: int) -> None:
-        token = sampled.token if isinstance(sampled, TokenLogprob) else sampled
+    def _take_token(self, live: LiveTurn, sampled: Sampled, now_ns: int) -> None:
         turn = live.turn
-        self._scheduler.sessions[turn.session_id].tokens.append(token)
+        self._scheduler.sessions[turn.session_id].tokens.append(token_of(sampled))
         self._scheduler.produced(turn.session_id)
         self.totals.decode_tokens += 1
         if turn.first_token_ns is None:
             turn.first_token_ns = now_ns
-        live.output += self.model.piece(token, special=True)
-        ends = self.model.ends_text(token) and not live.request.ignore_end_of_text
-        text = "" if ends else live.stream.push(self.model.piece(token))
-        live.text += text
-        if text or isinstance(sampled, TokenLogprob):
-            live.sink(TextDelta(text, (sampled,) if isinstance(sampled, TokenLogprob) and not ends else ()))
-        if ends or live.stream.stopped:
+        if live.take(sampled, self.model):
             self._finish(live, FinishReason.STOP)
         elif turn.output_tokens >= turn.max_output_tokens:
             self._finish(live, FinishReason.LENGTH)

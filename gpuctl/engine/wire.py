@@ -252,6 +252,7 @@ class Answer:
             "recomputed_tokens": end.recomputed_tokens,
             "queued_ms": round(end.queued_ns / 1e6, 3),
             "slowdown_ratio": None if end.slowdown_ratio is None else round(end.slowdown_ratio, 3),
+            "engine": end.engine_id,
             "ttft_ms": None if end.ttft_ns is None else round(end.ttft_ns / 1e6, 3),
         }
 
