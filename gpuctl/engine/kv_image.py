@@ -3,9 +3,9 @@
 Owns: that format (build 11549, src/llama-kv-cache.cpp state_write). Must not: move anything to or from a context.
 
 Layout, little-endian: u32 magic, u32 id of the sequence it was saved from (not looked at when it is loaded), u32
-stream count, then per stream a u32 cell count and, where it is not 0: per cell i32 position, u32 1, i32 sequence id; u32
-v_trans (0: we require flash attention), u32 layer count, two u32 that must be 0 (rotated K and V, which we never ask
-for); then the K planes and the V planes, one per layer: i32 ggml type, u64 row bytes, the rows.
+stream count, then per stream a u32 cell count and, where it is not 0: per cell i32 position, u32 1, i32 sequence id;
+u32 v_trans (0: we require flash attention), u32 layer count, two u32 that must be 0 (rotated K and V, which we never
+ask for); then the K planes and the V planes, one per layer: i32 ggml type, u64 row bytes, the rows.
 """
 
 from __future__ import annotations

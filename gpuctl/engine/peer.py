@@ -79,11 +79,11 @@ class PeerService(peer_pb2_grpc.EnginePeerServiceServicer):
         mask = os.umask(0o177)
         try:
             self._server.add_insecure_port(address)
-            await self._server.start()
         except RuntimeError:
             raise ListenError(f"--peer {address}: cannot listen there: give a path in a folder of yours") from None
         finally:
             os.umask(mask)
+        await self._server.start()
 
     async def stop(self) -> None:
         """End what is under way: relayed turns end as cancelled, givers are told to go on by themselves."""
@@ -104,9 +104,10 @@ class PeerService(peer_pb2_grpc.EnginePeerServiceServicer):
             try:
                 result = function()
             except Exception as error:  # whatever it is belongs to the call, not to the engine's loop
-                loop.call_soon_threadsafe(_settle, answer, None, error)
+                failed = error
+                _threadsafe(loop, lambda: _settle(answer, None, failed))
             else:
-                loop.call_soon_threadsafe(_settle, answer, result, None)
+                _threadsafe(loop, lambda: _settle(answer, result, None))
 
         self._engine.call(run)
         return await answer
