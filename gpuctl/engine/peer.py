@@ -189,8 +189,11 @@ class PeerService(peer_pb2_grpc.EnginePeerServiceServicer):
         await _send(call, peer_wire.state_messages(departure.state))
         committed = (await _expect(call, "committed")).committed
         ended_ns = time.monotonic_ns()
-        await self._on_engine(lambda: giver.departed(giving))
         await call.write(pb.SessionPart(confirm=pb.Confirm()))
+        if departure.state.turn is None and await call.read() is not _EOF:
+            # Hanging up is all that is left to do, and must not overtake the confirmation.
+            raise HandoverError("the other engine did not end the call", status="UNAVAILABLE")
+        await self._on_engine(lambda: giver.departed(giving))
         return pb.HandOverResponse(
             engine_id=committed.engine_id,
             context_tokens=len(departure.state.session.tokens),

@@ -566,7 +566,7 @@ def test_every_field_of_a_session_and_its_turn_survives_the_wire():
     for made in (request, request.sampling, request.slo, turn, session):
         for field in dataclasses.fields(made):  # type: ignore[arg-type]
             if field.name not in ("turn", "text") and field.default is not dataclasses.MISSING:
-                assert getattr(made, field.name) != field.default, f"{field.name}: give it another value than its default"
+                assert getattr(made, field.name) != field.default, f"{field.name}: not its default, please"
     offer = Offer(SessionId("s"), TenantId("t"), "e", 4, 3, FakeRunner().kv_format)
     state = SessionState(session, 3, turn, request)
     message = pb.SessionState.FromString(peer_wire.state_message(state).SerializeToString())
