@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 from equipoise.gpuctl.api.v1 import peer_pb2 as pb
@@ -139,7 +140,7 @@ def expected(driven: Driven) -> str:
     return driven.runner.expected_output(PROMPT, TOKENS)
 
 
-def under_way(steps: int, **request: object) -> tuple[Driven, Driven, Turn]:
+def under_way(steps: int, **request: Any) -> tuple[Driven, Driven, Turn]:
     a, b = Driven(), Driven()
     turn = a.turn("s", PROMPT, TOKENS, **request)
     a.steps(steps)
@@ -564,7 +565,7 @@ def test_every_field_of_a_session_and_its_turn_survives_the_wire():
         last_used_ns=13,
     )
     for made in (request, request.sampling, request.slo, turn, session):
-        for field in dataclasses.fields(made):  # type: ignore[arg-type]
+        for field in dataclasses.fields(made):
             if field.name not in ("turn", "text") and field.default is not dataclasses.MISSING:
                 assert getattr(made, field.name) != field.default, f"{field.name}: not its default, please"
     offer = Offer(SessionId("s"), TenantId("t"), "e", 4, 3, FakeRunner().kv_format)

@@ -49,7 +49,8 @@ def start_pair(stack: ExitStack, folder: Path, mode: str) -> Pair:
         peer = f"unix:{folder}/{name}.sock"
         options = ("--ctx-mode", mode, "--kv-tokens", "2048", "--slots", "4", "--slot-tokens", "512", "--peer", peer)
         engines.append(Engine(stack.enter_context(running(*options)), peer))
-    return Pair(*engines)
+    a, b = engines
+    return Pair(a, b)
 
 
 @pytest.fixture(scope="module", params=["unified", "split"])

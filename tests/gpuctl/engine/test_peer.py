@@ -18,6 +18,7 @@ from equipoise.gpuctl.api.v1 import peer_pb2 as pb
 from equipoise.gpuctl.api.v1 import peer_pb2_grpc
 from equipoise.gpuctl.engine import peer_wire
 from equipoise.gpuctl.engine.engine import Engine, EngineConfig
+from equipoise.gpuctl.engine.engine_thread import on_engine
 from equipoise.gpuctl.engine.errors import HandoverError, ListenError
 from equipoise.gpuctl.engine.http import TurnStream
 from equipoise.gpuctl.engine.peer import PeerService
@@ -79,7 +80,7 @@ class Peer:
         return Client(stream)
 
     async def do(self, function: Callable[[], Any]) -> Any:
-        return await self.service._on_engine(function)
+        return await on_engine(self.engine, function)
 
     async def holds(self) -> tuple[int, int]:
         """Sessions and tokens, the books having been checked."""
@@ -343,7 +344,7 @@ class HandGiver:
             return (await self.call.code()).name, await self.call.details()
 
     async def die(self) -> None:
-        await self._channel.close()
+        await self._channel.close(grace=None)
 
 
 async def test_a_giver_that_dies_before_it_confirms_leaves_nothing_behind(tmp_path):
