@@ -14,32 +14,48 @@ import re
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 from starlette.applications import Starlette
 from uvicorn import Config, Server
 
 from ..energy import EnergyAbsence, open_meter
-from . import llama
+from . import hand_over, llama
 from .cost import gamma_of_gpus, load_or_fit
 from .disk_tier import DiskTier
 from .engine import Engine, EngineConfig
 from .errors import EngineError, ListenError
 from .http import Endpoint, HttpConfig
 from .language_model import LanguageModel
-from .model import cache_folder, resolve
+from .model import cache_folder, content_fingerprint, resolve
+from .peer import PeerService
 from .runner import ContextMode, LlamaRunner
 from .scheduler import SchedulerConfig
 from .sequence import IdlePolicy, TenantId
 
 _log = logging.getLogger(__name__)
+_SERVES = "The embedded engine as a process of its own."
 _UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "kB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    parser = argparse.ArgumentParser(prog="python -m equipoise.gpuctl.engine", description=__doc__.splitlines()[0])
+    _add_options(parser)
+    options = parser.parse_args(arguments)
+    run: Callable[[argparse.Namespace], int] = options.run
+    return run(options)
+
+
+def add_parser(commands: argparse._SubParsersAction[Any]) -> None:
+    """`equipoise engine`: the same command line."""
+    _add_options(commands.add_parser("engine", help="serve a model without the daemon", description=_SERVES))
+
+
+def run(options: argparse.Namespace) -> int:
+    """Serve until told to stop."""
     logging.basicConfig(level=options.log_level, format="%(levelname)s %(name)s %(message)s", stream=sys.stderr)
     try:
         with _listen(options.listen) as listener:
@@ -51,14 +67,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m equipoise.gpuctl.engine", description=__doc__.splitlines()[0])
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=run)
+    hand_over.add_parser(parser.add_subparsers(metavar="COMMAND"))
     add = parser.add_argument
     add("--model", default="default", help="`default` (SmolLM2-135M) or the path of a GGUF")
     add("--listen", default="127.0.0.1:8080", help="HOST:PORT; port 0 takes a free one")
     add(
         "--attach", metavar="unix:PATH", help="the daemon to attach to; without one the engine runs by its own defaults"
     )
+    add("--peer", metavar="unix:PATH", help="a socket to hand sessions over to and from other engines of this host")
     add("--kv-tokens", type=_positive, default=16384, help="device KV over all sessions, in tokens")
     add("--host-bytes", type=_bytes, default=256 << 20, help="host RAM for swapped KV, e.g. 512MiB")
     add("--disk-bytes", type=_bytes, default=0, help="disk for swapped KV, e.g. 4GiB; 0: no disk tier")
@@ -85,7 +103,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-queued", type=_positive, default=256, help="turns that may wait before 429")
     add("--ready-fd", type=int, help="a descriptor the address is written to as well")
     add("--log-level", default="WARNING")
-    return parser
 
 
 def _serve(options: argparse.Namespace, listener: socket.socket) -> int:
@@ -164,6 +181,10 @@ async def _serve_http(options: argparse.Namespace, engine: Engine, listener: soc
             attached.cancel()
             await asyncio.gather(attached, return_exceptions=True)
 
+    peers = None
+    if options.peer:
+        peers = PeerService(engine, f"{llama.VERSION} {content_fingerprint(engine.model.path)}")
+        await peers.start(options.peer)
     keys = dict(_key(entry) for entry in options.api_key)
     endpoint = Endpoint(engine, HttpConfig(api_keys=keys))
     config = Config(
@@ -181,6 +202,8 @@ async def _serve_http(options: argparse.Namespace, engine: Engine, listener: soc
     if server.started:
         _announce(f"http://{host}:{port}", options.ready_fd)
     await serving
+    if peers is not None:
+        await peers.stop()
 
 
 async def _attach(address: str, engine: Engine) -> None:

@@ -25,8 +25,11 @@ from .directing import Director
 from .directives import Directive, Outcome, OutcomeStatus
 from .disk_tier import DiskTier
 from .errors import ContextError, EngineError, RequestError
+from .handover import Handovers
+from .kv_image import KvFormat
 from .language_model import LanguageModel
 from .ledger import Ledger
+from .live import LiveTurn, Sampled, token_of
 from .mover import Mover
 from .plan import Slice, StepPlan
 from .reporter import OCCUPANCY_PERIOD_NS, Listener, Reporter
@@ -39,7 +42,7 @@ from .reports import (
     TurnStarted,
     turn_ended,
 )
-from .runner import BatchSlice, Runner, Sampler, StepStatus
+from .runner import BatchSlice, Runner, StepStatus
 from .scheduler import Scheduler, SchedulerConfig
 from .sequence import (
     FinishReason,
@@ -47,9 +50,7 @@ from .sequence import (
     SessionId,
     Sink,
     TenantId,
-    TextDelta,
     Tier,
-    TokenLogprob,
     Turn,
     TurnAccepted,
     TurnFinished,
@@ -58,10 +59,10 @@ from .sequence import (
     TurnRequest,
 )
 from .session_index import SessionIndex
+from .session_state import EngineParts, Limits
 from .slo import begin_by_ns
 from .swapper import Swapper
 from .template import tool_calls_in
-from .text import TextStream
 from .turn_cost import Accounts, AccountsNow
 
 _log = logging.getLogger(__name__)
@@ -88,19 +89,6 @@ class EngineConfig:
     max_queued_turns: int = 256
     """Turns waiting for admission; one more is refused with 429."""
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
-
-
-@dataclass(slots=True)
-class _Live:
-    """What the engine keeps of a turn beside the scheduler's books."""
-
-    request: TurnRequest
-    turn: Turn
-    sink: Sink
-    sampler: Sampler
-    stream: TextStream
-    output: bytearray
-    text: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +155,26 @@ class Engine:
         self._reporter = Reporter(self._scheduler, self.totals, clock)
         self._mover = Mover(runner, self._swapper, self._scheduler, self._reporter, self.totals)
         self._by_text = SessionIndex()
-        self._live: dict[SessionId, _Live] = {}
+        self._live: dict[SessionId, LiveTurn] = {}
+        self.handovers = Handovers(
+            EngineParts(
+                engine_id=self.engine_id,
+                model=model,
+                runner=runner,
+                scheduler=self._scheduler,
+                swapper=self._swapper,
+                mover=self._mover,
+                reporter=self._reporter,
+                accounts=self._accounts,
+                by_text=self._by_text,
+                live=self._live,
+                limits=Limits(self.longest_turn_tokens, config.max_queued_turns, config.max_sessions),
+                finish=self._finish,
+                cancel=self._cancel,
+                next_behind=self._next_behind,
+                clock=clock,
+            )
+        )
         # A session computes one turn at a time; the next ones wait here in order of arrival.
         self._behind: dict[SessionId, collections.deque[_Submit]] = {}
         self._inbox: queue.SimpleQueue[_Arrival] = queue.SimpleQueue()
@@ -189,7 +196,8 @@ class Engine:
 
     def submit(self, request: TurnRequest, sink: Sink) -> TurnId:
         """Queue a turn. `sink` gets TurnAccepted or TurnRefused first, then its text, then TurnFinished."""
-        turn_id = TurnId(f"turn-{next(self._turn_numbers)}")
+        # Unique on the host: a turn keeps its id when it is handed over.
+        turn_id = TurnId(f"{self.engine_id}-turn-{next(self._turn_numbers)}")
         self._inbox.put(_Submit(turn_id, request, sink, self._clock()))
         if request.slo.ttft_ns is not None and self.config.interrupts:
             # In this order: the step that begins now sees the event, one already under way sees the flag.
@@ -245,6 +253,11 @@ class Engine:
         )
 
     @property
+    def kv_format(self) -> KvFormat:
+        """The form of KV this engine saves and takes."""
+        return self._runner.kv_format
+
+    @property
     def cost(self) -> CostFigures:
         """What computing and copying cost here, as reported to the daemon and used for SLOs."""
         return self._reporter.cost
@@ -263,6 +276,7 @@ class Engine:
     def _loop(self) -> None:
         while not self._stopping.is_set():
             self.cycle(wait=True)
+        self.handovers.close()
         for live in list(self._live.values()):
             self._finish(live, FinishReason.CANCELLED)
         for waiting in self._behind.values():
@@ -288,7 +302,8 @@ class Engine:
         except ContextError as error:
             self._fail_step(plan, error)
         self._stuck = not plan.slices and not plan.moves and self._scheduler.busy()
-        self._reporter.report_occupancy()
+        if not self.handovers.in_doubt:
+            self._reporter.report_occupancy()
         return bool(plan.slices or plan.moves)
 
     def _take_arrivals(self, wait: bool) -> None:
@@ -328,7 +343,7 @@ class Engine:
         known, keep = self._scheduler.sessions, self.config.keep_anonymous
         arrival = replace(arrival, request=self._by_text.named(arrival.request, known, keep=keep))
         session_id = arrival.request.session_id
-        if session_id in self._live:
+        if session_id in self._live or self.handovers.away(session_id):
             self._behind.setdefault(session_id, collections.deque()).append(arrival)
             return
         try:
@@ -341,9 +356,10 @@ class Engine:
         live.sink(TurnAccepted(live.turn.prompt_tokens, session_id))
         self._reporter.occupancy_due = True
 
-    def _prepare(self, arrival: _Submit) -> _Live:
+    def _prepare(self, arrival: _Submit) -> LiveTurn:
         """Map the prompt onto the session and queue the turn. Raises RequestError, with nothing changed."""
-        request = arrival.request
+        # Another engine may have to go on with this sampling: the seed is drawn here, once.
+        request = replace(arrival.request, sampling=arrival.request.sampling.seeded())
         if len(self._scheduler.waiting) >= self.config.max_queued_turns:
             raise RequestError(
                 f"{len(self._scheduler.waiting)} turns are waiting: try again later",
@@ -389,7 +405,7 @@ class Engine:
         self._scheduler.submit(session, turn)
         if self._ledger.holding(session.id).longest()[0] is Tier.DISK:
             self._swapper.read_ahead(session.id)
-        return _Live(request, turn, arrival.sink, sampler, TextStream(request.stop), bytearray())
+        return LiveTurn(request, turn, arrival.sink, sampler)
 
     def _next_behind(self, session_id: SessionId) -> None:
         waiting = self._behind.get(session_id)
@@ -409,14 +425,12 @@ class Engine:
             if len(kept) != len(waiting):
                 self._behind[session_id] = kept
                 return
+        self.handovers.cancel(turn_id)
 
-    def _finish(self, live: _Live, reason: FinishReason, error: str | None = None) -> None:
+    def _finish(self, live: LiveTurn, reason: FinishReason, error: str | None = None) -> None:
         turn, session = live.turn, self._scheduler.sessions[live.turn.session_id]
         now_ns = self._clock()
-        rest = live.stream.flush()
-        live.text += rest
-        if rest:
-            live.sink(TextDelta(rest))
+        live.flush()
         if reason is FinishReason.STOP and live.request.may_call_tools and tool_calls_in(live.text)[1]:
             reason = FinishReason.TOOL_CALLS
         session.text = joined(live.request.prompt, live.output)
@@ -439,6 +453,7 @@ class Engine:
             session_cost=session.cost,
             awaits_tool=live.request.awaits_tool or reason is FinishReason.TOOL_CALLS,
             error=error,
+            engine_id=self.engine_id,
         )
         live.sink(end)
         told = live.request.awaits_tool and completed
@@ -459,11 +474,12 @@ class Engine:
             self._report_started(session_id)
         for preempted in plan.preempted:
             self.totals.preempted_count += 1
-            session = self._scheduler.sessions[preempted.session_id]
-            turn_id = session.turn.id if session.turn else TurnId("")
-            self._reporter.report(
-                TurnPreempted(session.id, session.tenant_id, turn_id, preempted.to_tier, preempted.directive_id)
-            )
+            session = self._scheduler.sessions.get(preempted.session_id)
+            if session is not None:  # else forgotten at this very step border
+                turn_id = session.turn.id if session.turn else TurnId("")
+                self._reporter.report(
+                    TurnPreempted(session.id, session.tenant_id, turn_id, preempted.to_tier, preempted.directive_id)
+                )
             if preempted.directive_id:
                 self._reporter.settle(Outcome(preempted.directive_id, OutcomeStatus.COMPLETED))
         slices = [item for item in plan.slices if item.session_id not in failed]
@@ -521,21 +537,14 @@ class Engine:
             if done:
                 self._book(item, done)
 
-    def _take_token(self, live: _Live, sampled: TokenLogprob | int, now_ns: int) -> None:
-        token = sampled.token if isinstance(sampled, TokenLogprob) else sampled
+    def _take_token(self, live: LiveTurn, sampled: Sampled, now_ns: int) -> None:
         turn = live.turn
-        self._scheduler.sessions[turn.session_id].tokens.append(token)
+        self._scheduler.sessions[turn.session_id].tokens.append(token_of(sampled))
         self._scheduler.produced(turn.session_id)
         self.totals.decode_tokens += 1
         if turn.first_token_ns is None:
             turn.first_token_ns = now_ns
-        live.output += self.model.piece(token, special=True)
-        ends = self.model.ends_text(token) and not live.request.ignore_end_of_text
-        text = "" if ends else live.stream.push(self.model.piece(token))
-        live.text += text
-        if text or isinstance(sampled, TokenLogprob):
-            live.sink(TextDelta(text, (sampled,) if isinstance(sampled, TokenLogprob) and not ends else ()))
-        if ends or live.stream.stopped:
+        if live.take(sampled, self.model):
             self._finish(live, FinishReason.STOP)
         elif turn.output_tokens >= turn.max_output_tokens:
             self._finish(live, FinishReason.LENGTH)

@@ -5,7 +5,8 @@ EngineError
 ├── ModelError        a GGUF that is missing, broken or of a kind llama.cpp cannot run
 ├── ContextError      a context could not be made, or llama.cpp refused a step
 ├── SwapError         a stored copy of KV cannot be used: truncated, corrupt, or the disk is full
-├── ListenError       the HTTP address cannot be had
+├── ListenError       an address cannot be had
+├── HandoverError     a session cannot be handed over to another engine; carries the gRPC status that says why
 └── RequestError      a request is refused; carries the HTTP status and the OpenAI error type
 """
 
@@ -34,6 +35,14 @@ class SwapError(EngineError):
 
 class ListenError(EngineError):
     """The address to listen on is taken or not ours to bind."""
+
+
+class HandoverError(EngineError):
+    """A session is not handed over. `status` is the name of the gRPC status that tells the other side."""
+
+    def __init__(self, message: str, *, status: str = "FAILED_PRECONDITION") -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class RequestError(EngineError):

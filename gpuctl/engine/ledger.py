@@ -9,6 +9,7 @@ Invariants (`check_integrity`):
 - device use is the sum of the sessions' device tokens, a shared prefix counted once, and never negative; the same for
   host and disk bytes, which share nothing;
 - sessions that share cells form the tree of shared_cells.py, and each holds the whole prefix it shares;
+- host room set aside for a copy still on its way from another engine counts as used;
 - every copy is a prefix of the conversation: a host or disk copy may be shorter or longer than what the device holds,
   never of other tokens (`truncate` shortens all copies at once).
 """
@@ -65,6 +66,7 @@ class Ledger:
         self.disk_used_tokens = 0
         self._holdings: dict[SessionId, Holding] = {}
         self._in_slots: dict[Slot, SessionId] = {}
+        self._reserved_tokens: dict[SessionId, int] = {}
         # Lowest first: in split mode llama.cpp batches only neighbouring slots together.
         self._free_slots: list[Slot] = [Slot(number) for number in reversed(range(slot_count))]
 
@@ -186,6 +188,16 @@ class Ledger:
         else:
             raise ValueError(f"copied() books host and disk copies, not {tier}")
 
+    def reserve_host(self, session_id: SessionId, tokens: int) -> None:
+        """Set aside host room for a copy that arrives (0: give it back). The caller has seen to the room."""
+        self.host_used_tokens += tokens - self._reserved_tokens.pop(session_id, 0)
+        if tokens:
+            self._reserved_tokens[session_id] = tokens
+
+    def reserved_tokens(self, session_id: SessionId) -> int:
+        """Host room set aside for the session, in tokens."""
+        return self._reserved_tokens.get(session_id, 0)
+
     def restored(self, session_id: SessionId, tokens: int) -> None:
         """The first `tokens` were copied back to the device; copies elsewhere stay valid."""
         self.grow(session_id, tokens - self._holdings[session_id].device_tokens)
@@ -221,7 +233,11 @@ class Ledger:
             assert holding.device_tokens == 0 or holding.slot is not None, f"{session_id}: device tokens without slot"
         for name, used, total in (
             ("device", self._device_tokens, sum(h.device_tokens for h in self._holdings.values())),
-            ("host", self.host_used_tokens, sum(h.host_tokens for h in self._holdings.values())),
+            (
+                "host",
+                self.host_used_tokens,
+                sum(h.host_tokens for h in self._holdings.values()) + sum(self._reserved_tokens.values()),
+            ),
             ("disk", self.disk_used_tokens, sum(h.disk_tokens for h in self._holdings.values())),
         ):
             assert used == total, f"{name}: books say {used}, sessions hold {total}"

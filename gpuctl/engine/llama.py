@@ -13,7 +13,7 @@ import ctypes
 import importlib.metadata
 import importlib.util
 import sys
-from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int8, c_int32, c_size_t, c_uint8, c_uint32
+from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int8, c_int32, c_int64, c_size_t, c_uint8, c_uint32
 from ctypes import c_void_p as ptr
 from functools import cache
 from pathlib import Path
@@ -126,6 +126,18 @@ class LogitBias(ctypes.Structure):
     _fields_: ClassVar = [("token", c_int32), ("bias", c_float)]
 
 
+class TokenData(ctypes.Structure):
+    """struct llama_token_data."""
+
+    _fields_: ClassVar = [("id", c_int32), ("logit", c_float), ("p", c_float)]
+
+
+class TokenDataArray(ctypes.Structure):
+    """struct llama_token_data_array."""
+
+    _fields_: ClassVar = [("data", POINTER(TokenData)), ("size", c_size_t), ("selected", c_int64), ("sorted", c_bool)]
+
+
 LOG_CALLBACK = ctypes.CFUNCTYPE(None, c_int, c_char_p, ptr)
 
 # name -> (result, arguments). Handles are void pointers: nothing of ours looks inside.
@@ -194,6 +206,7 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "llama_sampler_init_logit_bias": (ptr, [c_int32, c_int32, POINTER(LogitBias)]),
     "llama_sampler_sample": (c_int32, [ptr, ptr, c_int32]),
     "llama_sampler_accept": (None, [ptr, c_int32]),
+    "llama_sampler_apply": (None, [ptr, POINTER(TokenDataArray)]),
     "llama_sampler_free": (None, [ptr]),
 }
 
@@ -360,6 +373,8 @@ __all__ = [
     "ContextParams",
     "Library",
     "LogitBias",
+    "TokenData",
+    "TokenDataArray",
     "abort_predicate",
     "clear_errors",
     "last_error",

@@ -58,12 +58,12 @@ class Reporter:
         """What became of a directive seen before; None for a new one."""
         return self._outcomes.get(directive_id)
 
-    def report_occupancy(self) -> None:
-        """Report the books if they changed, or turns run, and the last report is a period old."""
+    def report_occupancy(self, *, at_once: bool = False) -> None:
+        """Report the books if they changed, or turns run, and the last report is a period old; or `at_once`."""
         now_ns = self._clock()
-        if not self._listeners or not (self.occupancy_due or self._scheduler.running):
+        if not self._listeners or not (at_once or self.occupancy_due or self._scheduler.running):
             return
-        if now_ns - self._occupancy_sent_ns < OCCUPANCY_PERIOD_NS:
+        if now_ns - self._occupancy_sent_ns < OCCUPANCY_PERIOD_NS and not at_once:
             return
         self._occupancy_sent_ns = now_ns
         self.occupancy_due = False

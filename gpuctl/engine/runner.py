@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import ctypes
 import enum
-import random
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from . import llama
 from .errors import ContextError, RequestError, SwapError
-from .kv_image import Blob, KvChunk, compose, parse
+from .kv_image import Blob, KvChunk, KvFormat, compose, parse
 from .language_model import LanguageModel
 from .sequence import SamplingParams, Slot, Token, TokenLogprob
 
@@ -73,13 +73,15 @@ class Runner(Protocol):
     slot_count: int
     slot_tokens: int
     bytes_per_token: int
+    kv_format: KvFormat
 
-    def sampler(self, params: SamplingParams) -> Sampler: ...
+    def sampler(self, params: SamplingParams, drawn: Sequence[Token] = ()) -> Sampler: ...
     def step(self, slices: Sequence[BatchSlice]) -> StepResult: ...
     def share(self, source: Slot, slot: Slot, tokens: int) -> None: ...
     def cut(self, slot: Slot, from_token: int) -> None: ...
     def held_tokens(self, slot: Slot) -> int: ...
     def take(self, slot: Slot, from_token: int) -> KvChunk: ...
+    def copy(self, slot: Slot, from_token: int) -> KvChunk: ...
     def put(self, slot: Slot, chunks: Sequence[KvChunk]) -> None: ...
     def interrupt(self) -> None: ...
     def forget_interrupt(self) -> None: ...
@@ -89,7 +91,11 @@ class Runner(Protocol):
 class ChainSampler:
     """llama.cpp's own samplers in a chain; plain greedy needs none and is taken with argmax."""
 
-    def __init__(self, lib: llama.Library, vocab: int, params: SamplingParams) -> None:
+    def __init__(self, lib: llama.Library, vocab: int, params: SamplingParams, drawn: Sequence[Token] = ()) -> None:
+        """`drawn`: tokens a sampler of these params has drawn already, perhaps in another process: this one goes on.
+
+        Raises RequestError where llama.cpp cannot parse the grammar, or the grammar cannot have drawn these tokens.
+        """
         self._lib = lib
         self.chain: int = 0
         plain_greedy = params.temperature <= 0 and params.grammar is None and not params.logit_bias
@@ -100,6 +106,7 @@ class ChainSampler:
             biases = (llama.LogitBias * len(params.logit_bias))(*(llama.LogitBias(t, b) for t, b in params.logit_bias))
             size = len(biases)
             self._add(lib.llama_sampler_init_logit_bias(_vocabulary_size(lib, vocab), size, biases))
+        grammar = dist = 0
         if params.grammar is not None:
             grammar = lib.llama_sampler_init_grammar(vocab, params.grammar.encode(), b"root")
             if not grammar:
@@ -108,7 +115,12 @@ class ChainSampler:
             self._add(grammar)
         if params.temperature <= 0:
             self._add(lib.llama_sampler_init_greedy())
-            return
+        else:
+            dist = self._add_random(params)
+        self._replay(drawn, grammar, dist)
+
+    def _add_random(self, params: SamplingParams) -> int:
+        lib = self._lib
         if params.top_k > 0:
             self._add(lib.llama_sampler_init_top_k(params.top_k))
         if params.top_p < 1:
@@ -116,8 +128,30 @@ class ChainSampler:
         if params.min_p > 0:
             self._add(lib.llama_sampler_init_min_p(params.min_p, 1))
         self._add(lib.llama_sampler_init_temp(params.temperature))
-        seed = params.seed if params.seed is not None else random.getrandbits(32)
-        self._add(lib.llama_sampler_init_dist(seed & 0xFFFFFFFF))
+        dist = int(lib.llama_sampler_init_dist(params.seeded().seed))
+        self._add(dist)
+        return dist
+
+    def _replay(self, drawn: Sequence[Token], grammar: int, dist: int) -> None:
+        """Bring the chain to where it is after drawing `drawn`. llama.cpp has no saved form of a sampler.
+
+        Each draw takes one number from dist's generator however many candidates there were (build 11549; a test holds
+        it), so a draw among two stands for any. A token the grammar does not allow would make llama.cpp throw through
+        us: asked first.
+        """
+        for token in drawn:
+            if grammar and self._apply(grammar, token)[0].logit == -math.inf:
+                self.close()
+                raise RequestError(f"grammar: it cannot have drawn token {token}", param="grammar")
+            if dist:
+                self._apply(dist, 0, 1)
+            self._lib.llama_sampler_accept(self.chain, token)
+
+    def _apply(self, sampler: int, *tokens: Token) -> ctypes.Array[llama.TokenData]:
+        data = (llama.TokenData * len(tokens))(*(llama.TokenData(token, 0.0, 0.0) for token in tokens))
+        candidates = llama.TokenDataArray(data, len(tokens), -1, False)
+        self._lib.llama_sampler_apply(sampler, ctypes.byref(candidates))
+        return data
 
     def _add(self, sampler: int) -> None:
         self._lib.llama_sampler_chain_add(self.chain, sampler)  # the chain owns it from here on
@@ -223,10 +257,12 @@ class LlamaRunner:
         except SwapError as error:
             raise ContextError(f"unexpected llama.cpp build or model: {error}") from None
         self.cut(probe, 0)
+        self.kv_format = chunk.format
         return three.size - two.size
 
-    def sampler(self, params: SamplingParams) -> ChainSampler:
-        return ChainSampler(self._lib, self._model.vocab_handle, params)
+    def sampler(self, params: SamplingParams, drawn: Sequence[Token] = ()) -> ChainSampler:
+        """A sampler, as it is after drawing `drawn`. Raises RequestError: see ChainSampler."""
+        return ChainSampler(self._lib, self._model.vocab_handle, params, drawn)
 
     def step(self, slices: Sequence[BatchSlice]) -> StepResult:
         """Compute the slices as one batch.
@@ -301,6 +337,15 @@ class LlamaRunner:
             return parse(self._save(slot))
         finally:
             self.cut(slot, 0)
+
+    def copy(self, slot: Slot, from_token: int) -> KvChunk:
+        """Copy the slot's KV from `from_token` on and leave the slot as it is. Raises SwapError.
+
+        llama.cpp saves whole sequences only: what lies before `from_token` is saved and dropped again.
+        """
+        whole = parse(self._save(slot))
+        # The tail is a view of the whole: joined into a form of its own, the rest is freed.
+        return parse(compose([whole.tail(from_token)])) if from_token else whole
 
     def put(self, slot: Slot, chunks: Sequence[KvChunk]) -> None:
         """Replace the slot's KV by saved pieces that begin at token 0. Raises SwapError with the slot left empty."""

@@ -125,6 +125,23 @@ class Scheduler:
         elif self.config.idle_policy is IdlePolicy.SWAP and session.pinned_until_ns is None:
             self.placement.evict(session)
 
+    def withdraw(self, session_id: SessionId, now_ns: int) -> None:
+        """Take the session's turn out of the queues without ending it; its KV stays, the session is idle."""
+        session = self.sessions[session_id]
+        assert session.turn is not None
+        self.running.pop(session_id, None)
+        self.waiting.pop(session_id, None)
+        self.groups.leave(session_id)
+        self.service.leave(session.turn.tenant_id)
+        session.turn = None
+        session.last_used_ns = now_ns
+
+    def forget(self, session_id: SessionId) -> None:
+        """Forget an idle session in every tier. Safe where there is none."""
+        if (session := self.sessions.get(session_id)) is not None:
+            assert session.turn is None, f"{session_id}: has a turn"
+            self._forget(session)
+
     def computed(self, session_id: SessionId, start: int, count: int) -> None:
         """A slice was computed: book its tokens and charge new prompt tokens to the tenant."""
         session = self.sessions[session_id]

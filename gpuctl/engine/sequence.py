@@ -7,8 +7,9 @@ A session's KV is always that of a prefix of `Session.tokens`; how long a prefix
 from __future__ import annotations
 
 import enum
+import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NewType
 
 from ...policies.accounting import SessionCost, TurnCost
@@ -19,6 +20,7 @@ TenantId = NewType("TenantId", str)
 TurnId = NewType("TurnId", str)
 Slot = NewType("Slot", int)  # a sequence id of the llama.cpp context
 Token = int
+_RANDOM_SEED = 0xFFFFFFFF  # to llama.cpp: draw one yourself
 
 
 class Tier(enum.Enum):
@@ -68,6 +70,15 @@ class SamplingParams:
     """GBNF, root rule `root`."""
     logprobs: int | None = None
     """Report the log probability of each token and of this many alternatives."""
+
+    def seeded(self) -> SamplingParams:
+        """With the seed that will be used: the one given, as 32 bits, or one drawn now. Greedy needs none."""
+        if self.temperature <= 0:
+            return self
+        seed = None if self.seed is None else self.seed & 0xFFFFFFFF
+        if seed is None or seed == _RANDOM_SEED:
+            seed = random.randrange(_RANDOM_SEED)
+        return replace(self, seed=seed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,11 +165,14 @@ class TurnFinished:
     """Of all turns of its session so far, this one included."""
     awaits_tool: bool = False
     error: str | None = None
+    engine_id: str = ""
+    """The engine that computed its last token: another one than it was asked of where it was handed over."""
 
 
 TurnEvent = TurnAccepted | TurnRefused | TextDelta | TurnFinished
 Sink = Callable[[TurnEvent], None]
-"""Called on the engine's thread for each event of a turn; must not block."""
+"""Called for each event of a turn, one at a time; must not block. On the engine's thread, or on that of the event loop
+while another engine computes the turn."""
 
 
 @dataclass(slots=True)

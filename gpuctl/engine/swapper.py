@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from .disk_tier import DiskTier
 from .errors import SwapError
-from .kv_image import KvChunk, cut_to
+from .kv_image import KvChunk, cut_to, from_token
 from .plan import MoveDown, MoveIn, MoveOut
 from .runner import Runner
-from .sequence import SessionId, Tier
+from .sequence import SessionId, Slot, Tier
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +53,7 @@ class Swapper:
     def back(self, move: MoveIn) -> Copied:
         """Fill the slot with the first tokens of the copy, which stays valid. Raises SwapError, the slot then empty."""
         began = time.monotonic_ns()
-        if move.tier is Tier.HOST:
-            chunks = cut_to(self._host.get(move.session_id, []), move.tokens)
-        else:
-            chunks = self._require_disk().read(move.session_id, move.tokens)
-        if not chunks or chunks[-1].end_token != move.tokens:
-            raise SwapError(f"{move.session_id}: the {move.tier.value} copy is shorter than {move.tokens} tokens")
+        chunks = self.pieces(move.session_id, move.tier, move.tokens)
         self._runner.put(move.slot, chunks)
         return Copied(sum(chunk.nbytes for chunk in chunks), time.monotonic_ns() - began)
 
@@ -69,11 +64,32 @@ class Swapper:
         if not chunks or chunks[-1].end_token != move.tokens:
             raise SwapError(f"{move.session_id}: the host copy is shorter than {move.tokens} tokens")
         if move.valid_tokens < move.tokens:
-            chunks = _from(chunks, move.valid_tokens)
+            chunks = from_token(chunks, move.valid_tokens)
             self._require_disk().append(move.session_id, chunks, move.valid_tokens)
         else:
             chunks = []
         return Copied(sum(chunk.nbytes for chunk in chunks), time.monotonic_ns() - began)
+
+    def copy(self, session_id: SessionId, slot: Slot, tokens: int, valid_tokens: int) -> None:
+        """Make the host copy as long as the slot's KV, which stays. Raises SwapError, the host copy then untouched."""
+        chunk = self._runner.copy(slot, valid_tokens)
+        if chunk.first_token != valid_tokens or chunk.end_token != tokens:
+            raise SwapError(f"{session_id}: the device held {chunk.end_token} tokens, the books say {tokens}")
+        self.keep(session_id, [*cut_to(self._host.get(session_id, []), valid_tokens), chunk])
+
+    def keep(self, session_id: SessionId, chunks: list[KvChunk]) -> None:
+        """Let `chunks`, which begin at token 0, be the host copy."""
+        self._host[session_id] = chunks
+
+    def pieces(self, session_id: SessionId, tier: Tier, tokens: int) -> list[KvChunk]:
+        """The first `tokens` of the host or disk copy, which stays. Raises SwapError where it is shorter or broken."""
+        if tier is Tier.HOST:
+            chunks = cut_to(self._host.get(session_id, []), tokens)
+        else:
+            chunks = self._require_disk().read(session_id, tokens)
+        if not chunks or chunks[-1].end_token != tokens:
+            raise SwapError(f"{session_id}: the {tier.value} copy is shorter than {tokens} tokens")
+        return chunks
 
     def discard(self, session_id: SessionId, tier: Tier) -> None:
         """Forget a copy. Safe where there is none."""
@@ -105,12 +121,3 @@ class Swapper:
         if self._disk is None:
             raise SwapError("no disk tier: start the engine with --disk-bytes and --disk-folder")
         return self._disk
-
-
-def _from(chunks: list[KvChunk], token: int) -> list[KvChunk]:
-    """The pieces from `token` on."""
-    kept = []
-    for chunk in chunks:
-        if chunk.end_token > token:
-            kept.append(chunk if chunk.first_token >= token else chunk.tail(token - chunk.first_token))
-    return kept

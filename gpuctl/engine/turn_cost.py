@@ -1,14 +1,14 @@
 """What turns cost, counted as they are computed: prefill-token equivalents, energy, and time against the ideal.
 
 Owns: the books of the turns under way, the sums per tenant (a session's stand in the Session) and the totals of tokens
-computed. What the figures mean
-is policies/accounting.py's to say. Must not: decide anything. On the engine's thread only.
+computed. What the figures mean is policies/accounting.py's to say. Must not: decide anything. On the engine's thread
+only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from ...policies.accounting import Gamma, TurnCost, Work, gamma_from_times, pte, work_of
 from ..energy import EnergyMeter
@@ -38,6 +38,15 @@ class AccountsNow:
     gamma: Gamma | None
     energy_counters: tuple[str, ...]
     """What is measured: "gpu", "cpu"; empty: nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What a turn has cost until now; goes with it to another engine."""
+
+    work: Work = field(default_factory=Work)
+    energy_joules: float | None = None
+    """None: not measured, or not all of it."""
 
 
 class EnergyShares:
@@ -72,6 +81,10 @@ class EnergyShares:
         """Nothing more is computed for now. Safe to call again."""
         self._share_out()
         self._counting = False
+
+    def open(self, turn_id: TurnId, joules: float | None) -> None:
+        """Go on with a turn that has used so much elsewhere."""
+        self._joules[turn_id] = joules
 
     def close(self, turn_id: TurnId) -> float | None:
         """The joules of a turn that ends; None where a counter failed while it ran."""
@@ -142,6 +155,16 @@ class Accounts:
         self._work[turn.id] = self._work.get(turn.id, Work()) + work
         self._totals.recomputed_tokens += again_tokens
         self._totals.prefill_tokens += max(0, min(start + count, turn.prompt_tokens) - start)
+
+    def leave(self, turn: Turn) -> Spent:
+        """The turn leaves this engine: nothing of it is kept here."""
+        return Spent(self._work.pop(turn.id, Work()), self._close_energy(turn))
+
+    def enter(self, turn: Turn, spent: Spent) -> None:
+        """The turn comes from another engine, or back from there."""
+        self._work[turn.id] = spent.work
+        if self._energy is not None:
+            self._energy.open(turn.id, spent.energy_joules)
 
     def close(self, turn: Turn, session: Session, now_ns: int) -> TurnCost:
         """What a turn that ends has cost; added to its session and its tenant."""

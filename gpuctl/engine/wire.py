@@ -252,6 +252,7 @@ class Answer:
             "session": self._session_id,
             "recomputed_tokens": end.recomputed_tokens,
             "queued_ms": round(end.queued_ns / 1e6, 3),
+            "engine": end.engine_id,
             "ttft_ms": None if end.ttft_ns is None else round(end.ttft_ns / 1e6, 3),
             **_cost(end.cost),
             "session_cost": {"turns": end.session_cost.turn_count, **_cost(end.session_cost)},

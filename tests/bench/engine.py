@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from equipoise.gpuctl.engine.language_model import LanguageModel
 
-from .engine_parts import agents, fairness, interrupt, servers, speed, swap
+from .engine_parts import agents, fairness, handover, interrupt, servers, speed, swap
 from .report import Row, publish
 
 PARTS: dict[str, Callable[[LanguageModel], list[Row]]] = {
@@ -19,6 +19,7 @@ PARTS: dict[str, Callable[[LanguageModel], list[Row]]] = {
     "swap": swap.rows,
     "interrupt": interrupt.rows,
     "fairness": fairness.rows,
+    "handover": handover.rows,
     "agents": agents.rows,
 }
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from equipoise.gpuctl.engine.errors import SwapError
-from equipoise.gpuctl.engine.kv_image import KvChunk, Plane, compose, parse
+from equipoise.gpuctl.engine.kv_image import KvChunk, KvFormat, Plane, compose, parse
 from equipoise.gpuctl.engine.runner import BatchSlice, StepResult, StepStatus
 from equipoise.gpuctl.engine.sequence import SamplingParams, Slot
 from equipoise.gpuctl.engine.template import ChatTemplate
@@ -51,13 +51,15 @@ class FakeRunner:
         self.slot_count = slot_count
         self.slot_tokens = physical_tokens
         self.bytes_per_token = 16
+        self.kv_format = KvFormat(1, 1, ((1, 4), (1, 4)))
         self.slots: dict[int, list[int]] = {}
         self.taken_tokens = 0
         self.samplers: list[FakeSampler] = []
         self.fail_next_put = False
         self._ends = ends
 
-    def sampler(self, params: SamplingParams) -> FakeSampler:
+    def sampler(self, params: SamplingParams, drawn: Sequence[int] = ()) -> FakeSampler:
+        self.drawn = list(drawn)
         self.samplers.append(FakeSampler())
         return self.samplers[-1]
 
@@ -90,7 +92,12 @@ class FakeRunner:
         return len(self.slots.get(slot, []))
 
     def take(self, slot: Slot, from_token: int) -> KvChunk:
-        rows = np.array(self.slots.pop(slot), np.int32)[from_token:].reshape(-1, 1).view(np.uint8)
+        chunk = self.copy(slot, from_token)
+        del self.slots[slot]
+        return chunk
+
+    def copy(self, slot: Slot, from_token: int) -> KvChunk:
+        rows = np.array(self.slots[slot], np.int32)[from_token:].reshape(-1, 1).view(np.uint8)
         self.taken_tokens += len(rows)
         chunk = KvChunk(1, 2, 1, from_token, (Plane(1, rows), Plane(1, rows)), len(rows))
         return parse(compose([chunk]))
