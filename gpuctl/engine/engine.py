@@ -22,7 +22,7 @@ from .conversation import map_prompt
 from .directing import Director
 from .directives import Directive, Outcome, OutcomeStatus
 from .disk_tier import DiskTier
-from .errors import ContextError, EngineError, RequestError
+from .errors import ConstraintError, ContextError, EngineError, RequestError
 from .language_model import LanguageModel
 from .ledger import Ledger
 from .mover import Mover
@@ -56,8 +56,8 @@ from .sequence import (
     TurnRequest,
 )
 from .swapper import Swapper
-from .template import tool_calls_in
 from .text import TextStream
+from .tool_calls import tool_calls_in
 
 _log = logging.getLogger(__name__)
 
@@ -251,7 +251,7 @@ class Engine:
         while not self._stopping.is_set():
             self.cycle(wait=True)
         for live in list(self._live.values()):
-            self._finish(live, FinishReason.CANCELLED)
+            self._finish(live, FinishReason.ERROR, "the engine is stopping")
         for waiting in self._behind.values():
             for arrival in waiting:
                 arrival.sink(TurnRefused(RequestError("the engine is stopping", status=503, kind="server_error")))
@@ -315,6 +315,9 @@ class Engine:
         request = arrival.request
         session_id = request.session_id
         if session_id in self._live:
+            if (full := self._queue_full()) is not None:
+                arrival.sink(TurnRefused(full))
+                return
             self._behind.setdefault(session_id, collections.deque()).append(arrival)
             return
         try:
@@ -330,14 +333,8 @@ class Engine:
     def _prepare(self, arrival: _Submit) -> _Live:
         """Map the prompt onto the session and queue the turn. Raises RequestError, with nothing changed."""
         request = arrival.request
-        if len(self._scheduler.waiting) >= self.config.max_queued_turns:
-            raise RequestError(
-                f"{len(self._scheduler.waiting)} turns are waiting: try again later",
-                status=429,
-                kind="rate_limit_error",
-                code="queue_full",
-                retry_after_s=2,
-            )
+        if (full := self._queue_full()) is not None:
+            raise full
         session = self._scheduler.sessions.get(request.session_id)
         if session is None:
             session = Session(request.session_id, request.tenant_id, ephemeral=request.ephemeral)
@@ -373,6 +370,14 @@ class Engine:
         if self._ledger.holding(session.id).longest()[0] is Tier.DISK:
             self._swapper.read_ahead(session.id)
         return _Live(request, turn, arrival.sink, sampler, TextStream(request.stop), bytearray())
+
+    def _queue_full(self) -> RequestError | None:
+        """The refusal of one more turn; None where it may wait. Turns behind another of their session count, too."""
+        queued = len(self._scheduler.waiting) + sum(map(len, self._behind.values()))
+        if queued < self.config.max_queued_turns:
+            return None
+        message = f"{queued} turns are waiting: try again later"
+        return RequestError(message, status=429, kind="rate_limit_error", code="queue_full", retry_after_s=2)
 
     def _due_ns(self, request: TurnRequest, turn: Turn, common_tokens: int) -> int | None:
         """When the turn must begin to meet its SLO: what is wished less what the cost model says it takes."""
@@ -509,7 +514,9 @@ class Engine:
         now_ns = self._clock()
         for item, sampled in zip(slices, result.sampled, strict=True):
             self._book(item, item.count)
-            if sampled is not None:
+            if isinstance(sampled, ConstraintError):
+                self._finish(self._live[item.session_id], FinishReason.ERROR, str(sampled))
+            elif sampled is not None:
                 self._take_token(self._live[item.session_id], sampled, now_ns)
 
     def _book(self, item: Slice, count: int) -> None:

@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import llama
-from .errors import ContextError, RequestError, SwapError
+from .errors import ConstraintError, ContextError, SwapError
 from .kv_image import Blob, KvChunk, compose, parse
 from .language_model import LanguageModel
 from .sequence import SamplingParams, Slot, Token, TokenLogprob
@@ -59,11 +59,15 @@ class BatchSlice:
     logprobs: int | None = None
 
 
+Sampled = TokenLogprob | Token | ConstraintError
+"""A TokenLogprob where log probabilities were asked; an error where this slice's constraint cannot be followed on."""
+
+
 @dataclass(frozen=True, slots=True)
 class StepResult:
     status: StepStatus
-    sampled: tuple[TokenLogprob | Token | None, ...] = ()
-    """One entry per slice: None without a sampler, a TokenLogprob where log probabilities were asked."""
+    sampled: tuple[Sampled | None, ...] = ()
+    """One entry per slice: None without a sampler."""
 
 
 class Runner(Protocol):
@@ -86,26 +90,29 @@ class Runner(Protocol):
     def close(self) -> None: ...
 
 
+# Tokens a penalty looks back: beyond any output this engine serves, and what llama.cpp allocates for it.
+_PENALTY_WINDOW_TOKENS = 32768
+
+
 class ChainSampler:
-    """llama.cpp's own samplers in a chain; plain greedy needs none and is taken with argmax."""
+    """llama.cpp's own samplers in a chain; plain greedy needs none and is taken with argmax. What the output is held to
+    is applied before the chain."""
 
     def __init__(self, lib: llama.Library, vocab: int, params: SamplingParams) -> None:
         self._lib = lib
         self.chain: int = 0
-        plain_greedy = params.temperature <= 0 and params.grammar is None and not params.logit_bias
-        if plain_greedy:
+        self.matcher = params.constraint.matcher() if params.constraint is not None else None
+        penalized = params.frequency_penalty != 0 or params.presence_penalty != 0
+        if params.temperature <= 0 and not params.logit_bias and not penalized:
             return
         self.chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
         if params.logit_bias:
             biases = (llama.LogitBias * len(params.logit_bias))(*(llama.LogitBias(t, b) for t, b in params.logit_bias))
             size = len(biases)
             self._add(lib.llama_sampler_init_logit_bias(_vocabulary_size(lib, vocab), size, biases))
-        if params.grammar is not None:
-            grammar = lib.llama_sampler_init_grammar(vocab, params.grammar.encode(), b"root")
-            if not grammar:
-                self.close()
-                raise RequestError("grammar: llama.cpp cannot parse it", param="grammar")
-            self._add(grammar)
+        if penalized:
+            frequency, presence = params.frequency_penalty, params.presence_penalty
+            self._add(lib.llama_sampler_init_penalties(_PENALTY_WINDOW_TOKENS, 1.0, frequency, presence))
         if params.temperature <= 0:
             self._add(lib.llama_sampler_init_greedy())
             return
@@ -262,16 +269,25 @@ class LlamaRunner:
         )
         return StepResult(StepStatus.DONE, sampled)
 
-    def _sample(self, at: int, item: BatchSlice) -> TokenLogprob | Token:
+    def _sample(self, at: int, item: BatchSlice) -> Sampled:
         sampler: Any = item.sampler
         row = np.ctypeslib.as_array(self._lib.llama_get_logits_ith(self._context, at), shape=(self._vocabulary_size,))
-        if sampler.chain:
-            token = int(self._lib.llama_sampler_sample(sampler.chain, self._context, at))
-        else:
-            token = int(row.argmax())
+        unrestricted = row
+        try:
+            if sampler.matcher is not None:
+                unrestricted = row if item.logprobs is None else row.copy()
+                sampler.matcher.restrict(row)
+            if sampler.chain:
+                token = int(self._lib.llama_sampler_sample(sampler.chain, self._context, at))
+            else:
+                token = int(row.argmax())
+            if sampler.matcher is not None:
+                sampler.matcher.accept(token)
+        except ConstraintError as error:
+            return error
         if item.logprobs is None:
             return token
-        return _with_logprobs(row, token, item.logprobs)
+        return _with_logprobs(unrestricted, token, item.logprobs)
 
     def cut(self, slot: Slot, from_token: int) -> None:
         """Forget the slot's KV from position `from_token` on. 0 empties it. Safe where there is none."""

@@ -9,9 +9,12 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NewType
+from typing import TYPE_CHECKING, NewType
 
 from .errors import RequestError
+
+if TYPE_CHECKING:  # a name in annotations only: these words need no library
+    from .constraint import Constraint
 
 SessionId = NewType("SessionId", str)
 TenantId = NewType("TenantId", str)
@@ -63,8 +66,11 @@ class SamplingParams:
     seed: int | None = None
     """None: drawn at random for the turn."""
     logit_bias: tuple[tuple[Token, float], ...] = ()
-    grammar: str | None = None
-    """GBNF, root rule `root`."""
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    """Subtracted from the logit of a token of the output so far: as often as it is there, and once if it is."""
+    constraint: Constraint | None = None
+    """What the output is held to, compiled: a JSON schema, a tool's parameters, a grammar."""
     logprobs: int | None = None
     """Report the log probability of each token and of this many alternatives."""
 
@@ -86,7 +92,7 @@ class TurnRequest:
     prompt: str
     """The whole conversation, rendered by the chat template, the assistant's header last."""
     max_tokens: int | None = None
-    """None: as many as the context has room for."""
+    """None: the engine's default (EngineConfig.default_max_tokens)."""
     stop: tuple[str, ...] = ()
     sampling: SamplingParams = SamplingParams()
     slo: Slo = Slo()
