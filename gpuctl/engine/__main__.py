@@ -14,8 +14,8 @@ import re
 import resource
 import socket
 import sys
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 from starlette.applications import Starlette
@@ -37,6 +37,7 @@ from .sequence import IdlePolicy, TenantId
 
 _MOST_FILES = 65536
 _OWN_FILES = 128
+_SEND_BUFFER_BYTES = 128 << 10
 _UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "kB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -62,14 +63,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def _run(options: argparse.Namespace) -> int:
     logging.basicConfig(level=options.log_level, format="%(levelname)s %(name)s %(message)s", stream=sys.stderr)
-    ending = Ending()
     try:
         with _listen(options.listen) as listener:
-            _serve(options, listener, ending)
+            return _serve(options, listener)
     except EngineError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return ending.code
+    except KeyboardInterrupt:
+        return 130
 
 
 def _with_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -124,8 +125,9 @@ def _with_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def _serve(options: argparse.Namespace, listener: socket.socket, ending: Ending) -> None:
+def _serve(options: argparse.Namespace, listener: socket.socket) -> int:
     path = resolve(options.model, lambda line: print(line, file=sys.stderr, flush=True))
+    ending = Ending()
     model = LanguageModel(path, gpu_layers=options.gpu_layers)
     runner = LlamaRunner(
         model,
@@ -170,6 +172,15 @@ def _serve(options: argparse.Namespace, listener: socket.socket, ending: Ending)
         engine.stop()
         runner.close()
         model.close()
+    return ending.code
+
+
+class _Server(Server):
+    """uvicorn's server without its signal handlers: `Ending` has the signals."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
 
 
 async def _serve_http(options: argparse.Namespace, engine: Engine, listener: socket.socket, ending: Ending) -> None:
@@ -203,7 +214,7 @@ async def _serve_http(options: argparse.Namespace, engine: Engine, listener: soc
         timeout_graceful_shutdown=3,
         lifespan="on",
     )
-    server = Server(config)
+    server = _Server(config)
     host, port = listener.getsockname()[:2]
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     while not server.started and not serving.done():
@@ -233,6 +244,8 @@ def _listen(address: str) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # Else the kernel keeps megabytes for each client that does not read, and it takes as long to find out.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
     try:
         listener.bind((host.strip("[]") or "127.0.0.1", int(port)))
         listener.listen(1024)

@@ -173,7 +173,8 @@ class Matcher:
             raise ConstraintError(self._reason())
 
     def _reason(self) -> str:
-        return _one_line(self._functions.llg_matcher_get_error(self._matcher) or b"no reason given")
+        reason = self._functions.llg_matcher_get_error(self._matcher) or b"no reason given"
+        return f"the output cannot go on within its grammar: {_one_line(reason)}"
 
 
 class _Functions:

@@ -1,14 +1,15 @@
 """Ends the process when it is told to, whatever its threads are doing.
 
 Owns: SIGTERM and SIGINT. A Python signal handler waits until the main thread is back from C, which loading a model may
-keep it for minutes; so both signals are blocked and a thread of their own waits for them. Must not: know what there is
-to end (`__main__` says so).
+keep it for minutes; the interpreter's wake-up descriptor is written at once, and a thread of our own reads it. Must
+not: know what there is to end (`__main__` says so).
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable
 
@@ -17,12 +18,16 @@ _CODES = {signal.SIGTERM: 0, signal.SIGINT: 130}
 
 class Ending:
     def __init__(self) -> None:
-        """Block the signals in this thread, and so in every thread it starts from here on, and begin to wait."""
+        """Take over the signals. On the main thread."""
         self.code = 0
         """Exit code of the process: 130 where it was interrupted from the terminal."""
         self._clean: Callable[[], object] | None = None
         self._leave: Callable[[], object] | None = None
-        signal.pthread_sigmask(signal.SIG_BLOCK, _CODES)
+        self._woken, wakes = socket.socketpair()
+        wakes.setblocking(False)
+        signal.set_wakeup_fd(wakes.detach(), warn_on_full_buffer=False)
+        for number in _CODES:
+            signal.signal(number, lambda *_: None)
         threading.Thread(target=self._wait, name="ending", daemon=True).start()
 
     def cleaning(self, clean: Callable[[], object]) -> None:
@@ -35,7 +40,10 @@ class Ending:
 
     def _wait(self) -> None:
         while True:
-            self.code = _CODES[signal.Signals(signal.sigwait(_CODES))]
+            number = signal.Signals(self._woken.recv(1)[0])
+            if number not in _CODES:
+                continue
+            self.code = _CODES[number]
             leave, self._leave = self._leave, None
             if leave is None:
                 break

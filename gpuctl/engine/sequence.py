@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NewType
 
+from ...policies import model as core
 from .errors import RequestError
 
 if TYPE_CHECKING:  # a name in annotations only: these words need no library
@@ -22,29 +23,10 @@ TurnId = NewType("TurnId", str)
 Slot = NewType("Slot", int)  # a sequence id of the llama.cpp context
 Token = int
 
-
-class Tier(enum.Enum):
-    """Where KV is held."""
-
-    DEVICE = "device"
-    HOST = "host"
-    DISK = "disk"
-    NONE = "none"
-
-
-class SessionPhase(enum.Enum):
-    WAITING = "waiting"
-    RUNNING = "running"
-    IDLE = "idle"
-    HELD = "held"
-
-
-class FinishReason(enum.Enum):
-    STOP = "stop"
-    LENGTH = "length"
-    TOOL_CALLS = "tool_calls"
-    CANCELLED = "cancelled"
-    ERROR = "error"
+# The daemon's words are ours.
+Tier = core.KvTier
+SessionPhase = core.SessionPhase
+FinishReason = core.FinishReason
 
 
 class IdlePolicy(enum.Enum):

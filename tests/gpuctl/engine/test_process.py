@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import collections
 import json
+import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -354,13 +357,49 @@ async def test_five_hundred_connections_at_once_are_all_answered(engine):
     assert statuses[429] > 0
 
 
-def test_sigterm_ends_a_process_under_load_cleanly():
-    with running("--kv-tokens", "512", "--slots", "2") as engine:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_process_under_load_cleanly(tmp_path, number, code):
+    options = ("--kv-tokens", "512", "--slots", "2", "--disk-bytes", "1MiB", "--disk-folder", str(tmp_path))
+    with running(*options) as engine:
+        assert list(tmp_path.iterdir())
         body = {"messages": ASK, "max_tokens": 400, "stream": True, "ignore_eos": True}
         with httpx.stream("POST", f"{engine.url}/v1/chat/completions", json=body) as answer:
-            next(answer.iter_lines())
-            engine.process.send_signal(signal.SIGTERM)
-            assert engine.process.wait(timeout=15) == 0
+            lines = answer.iter_lines()
+            next(lines)
+            began = time.monotonic()
+            engine.process.send_signal(number)
+            rest = list(lines)
+            assert engine.process.wait(timeout=15) == code
+        assert time.monotonic() - began < 5
+        assert "stopping" in rest[-2], "a stream that is cut says so"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("number", "codes"), [(signal.SIGTERM, {0, -15}), (signal.SIGINT, {130, -2})])
+@pytest.mark.parametrize("after_s", [0.7, 1.0, 1.3, 1.6])
+def test_a_signal_ends_a_process_that_still_loads(tmp_path, model, number, codes, after_s):
+    process = start("--listen", "127.0.0.1:0", "--disk-bytes", "1MiB", "--disk-folder", str(tmp_path))
+    time.sleep(after_s)  # somewhere between the first import and the first request, wherever that is on this machine
+    process.send_signal(number)
+    began = time.monotonic()
+    _, errors = process.communicate(timeout=30)
+    assert time.monotonic() - began < 5
+    assert process.returncode in codes, errors
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_of_equipoise_shows_its_own_name_examples_and_defaults():
+    command = [sys.executable, "-m", "equipoise.daemon.cli", "engine"]
+    shown = subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=30, check=True).stdout
+    assert shown.startswith("usage: equipoise engine")
+    assert "  equipoise engine --model" in shown
+    options = re.findall(r"^  (--\S+).*(?:\n {4,}.*)*", shown, re.MULTILINE)
+    for text in re.findall(r"^  --.*(?:\n {4,}.*)*", shown, re.MULTILINE):
+        assert "default: " in " ".join(text.split()), text
+    assert len(options) > 20
+    wrong = subprocess.run([*command, "--kv-tokens", "none"], capture_output=True, text=True, timeout=30, check=False)
+    assert wrong.returncode == 2
+    assert "whole number above 0" in wrong.stderr
 
 
 # Starts that must fail
