@@ -33,7 +33,8 @@ from .engine.reports import (
     TurnPreempted,
     TurnStarted,
 )
-from .engine.sequence import FinishReason, SessionId, SessionPhase, TenantId, Tier
+from .engine.sequence import SessionId, TenantId, Tier
+from .reports import FINISH_REASON_TO_PB, KV_TIER, KV_TIER_TO_PB, SESSION_PHASE_TO_PB
 
 _log = logging.getLogger(__name__)
 
@@ -42,35 +43,6 @@ LONGEST_RETRY_S = 3.0
 # A daemon that stops reading must not grow the engine's memory; the next occupancy is a full picture again.
 _MAX_QUEUED_REPORTS = 4096
 _DEFAULT_LIFE_NS = 60 * 10**9
-
-_TIER = {
-    Tier.DEVICE: pb.KV_TIER_DEVICE,
-    Tier.HOST: pb.KV_TIER_HOST,
-    Tier.DISK: pb.KV_TIER_DISK,
-    Tier.NONE: pb.KV_TIER_NONE,
-}
-_TIER_BACK = {value: tier for tier, value in _TIER.items()}
-_PHASE = {
-    SessionPhase.WAITING: pb.SESSION_PHASE_WAITING,
-    SessionPhase.RUNNING: pb.SESSION_PHASE_RUNNING,
-    SessionPhase.IDLE: pb.SESSION_PHASE_IDLE,
-    SessionPhase.HELD: pb.SESSION_PHASE_HELD,
-}
-_FINISH = {
-    FinishReason.STOP: pb.FINISH_REASON_STOP,
-    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
-    FinishReason.TOOL_CALLS: pb.FINISH_REASON_TOOL_CALLS,
-    FinishReason.CANCELLED: pb.FINISH_REASON_CANCELLED,
-    FinishReason.ERROR: pb.FINISH_REASON_ERROR,
-}
-_STATUS = {
-    OutcomeStatus.ACCEPTED: pb.DIRECTIVE_STATUS_ACCEPTED,
-    OutcomeStatus.CLIPPED: pb.DIRECTIVE_STATUS_CLIPPED,
-    OutcomeStatus.DEFERRED: pb.DIRECTIVE_STATUS_DEFERRED,
-    OutcomeStatus.REJECTED: pb.DIRECTIVE_STATUS_REJECTED,
-    OutcomeStatus.COMPLETED: pb.DIRECTIVE_STATUS_COMPLETED,
-    OutcomeStatus.EXPIRED: pb.DIRECTIVE_STATUS_EXPIRED,
-}
 
 
 async def attach(address: str, engine: Engine) -> None:
@@ -171,7 +143,7 @@ def directive_from(message: pb.EngineDirective, now_ns: int) -> Directive | None
             mode = PreemptMode.SWAP if swap else PreemptMode.RECOMPUTE
             return ask.Preempt(directive_id=name, deadline_ns=deadline_ns, session_id=session_id, mode=mode)
         case "swap_out":
-            tier = _TIER_BACK.get(body.tier, Tier.HOST)
+            tier = KV_TIER.get(body.tier, Tier.HOST)
             return ask.SwapOut(directive_id=name, deadline_ns=deadline_ns, session_id=session_id, tier=tier)
         case "swap_in":
             return ask.SwapIn(directive_id=name, deadline_ns=deadline_ns, session_id=session_id)
@@ -222,7 +194,7 @@ def report_message(reported: Reported) -> pb.EngineReport:
                     session_id=ended.session_id,
                     tenant_id=ended.tenant_id,
                     turn_id=ended.turn_id,
-                    finish_reason=_FINISH[ended.finish_reason],
+                    finish_reason=FINISH_REASON_TO_PB[ended.finish_reason],
                     prompt_tokens=ended.prompt_tokens,
                     cached_tokens=ended.cached_tokens,
                     recomputed_tokens=ended.recomputed_tokens,
@@ -241,8 +213,8 @@ def report_message(reported: Reported) -> pb.EngineReport:
                 pb.SessionMoved(
                     session_id=moved.session_id,
                     tenant_id=moved.tenant_id,
-                    from_tier=_TIER[moved.from_tier],
-                    to_tier=_TIER[moved.to_tier],
+                    from_tier=KV_TIER_TO_PB[moved.from_tier],
+                    to_tier=KV_TIER_TO_PB[moved.to_tier],
                     tokens=moved.tokens,
                     moved_bytes=moved.moved_bytes,
                     duration_ns=moved.duration_ns,
@@ -255,14 +227,16 @@ def report_message(reported: Reported) -> pb.EngineReport:
                     session_id=preempted.session_id,
                     tenant_id=preempted.tenant_id,
                     turn_id=preempted.turn_id,
-                    to_tier=_TIER[preempted.to_tier],
+                    to_tier=KV_TIER_TO_PB[preempted.to_tier],
                     directive_id=preempted.directive_id,
                 )
             )
         case Outcome() as outcome:
             message.directive_outcome.CopyFrom(
                 pb.DirectiveOutcome(
-                    directive_id=outcome.directive_id, status=_STATUS[outcome.status], reason=outcome.reason
+                    directive_id=outcome.directive_id,
+                    status=f"DIRECTIVE_STATUS_{outcome.status.name}",
+                    reason=outcome.reason,
                 )
             )
     return message
@@ -287,8 +261,8 @@ def _session(session: SessionKv) -> pb.SessionKv:
     return pb.SessionKv(
         session_id=session.session_id,
         tenant_id=session.tenant_id,
-        phase=_PHASE[session.phase],
-        tier=_TIER[session.tier],
+        phase=SESSION_PHASE_TO_PB[session.phase],
+        tier=KV_TIER_TO_PB[session.tier],
         held_tokens=session.held_tokens,
         context_tokens=session.context_tokens,
         host_bytes=session.host_bytes,

@@ -31,6 +31,7 @@ SESSION_PHASE = {
     pb.SESSION_PHASE_IDLE: SessionPhase.IDLE,
     pb.SESSION_PHASE_HELD: SessionPhase.HELD,
 }
+SESSION_PHASE_TO_PB = {phase: number for number, phase in SESSION_PHASE.items()}
 FINISH_REASON = {
     pb.FINISH_REASON_STOP: FinishReason.STOP,
     pb.FINISH_REASON_LENGTH: FinishReason.LENGTH,
@@ -38,6 +39,7 @@ FINISH_REASON = {
     pb.FINISH_REASON_CANCELLED: FinishReason.CANCELLED,
     pb.FINISH_REASON_ERROR: FinishReason.ERROR,
 }
+FINISH_REASON_TO_PB = {reason: number for number, reason in FINISH_REASON.items()}
 
 
 def engine_of(hello: pb.EngineHello) -> Engine:

@@ -11,11 +11,11 @@ import asyncio
 import logging
 import os
 import re
-import signal
+import resource
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,10 @@ from uvicorn import Config, Server
 
 from ..energy import EnergyAbsence, open_meter
 from . import hand_over, llama
+from .connection import connection_of
 from .cost import gamma_of_gpus, load_or_fit
 from .disk_tier import DiskTier
+from .ending import Ending
 from .engine import Engine, EngineConfig
 from .errors import EngineError, ListenError
 from .http import Endpoint, HttpConfig
@@ -37,24 +39,35 @@ from .scheduler import SchedulerConfig
 from .sequence import IdlePolicy, TenantId
 
 _log = logging.getLogger(__name__)
-_SERVES = "The embedded engine as a process of its own."
+_MOST_FILES = 65536
+_OWN_FILES = 128
+_SEND_BUFFER_BYTES = 128 << 10
 _UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "kB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
+_EXAMPLES = """examples:
+  %(prog)s                                    the default model on 127.0.0.1:8080
+  %(prog)s --model qwen.gguf --kv-tokens 65536 --host-bytes 8GiB
+  %(prog)s --disk-bytes 20GiB --disk-folder /var/cache/kv
+  %(prog)s --api-key gold=SECRET1 --api-key bronze=SECRET2
+  %(prog)s --attach unix:/run/equipoise/equipoise.sock
+
+Ask it as you would ask OpenAI: OPENAI_BASE_URL=http://127.0.0.1:8080/v1
+"""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m equipoise.gpuctl.engine", description=__doc__.splitlines()[0])
-    _add_options(parser)
-    options = parser.parse_args(arguments)
+    options = _with_options(argparse.ArgumentParser(prog="python -m equipoise.gpuctl.engine")).parse_args(arguments)
     run: Callable[[argparse.Namespace], int] = options.run
     return run(options)
 
 
 def add_parser(commands: argparse._SubParsersAction[Any]) -> None:
-    """`equipoise engine`: the same command line."""
-    _add_options(commands.add_parser("engine", help="serve a model without the daemon", description=_SERVES))
+    """`equipoise engine`."""
+    _with_options(commands.add_parser("engine", help="serve a model without the daemon"))
 
 
-def run(options: argparse.Namespace) -> int:
+def _run(options: argparse.Namespace) -> int:
     """Serve until told to stop."""
     logging.basicConfig(level=options.log_level, format="%(levelname)s %(name)s %(message)s", stream=sys.stderr)
     try:
@@ -67,46 +80,67 @@ def run(options: argparse.Namespace) -> int:
         return 130
 
 
-def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(run=run)
-    hand_over.add_parser(parser.add_subparsers(metavar="COMMAND"))
-    add = parser.add_argument
-    add("--model", default="default", help="`default` (SmolLM2-135M) or the path of a GGUF")
-    add("--listen", default="127.0.0.1:8080", help="HOST:PORT; port 0 takes a free one")
-    add(
-        "--attach", metavar="unix:PATH", help="the daemon to attach to; without one the engine runs by its own defaults"
-    )
-    add("--peer", metavar="unix:PATH", help="a socket to hand sessions over to and from other engines of this host")
-    add("--kv-tokens", type=_positive, default=16384, help="device KV over all sessions, in tokens")
-    add("--host-bytes", type=_bytes, default=256 << 20, help="host RAM for swapped KV, e.g. 512MiB")
-    add("--disk-bytes", type=_bytes, default=0, help="disk for swapped KV, e.g. 4GiB; 0: no disk tier")
-    add("--disk-folder", type=Path, help="where it lives; by default a folder of the cache")
-    add("--slots", type=_positive, default=32, help="conversations that may hold device KV at once")
-    add("--slot-tokens", type=_positive, help="most tokens of one conversation")
-    add("--threads", type=_positive, default=max(1, min(4, (os.cpu_count() or 2) // 2)), help="compute threads")
-    add("--ctx-mode", choices=[mode.value for mode in ContextMode], default=ContextMode.UNIFIED.value)
-    add(
-        "--anonymous",
-        choices=["keep", "drop"],
-        default="keep",
-        help="KV of turns that name no session: keep it for the prompt that continues it, or drop it at the turn's end",
-    )
-    add("--default-policy", choices=[policy.value for policy in IdlePolicy], default=IdlePolicy.RETAIN.value)
-    add("--retain-s", type=float, default=30.0, help="own retention after a turn, seconds")
-    add("--max-running", type=_positive, default=16, help="turns computed together")
-    add("--step-tokens", type=_positive, default=256, help="most tokens of one step")
-    add("--ubatch-tokens", type=_positive, default=128, help="computed at once: the most an interrupt wastes")
-    add("--mixed-prefill-tokens", type=_positive, default=64, help="most prompt tokens of a step that also decodes")
-    add("--share-prefix-tokens", type=int, default=32, help="share prefixes so long (unified context); 0: never")
-    add("--gpu-layers", type=int, default=0, help="layers on the GPU (CUDA wheel); negative: all")
-    add("--api-key", action="append", default=[], metavar="TENANT=KEY", help="may be given again; none: no key asked")
-    add("--max-queued", type=_positive, default=256, help="turns that may wait before 429")
-    add("--ready-fd", type=int, help="a descriptor the address is written to as well")
-    add("--log-level", default="WARNING")
+def _with_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    parser.description = "Serve a model over OpenAI's HTTP API, with the KV of many conversations kept in three tiers."
+    parser.epilog = _EXAMPLES
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.set_defaults(run=_run)
+    hand_over.add_parser(parser.add_subparsers(title="commands", metavar="COMMAND"))
+    shown = " (default: %(default)s)"
+    add = parser.add_argument_group("model").add_argument
+    add("--model", default="default", metavar="GGUF", help="a file, or `default`: SmolLM2-135M" + shown)
+    add("--threads", type=_positive, default=max(1, min(4, (os.cpu_count() or 2) // 2)), metavar="COUNT",
+        help="compute threads; more than there are free cores is ruinous" + shown)  # fmt: skip
+    add("--gpu-layers", type=int, default=0, metavar="COUNT", help="layers on the GPU, with the CUDA wheel; negative: "
+        "all" + shown)  # fmt: skip
+
+    add = parser.add_argument_group("serving").add_argument
+    add("--listen", default="127.0.0.1:8080", metavar="HOST:PORT", help="port 0 takes a free one" + shown)
+    add("--api-key", action="append", default=[], metavar="TENANT=KEY", help="may be given again (default: no key is "
+        "asked for, and tenants name themselves)")  # fmt: skip
+    add("--max-queued", type=_positive, default=256, metavar="TURNS", help="turns that may wait; one more is refused "
+        "with 429" + shown)  # fmt: skip
+    add("--client-timeout-s", type=_seconds, default=30.0, metavar="SECONDS", help="longest a client may take to send "
+        "its request, or may leave its answer unread" + shown)  # fmt: skip
+    add("--attach", metavar="unix:PATH", help="the daemon to attach to (default: none; the engine goes by its own "
+        "rules)")  # fmt: skip
+    add("--peer", metavar="unix:PATH", help="a socket to hand sessions over to and from other engines of this host "
+        "(default: none)")  # fmt: skip
+    add("--ready-fd", type=int, metavar="FD", help="a descriptor the address is written to as well (default: none)")
+    add("--log-level", default="WARNING", choices=["DEBUG", "INFO", "WARNING", "ERROR"], help="default: %(default)s")
+
+    add = parser.add_argument_group("KV memory").add_argument
+    add("--kv-tokens", type=_positive, default=16384, metavar="TOKENS", help="on the device, over all sessions" + shown)
+    add("--host-bytes", type=_bytes, default="256MiB", metavar="BYTES", help="host RAM for swapped KV" + shown)
+    add("--disk-bytes", type=_bytes, default="0", metavar="BYTES", help="disk for swapped KV, e.g. 4GiB (default: 0, "
+        "no disk tier)")  # fmt: skip
+    add("--disk-folder", type=Path, metavar="FOLDER", help="where it lives (default: a folder of the cache)")
+    add("--slots", type=_positive, default=32, metavar="COUNT", help="conversations on the device at once" + shown)
+    add("--slot-tokens", type=_positive, metavar="TOKENS", help="most tokens of one conversation (default: what the "
+        "model and --kv-tokens allow)")  # fmt: skip
+    add("--ctx-mode", choices=[mode.value for mode in ContextMode], default=ContextMode.UNIFIED.value, help="unified: "
+        "one pool, shared prefixes; split: even parts, bit-exact resume" + shown)  # fmt: skip
+    add("--share-prefix-tokens", type=_count, default=32, metavar="TOKENS", help="share prefixes so long or longer; 0: "
+        "never" + shown)  # fmt: skip
+    add("--anonymous", choices=["keep", "drop"], default="keep", help="KV of turns that name no session: "
+        "for the prompt that continues it, or dropped at the turn's end" + shown)  # fmt: skip
+    add("--default-policy", choices=[policy.value for policy in IdlePolicy], default=IdlePolicy.RETAIN.value,
+        help="what becomes of KV after a turn, unless directed" + shown)  # fmt: skip
+    add("--retain-s", type=_seconds, default=30.0, metavar="SECONDS", help="how long `retain` keeps it" + shown)
+
+    add = parser.add_argument_group("batching").add_argument
+    add("--max-running", type=_positive, default=16, metavar="TURNS", help="computed together" + shown)
+    add("--step-tokens", type=_positive, default=256, metavar="TOKENS", help="most of one step" + shown)
+    add("--ubatch-tokens", type=_positive, default=128, metavar="TOKENS", help="computed at once: the most an "
+        "interrupt wastes" + shown)  # fmt: skip
+    add("--mixed-prefill-tokens", type=_positive, default=64, metavar="TOKENS", help="most prompt tokens of a step "
+        "that also decodes" + shown)  # fmt: skip
+    return parser
 
 
 def _serve(options: argparse.Namespace, listener: socket.socket) -> int:
     path = resolve(options.model, lambda line: print(line, file=sys.stderr, flush=True))
+    ending = Ending()
     model = LanguageModel(path, gpu_layers=options.gpu_layers)
     runner = LlamaRunner(
         model,
@@ -122,6 +156,7 @@ def _serve(options: argparse.Namespace, listener: socket.socket) -> int:
     disk = None
     if options.disk_bytes:
         disk = DiskTier(options.disk_folder or cache_folder() / "kv", f"{path} {path.stat().st_size} {llama.VERSION}")
+        ending.cleaning(disk.remove_files)
     meter = open_meter(on_gpu=options.gpu_layers != 0 and llama.library().llama_supports_gpu_offload())
     if isinstance(meter, EnergyAbsence):
         _log.info("energy_not_measured reason=%r remedy=%r", meter.reason, meter.remedy)
@@ -150,17 +185,26 @@ def _serve(options: argparse.Namespace, listener: socket.socket) -> int:
     engine.cost = load_or_fit(runner, path, options.threads, cache_folder(), disk.folder if disk else None)
     engine.start()
     try:
-        asyncio.run(_serve_http(options, engine, listener))
+        asyncio.run(_serve_http(options, engine, listener, ending))
     finally:
+        ending.leaving(None)
         engine.stop()
         if not isinstance(meter, EnergyAbsence):
             meter.close()
         runner.close()
         model.close()
-    return 0
+    return ending.code
 
 
-async def _serve_http(options: argparse.Namespace, engine: Engine, listener: socket.socket) -> None:
+class _Server(Server):
+    """uvicorn's server without its signal handlers: `Ending` has the signals."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def _serve_http(options: argparse.Namespace, engine: Engine, listener: socket.socket, ending: Ending) -> None:
     server: Server
 
     @asynccontextmanager
@@ -172,9 +216,7 @@ async def _serve_http(options: argparse.Namespace, engine: Engine, listener: soc
             server.should_exit = True
             loop.run_in_executor(None, engine.stop)
 
-        # After uvicorn set its own: ours do not raise the signal again once everything is closed.
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, leave)
+        ending.leaving(lambda: loop.call_soon_threadsafe(leave))
         attached = asyncio.create_task(_attach(options.attach, engine)) if options.attach else None
         yield
         if attached is not None:
@@ -186,15 +228,18 @@ async def _serve_http(options: argparse.Namespace, engine: Engine, listener: soc
         peers = PeerService(engine, f"{llama.VERSION} {content_fingerprint(engine.model.path)}")
         await peers.start(options.peer)
     keys = dict(_key(entry) for entry in options.api_key)
-    endpoint = Endpoint(engine, HttpConfig(api_keys=keys))
+    timeout_s = options.client_timeout_s
+    endpoint = Endpoint(engine, HttpConfig(api_keys=keys, body_timeout_s=timeout_s))
     config = Config(
         endpoint.application(while_serving),
+        http=connection_of(timeout_s),
+        limit_concurrency=_connections_allowed(),
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=3,
         lifespan="on",
     )
-    server = Server(config)
+    server = _Server(config)
     host, port = listener.getsockname()[:2]
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     while not server.started and not serving.done():
@@ -226,6 +271,8 @@ def _listen(address: str) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # Else the kernel keeps megabytes for each client that does not read, and it takes as long to find out.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
     try:
         listener.bind((host.strip("[]") or "127.0.0.1", int(port)))
         listener.listen(1024)
@@ -235,6 +282,17 @@ def _listen(address: str) -> socket.socket:
             f"--listen {address}: {error.strerror}: stop what listens there or give another port"
         ) from None
     return listener
+
+
+def _connections_allowed() -> int:
+    """Raise the limit of open files as far as we may, and leave room in it for files of our own.
+
+    Past it requests are refused with 503, and connections wait to be accepted.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return max(16, wanted - _OWN_FILES)
 
 
 def _key(entry: str) -> tuple[str, TenantId]:
@@ -249,6 +307,22 @@ def _bytes(text: str) -> int:
     if match is None or match[2] not in _UNITS:
         raise argparse.ArgumentTypeError(f"{text!r}: give bytes, or a quantity such as 512MiB")
     return int(match[1]) * _UNITS[match[2]]
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r}: give seconds, 0 or more")
+    return seconds
+
+
+def _count(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number, 0 or more")
+    return int(text)
 
 
 def _positive(text: str) -> int:

@@ -172,6 +172,8 @@ class Director:
     def _drop(self, directive: ask.Drop, session: Session) -> Outcome:
         if session.id in self._scheduler.running:
             return _rejected(directive, "its turn is running: preempt it instead")
+        if directive.from_token < 0:
+            return _rejected(directive, f"from_token {directive.from_token}: give 0 or more")
         held = self._ledger.holding(session.id).longest()[1]
         if directive.from_token >= held:
             return _done(directive, f"only {held} tokens are held")

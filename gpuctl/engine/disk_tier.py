@@ -94,8 +94,12 @@ class DiskTier:
     def close(self) -> None:
         """Stop the thread and remove the files."""
         self._thread.shutdown(wait=True, cancel_futures=True)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self.remove_files()
         os.close(self._lock)
+
+    def remove_files(self) -> None:
+        """Remove the folder at once: the process ends. From any thread."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     # On the thread
 

@@ -24,7 +24,7 @@ from .conversation import joined, map_prompt
 from .directing import Director
 from .directives import Directive, Outcome, OutcomeStatus
 from .disk_tier import DiskTier
-from .errors import ContextError, EngineError, RequestError
+from .errors import ConstraintError, ContextError, EngineError, RequestError
 from .handover import Handovers
 from .kv_image import KvFormat
 from .language_model import LanguageModel
@@ -62,7 +62,7 @@ from .session_index import SessionIndex
 from .session_state import EngineParts, Limits
 from .slo import begin_by_ns
 from .swapper import Swapper
-from .template import tool_calls_in
+from .tool_calls import tool_calls_in
 from .turn_cost import Accounts, AccountsNow
 
 _log = logging.getLogger(__name__)
@@ -278,7 +278,7 @@ class Engine:
             self.cycle(wait=True)
         self.handovers.close()
         for live in list(self._live.values()):
-            self._finish(live, FinishReason.CANCELLED)
+            self._finish(live, FinishReason.ERROR, "the engine is stopping")
         for waiting in self._behind.values():
             for arrival in waiting:
                 arrival.sink(TurnRefused(RequestError("the engine is stopping", status=503, kind="server_error")))
@@ -344,6 +344,9 @@ class Engine:
         arrival = replace(arrival, request=self._by_text.named(arrival.request, known, keep=keep))
         session_id = arrival.request.session_id
         if session_id in self._live or self.handovers.away(session_id):
+            if (full := self._queue_full()) is not None:
+                arrival.sink(TurnRefused(full))
+                return
             self._behind.setdefault(session_id, collections.deque()).append(arrival)
             return
         try:
@@ -360,14 +363,8 @@ class Engine:
         """Map the prompt onto the session and queue the turn. Raises RequestError, with nothing changed."""
         # Another engine may have to go on with this sampling: the seed is drawn here, once.
         request = replace(arrival.request, sampling=arrival.request.sampling.seeded())
-        if len(self._scheduler.waiting) >= self.config.max_queued_turns:
-            raise RequestError(
-                f"{len(self._scheduler.waiting)} turns are waiting: try again later",
-                status=429,
-                kind="rate_limit_error",
-                code="queue_full",
-                retry_after_s=2,
-            )
+        if (full := self._queue_full()) is not None:
+            raise full
         session = self._scheduler.sessions.get(request.session_id)
         if session is None:
             session = Session(request.session_id, request.tenant_id, ephemeral=request.ephemeral)
@@ -406,6 +403,14 @@ class Engine:
         if self._ledger.holding(session.id).longest()[0] is Tier.DISK:
             self._swapper.read_ahead(session.id)
         return LiveTurn(request, turn, arrival.sink, sampler)
+
+    def _queue_full(self) -> RequestError | None:
+        """The refusal of one more turn; None where it may wait. Turns behind another of their session count, too."""
+        queued = len(self._scheduler.waiting) + sum(map(len, self._behind.values()))
+        if queued < self.config.max_queued_turns:
+            return None
+        message = f"{queued} turns are waiting: try again later"
+        return RequestError(message, status=429, kind="rate_limit_error", code="queue_full", retry_after_s=2)
 
     def _next_behind(self, session_id: SessionId) -> None:
         waiting = self._behind.get(session_id)
@@ -517,7 +522,9 @@ class Engine:
         now_ns = self._clock()
         for item, sampled in zip(slices, result.sampled, strict=True):
             self._book(item, item.count)
-            if sampled is not None:
+            if isinstance(sampled, ConstraintError):
+                self._finish(self._live[item.session_id], FinishReason.ERROR, str(sampled))
+            elif sampled is not None:
                 self._take_token(self._live[item.session_id], sampled, now_ns)
 
     def _book(self, item: Slice, count: int) -> None:

@@ -4,6 +4,7 @@ EngineError
 ├── BindingError      the llama.cpp library is absent, or is not the one the binding was written for
 ├── ModelError        a GGUF that is missing, broken or of a kind llama.cpp cannot run
 ├── ContextError      a context could not be made, or llama.cpp refused a step
+├── ConstraintError   a schema or grammar cannot be held to, or can no longer be
 ├── SwapError         a stored copy of KV cannot be used: truncated, corrupt, or the disk is full
 ├── ListenError       an address cannot be had
 ├── HandoverError     a session cannot be handed over to another engine; carries the gRPC status that says why
@@ -27,6 +28,10 @@ class ModelError(EngineError):
 
 class ContextError(EngineError):
     """llama.cpp refused a context or a step."""
+
+
+class ConstraintError(EngineError):
+    """llguidance refuses a schema or grammar, or gave up on one under way."""
 
 
 class SwapError(EngineError):

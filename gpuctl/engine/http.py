@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import re
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +24,8 @@ from starlette.routing import Route
 
 from . import metrics, wire
 from .engine import Engine
-from .errors import RequestError
+from .errors import EngineError, RequestError
+from .language_model import LanguageModel
 from .sequence import (
     FinishReason,
     SessionId,
@@ -38,7 +40,7 @@ from .sequence import (
     TurnRefused,
     TurnRequest,
 )
-from .template import ToolCall, tool_calls_in
+from .tool_calls import ToolCall, ToolCallStream, tool_calls_in
 
 SESSION_HEADERS = ("x-equipoise-session", "x-dynamo-session-id", "x-session-id")
 TENANT_HEADER = "x-equipoise-tenant"
@@ -48,6 +50,8 @@ DEADLINE_HEADER = "x-equipoise-deadline-ms"
 TPOT_HEADER = "x-equipoise-tpot-ms"
 DEFAULT_TENANT = TenantId("default")
 _MAX_ID_CHARACTERS = 200
+# JSON can spell half a UTF-16 pair, which no UTF-8 text contains and no tokenizer takes.
+_HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +59,11 @@ class HttpConfig:
     max_body_bytes: int = 8 << 20
     api_keys: Mapping[str, TenantId] = field(default_factory=dict)
     """Key to tenant. Empty: no key is asked for and the tenant header is believed."""
+    body_timeout_s: float = 30.0
+    """A body that has not arrived whole after this is answered with 408."""
+
+
+_Parse = Callable[[wire.Json, wire.Caller, LanguageModel], wire.Ask]
 
 
 class TurnStream:
@@ -126,25 +135,35 @@ class Endpoint:
                 Route("/healthz", self.health),
                 Route("/health", self.health),
             ],
-            exception_handlers={RequestError: _refuse, 404: _not_found, 405: _not_found},
+            exception_handlers={
+                RequestError: _refuse,
+                EngineError: _unavailable,
+                404: _not_found,
+                405: _not_found,
+                500: _broken,
+            },
             lifespan=on_startup or nothing,
         )
 
     # Routes
 
     async def chat(self, request: Request) -> Response:
-        body, caller = await self._read(request)
-        return await self._answer(request, wire.parse_chat(body, caller, self._engine.model))
+        return await self._ask(request, wire.parse_chat)
 
     async def completions(self, request: Request) -> Response:
+        return await self._ask(request, wire.parse_completion)
+
+    async def _ask(self, request: Request, parse: _Parse) -> Response:
         body, caller = await self._read(request)
-        return await self._answer(request, wire.parse_completion(body, caller))
+        # Rendering a long conversation or compiling a schema takes its time: not while others wait for their tokens.
+        return await self._answer(request, await asyncio.to_thread(parse, body, caller, self._engine.model))
 
     async def models(self, request: Request) -> Response:
         self._tenant(request)
         return JSONResponse(wire.models_json(self._engine.model, self._loaded_at, self._engine.longest_turn_tokens))
 
     async def model(self, request: Request) -> Response:
+        self._tenant(request)
         self._check_model(request.path_params["model"])
         listing = wire.models_json(self._engine.model, self._loaded_at, self._engine.longest_turn_tokens)
         return JSONResponse(listing["data"][0])
@@ -183,16 +202,26 @@ class Endpoint:
         limit = self._config.max_body_bytes
         data = bytearray()
         try:
-            async for part in request.stream():
-                data += part
-                if len(data) > limit:
-                    raise RequestError(f"the body is larger than {limit} bytes", status=413, code="body_too_large")
+            async with asyncio.timeout(self._config.body_timeout_s):
+                async for part in request.stream():
+                    data += part
+                    if len(data) > limit:
+                        raise RequestError(f"the body is larger than {limit} bytes", status=413, code="body_too_large")
+        except TimeoutError:
+            seconds = self._config.body_timeout_s
+            raise RequestError(
+                f"the body did not arrive within {seconds:g} s", status=408, code="request_timeout"
+            ) from None
         except ClientDisconnect:
             raise RequestError("the client went away while sending", status=499) from None
         try:
             body = json.loads(data.decode("utf-8"))
+            if _HALF_PAIR.search(data):
+                json.dumps(body, ensure_ascii=False).encode("utf-8")
         except UnicodeDecodeError as error:
             raise RequestError(f"the body is not UTF-8: byte {error.start}") from None
+        except UnicodeEncodeError:
+            raise RequestError("the body is not Unicode: half a surrogate pair stands alone") from None
         except (ValueError, RecursionError) as error:
             raise RequestError(f"the body is not JSON: {error}") from None
         if not isinstance(body, dict):
@@ -230,7 +259,7 @@ class Endpoint:
     async def _answer(self, request: Request, ask: wire.Ask) -> Response:
         stream = TurnStream(self._engine)
         accepted = await stream.open(ask.turn)
-        answer = wire.Answer(self._engine.model.name, accepted.session_id, chat=ask.chat)
+        answer = wire.Answer(self._engine.model.name, ask, accepted.session_id)
         if ask.stream:
             return StreamingResponse(
                 self._stream(stream, ask, answer),
@@ -255,8 +284,7 @@ class Endpoint:
                 calls: list[ToolCall] = []
                 if ask.turn.may_call_tools:
                     whole, calls = tool_calls_in(whole)
-                details = wire.logprobs_json(self._engine.model, logprobs, chat=ask.chat)
-                return JSONResponse(answer.whole(whole, calls, details, event))
+                return JSONResponse(answer.whole(whole, calls, answer.logprobs(self._engine.model, logprobs), event))
         finally:
             watcher.cancel()
             stream.close()
@@ -266,25 +294,28 @@ class Endpoint:
         try:
             if ask.chat:
                 yield wire.sse(answer.opening())
-            held: list[str] = []  # where tools may be called the text is held until it is clear it is text
+            tools = ToolCallStream() if ask.turn.may_call_tools else None
+            unsent: list[TokenLogprob] = []  # of text still held back
             async for event in stream.events():
+                calls: list[ToolCall] = []
                 if isinstance(event, TextDelta):
-                    if ask.turn.may_call_tools:
-                        held.append(event.text)
-                    elif event.text or event.logprobs:
-                        details = wire.logprobs_json(self._engine.model, event.logprobs, chat=ask.chat)
-                        yield wire.sse(answer.piece(event.text, details))
-                    continue
-                if event.reason is FinishReason.ERROR:
+                    text = event.text
+                    unsent.extend(event.logprobs)
+                    if tools is not None:
+                        text, calls = tools.push(text)
+                elif event.reason is FinishReason.ERROR:
                     failure = RequestError(event.error or "the step failed", status=500, kind="server_error")
                     yield wire.sse(wire.error_json(failure))
                     return
-                if ask.turn.may_call_tools:
-                    text, calls = tool_calls_in("".join(held))
-                    if text:
-                        yield wire.sse(answer.piece(text, None))
-                    if calls:
-                        yield wire.sse(answer.calls(calls))
+                else:
+                    text = tools.flush() if tools is not None else ""
+                if text or (unsent and (tools is None or isinstance(event, TurnFinished))):
+                    yield wire.sse(answer.piece(text, answer.logprobs(self._engine.model, unsent)))
+                    unsent.clear()
+                for chunk in answer.calls(calls):
+                    yield wire.sse(chunk)
+                if isinstance(event, TextDelta):
+                    continue
                 yield wire.sse(answer.closing(event))
                 if ask.stream_usage:
                     yield wire.sse(answer.usage_chunk(event))
@@ -314,7 +345,19 @@ async def _cancel_on_disconnect(request: Request, stream: TurnStream) -> None:
 async def _refuse(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
     headers = {} if error.retry_after_s is None else {"retry-after": str(error.retry_after_s)}
+    if error.status in (408, 413):
+        headers["connection"] = "close"  # the rest of the body is not read
     return JSONResponse(wire.error_json(error), status_code=error.status, headers=headers)
+
+
+async def _unavailable(request: Request, error: Exception) -> Response:
+    failure = RequestError(str(error), status=503, kind="server_error", retry_after_s=1)
+    return await _refuse(request, failure)
+
+
+async def _broken(request: Request, error: Exception) -> Response:
+    """A fault of ours: uvicorn logs its stack, the client is told in the format it reads."""
+    return await _refuse(request, RequestError("the engine failed: see its log", status=500, kind="server_error"))
 
 
 async def _not_found(request: Request, error: Exception) -> Response:

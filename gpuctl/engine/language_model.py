@@ -6,11 +6,13 @@ Owns: the llama_model handle. Must not: own a context (runner.py). Tokenizing is
 from __future__ import annotations
 
 import ctypes
+import threading
 from functools import cached_property
 from pathlib import Path
 
 from ...policies.accounting import ModelShape
 from . import llama
+from .constraint import Constraint, ConstraintCompiler
 from .errors import ModelError
 from .model import check_gguf
 from .sequence import Token
@@ -49,6 +51,8 @@ class LanguageModel:
         self.parameter_count: int = self._lib.llama_model_n_params(handle)
         self._adds_bos: bool = self._lib.llama_vocab_get_add_bos(self._vocab)
         self._pieces: dict[tuple[Token, bool], bytes] = {}
+        self._compiler: ConstraintCompiler | None = None
+        self._compiler_lock = threading.Lock()
 
     def close(self) -> None:
         """Free the weights. Every context made from the model must be closed first. Safe to call twice."""
@@ -128,9 +132,28 @@ class LanguageModel:
         self._pieces[key] = buffer.raw[:length]
         return self._pieces[key]
 
+    def constraint(self, kind: str, text: str) -> Constraint:
+        """What holds output to a "json_schema" or a "lark" grammar. The first takes about a second. From any thread.
+
+        Raises ConstraintError.
+        """
+        with self._compiler_lock:
+            if self._compiler is None:
+                pieces = [self.piece(t) or _control(self.piece(t, special=True)) for t in range(self.vocabulary_size)]
+                end_of_turn = self._lib.llama_vocab_eot(self._vocab)
+                if end_of_turn < 0:
+                    end_of_turn = self._lib.llama_vocab_eos(self._vocab)
+                self._compiler = ConstraintCompiler(pieces, end_of_turn)
+        return self._compiler.compile(kind, text)
+
     def ends_text(self, token: Token) -> bool:
         return bool(self._lib.llama_vocab_is_eog(self._vocab, token))
 
     @property
     def vocab_handle(self) -> int:
         return int(self._vocab)
+
+
+def _control(piece: bytes) -> bytes:
+    """llguidance's mark of a token that is no text."""
+    return b"\xff" + piece if piece else b""

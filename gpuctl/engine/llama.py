@@ -168,6 +168,7 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "llama_vocab_is_eog": (c_bool, [ptr, c_int32]),
     "llama_vocab_bos": (c_int32, [ptr]),
     "llama_vocab_eos": (c_int32, [ptr]),
+    "llama_vocab_eot": (c_int32, [ptr]),
     "llama_vocab_get_add_bos": (c_bool, [ptr]),
     "llama_tokenize": (c_int32, [ptr, c_char_p, c_int32, POINTER(c_int32), c_int32, c_bool, c_bool]),
     "llama_token_to_piece": (c_int32, [ptr, c_int32, c_char_p, c_int32, c_int32, c_bool]),
@@ -202,7 +203,7 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "llama_sampler_init_top_p": (ptr, [c_float, c_size_t]),
     "llama_sampler_init_min_p": (ptr, [c_float, c_size_t]),
     "llama_sampler_init_temp": (ptr, [c_float]),
-    "llama_sampler_init_grammar": (ptr, [ptr, c_char_p, c_char_p]),
+    "llama_sampler_init_penalties": (ptr, [c_int32, c_float, c_float, c_float]),
     "llama_sampler_init_logit_bias": (ptr, [c_int32, c_int32, POINTER(LogitBias)]),
     "llama_sampler_sample": (c_int32, [ptr, ptr, c_int32]),
     "llama_sampler_accept": (None, [ptr, c_int32]),
@@ -302,6 +303,13 @@ class Library:
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(name)
+
+    def optional(self, name: str, result: Any, arguments: list[Any]) -> Any:
+        """A function that not every build exports; None where this one does not."""
+        function = getattr(self._handle, name, None)
+        if function is not None:
+            function.restype, function.argtypes = result, arguments
+        return function
 
 
 def _check_defaults(path: Path, params: ctypes.Structure, expected: dict[str, object]) -> None:

@@ -17,7 +17,7 @@ from ..api.v1 import peer_pb2 as pb
 from . import peer_wire
 from .engine import Engine
 from .engine_thread import on_engine, threadsafe
-from .errors import HandoverError
+from .errors import ConstraintError, HandoverError
 from .kv_image import KvChunk, cut_to
 from .sequence import TurnEvent, TurnFinished
 from .session_state import SessionState
@@ -119,7 +119,11 @@ class PeerTaker:
             while not blob.complete:
                 blob.add((await _next(context)).piece)
             if begin.kind == pb.BLOB_KIND_STATE:
-                return blob.state(taking.offer), chunks
+                try:
+                    state = await asyncio.to_thread(blob.state, taking.offer, self._engine.model.constraint)
+                except ConstraintError as error:
+                    raise HandoverError(f"session {taking.offer.session_id}: {error}") from None
+                return state, chunks
             chunks = [*cut_to(chunks, begin.first_token), blob.chunk(form)]
 
     async def _listen(

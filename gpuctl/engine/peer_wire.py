@@ -6,13 +6,14 @@ Owns: the pieces' size and checksum. Must not: do I/O.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from ...policies.accounting import SessionCost, TurnCost, Work
 from ..api.v1 import engine_pb2
 from ..api.v1 import peer_pb2 as pb
+from .constraint import Constraint
 from .errors import HandoverError, SwapError
 from .kv_image import Blob, KvChunk, KvFormat, compose, parse
 from .live import Sampled
@@ -31,6 +32,8 @@ from .sequence import (
 )
 from .session_state import Offer, SessionState
 from .turn_cost import Spent
+
+Compiled = Callable[[str, str], Constraint]
 
 PIECE_BYTES = (1 << 20) - 1024  # a message stays within 1 MiB
 MAX_STATE_BYTES = 64 << 20
@@ -148,8 +151,9 @@ class Assembly:
             )
         return chunk
 
-    def state(self, offer: Offer) -> SessionState:
-        return state_from(pb.SessionState.FromString(self._blob.tobytes()), offer)
+    def state(self, offer: Offer, compiled: Compiled) -> SessionState:
+        """See `state_from`."""
+        return state_from(pb.SessionState.FromString(self._blob.tobytes()), offer, compiled)
 
 
 # Sessions
@@ -198,8 +202,12 @@ def _turn_message(turn: Turn, request: TurnRequest, spent: Spent) -> pb.TurnStat
             min_p=sampling.min_p,
             seed=sampling.seed,
             logit_bias=[pb.TokenNumber(token=token, number=bias) for token, bias in sampling.logit_bias],
-            grammar=sampling.grammar,
+            constraint=None
+            if sampling.constraint is None
+            else pb.Constraint(kind=sampling.constraint.kind, text=sampling.constraint.text),
             logprobs=sampling.logprobs,
+            frequency_penalty=sampling.frequency_penalty,
+            presence_penalty=sampling.presence_penalty,
         ),
         slo_ttft_ns=request.slo.ttft_ns,
         slo_deadline_ns=request.slo.deadline_ns,
@@ -219,7 +227,8 @@ def _turn_message(turn: Turn, request: TurnRequest, spent: Spent) -> pb.TurnStat
     )
 
 
-def state_from(message: pb.SessionState, offer: Offer) -> SessionState:
+def state_from(message: pb.SessionState, offer: Offer, compiled: Compiled) -> SessionState:
+    """`compiled` makes a constraint from its kind and text, which may take a second. Raises ConstraintError."""
     session = Session(
         id=offer.session_id,
         tenant_id=offer.tenant_id,
@@ -237,7 +246,7 @@ def state_from(message: pb.SessionState, offer: Offer) -> SessionState:
     if not message.HasField("turn"):
         return SessionState(session, message.kv_tokens)
     told = message.turn
-    request = _request_from(told, offer, message)
+    request = _request_from(told, offer, message, compiled)
     turn = Turn(
         id=TurnId(told.turn_id),
         session_id=offer.session_id,
@@ -263,8 +272,8 @@ def _spent_from(told: pb.TurnWork) -> Spent:
     return Spent(work, told.energy_joules if told.HasField("energy_joules") else None)
 
 
-def _request_from(told: pb.TurnState, offer: Offer, message: pb.SessionState) -> TurnRequest:
-    sampling = told.sampling
+def _request_from(told: pb.TurnState, offer: Offer, message: pb.SessionState, compiled: Compiled) -> TurnRequest:
+    sampling, held = told.sampling, told.sampling.constraint
     return TurnRequest(
         session_id=offer.session_id,
         tenant_id=offer.tenant_id,
@@ -278,8 +287,10 @@ def _request_from(told: pb.TurnState, offer: Offer, message: pb.SessionState) ->
             min_p=sampling.min_p,
             seed=sampling.seed if sampling.HasField("seed") else None,
             logit_bias=tuple((bias.token, bias.number) for bias in sampling.logit_bias),
-            grammar=sampling.grammar if sampling.HasField("grammar") else None,
+            constraint=compiled(held.kind, held.text) if sampling.HasField("constraint") else None,
             logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
+            frequency_penalty=sampling.frequency_penalty,
+            presence_penalty=sampling.presence_penalty,
         ),
         slo=Slo(
             told.slo_ttft_ns if told.HasField("slo_ttft_ns") else None,

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import ctypes
 import enum
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -25,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import llama
-from .errors import ContextError, RequestError, SwapError
+from .errors import ConstraintError, ContextError, RequestError, SwapError
 from .kv_image import Blob, KvChunk, KvFormat, compose, parse
 from .language_model import LanguageModel
 from .sequence import SamplingParams, Slot, Token, TokenLogprob
@@ -59,11 +58,15 @@ class BatchSlice:
     logprobs: int | None = None
 
 
+Drawn = TokenLogprob | Token | ConstraintError
+"""A TokenLogprob where log probabilities were asked; an error where this slice's constraint cannot be followed on."""
+
+
 @dataclass(frozen=True, slots=True)
 class StepResult:
     status: StepStatus
-    sampled: tuple[TokenLogprob | Token | None, ...] = ()
-    """One entry per slice: None without a sampler, a TokenLogprob where log probabilities were asked."""
+    sampled: tuple[Drawn | None, ...] = ()
+    """One entry per slice: None without a sampler."""
 
 
 class Runner(Protocol):
@@ -88,39 +91,42 @@ class Runner(Protocol):
     def close(self) -> None: ...
 
 
+# Tokens a penalty looks back: beyond any output this engine serves, and what llama.cpp allocates for it.
+_PENALTY_WINDOW_TOKENS = 32768
+
+
 class ChainSampler:
-    """llama.cpp's own samplers in a chain; plain greedy needs none and is taken with argmax."""
+    """llama.cpp's own samplers in a chain; plain greedy needs none and is taken with argmax. What the output is held to
+    is applied before the chain."""
 
     def __init__(self, lib: llama.Library, vocab: int, params: SamplingParams, drawn: Sequence[Token] = ()) -> None:
         """`drawn`: tokens a sampler of these params has drawn already, perhaps in another process: this one goes on.
 
-        Raises RequestError where llama.cpp cannot parse the grammar, or the grammar cannot have drawn these tokens.
+        Raises RequestError where what the output is held to cannot have drawn these tokens.
         """
         self._lib = lib
         self.chain: int = 0
-        plain_greedy = params.temperature <= 0 and params.grammar is None and not params.logit_bias
-        if plain_greedy:
-            return
+        self.matcher = params.constraint.matcher() if params.constraint is not None else None
+        penalized = params.frequency_penalty != 0 or params.presence_penalty != 0
+        dist = 0
+        if params.temperature > 0 or params.logit_bias or penalized:
+            dist = self._make_chain(params, vocab, penalized=penalized)
+        self._replay(drawn, dist)
+
+    def _make_chain(self, params: SamplingParams, vocab: int, *, penalized: bool) -> int:
+        """The chain's sampler that draws at random, 0 for greedy."""
+        lib = self._lib
         self.chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
         if params.logit_bias:
             biases = (llama.LogitBias * len(params.logit_bias))(*(llama.LogitBias(t, b) for t, b in params.logit_bias))
             size = len(biases)
             self._add(lib.llama_sampler_init_logit_bias(_vocabulary_size(lib, vocab), size, biases))
-        grammar = dist = 0
-        if params.grammar is not None:
-            grammar = lib.llama_sampler_init_grammar(vocab, params.grammar.encode(), b"root")
-            if not grammar:
-                self.close()
-                raise RequestError("grammar: llama.cpp cannot parse it", param="grammar")
-            self._add(grammar)
+        if penalized:
+            frequency, presence = params.frequency_penalty, params.presence_penalty
+            self._add(lib.llama_sampler_init_penalties(_PENALTY_WINDOW_TOKENS, 1.0, frequency, presence))
         if params.temperature <= 0:
             self._add(lib.llama_sampler_init_greedy())
-        else:
-            dist = self._add_random(params)
-        self._replay(drawn, grammar, dist)
-
-    def _add_random(self, params: SamplingParams) -> int:
-        lib = self._lib
+            return 0
         if params.top_k > 0:
             self._add(lib.llama_sampler_init_top_k(params.top_k))
         if params.top_p < 1:
@@ -132,26 +138,25 @@ class ChainSampler:
         self._add(dist)
         return dist
 
-    def _replay(self, drawn: Sequence[Token], grammar: int, dist: int) -> None:
-        """Bring the chain to where it is after drawing `drawn`. llama.cpp has no saved form of a sampler.
+    def _replay(self, drawn: Sequence[Token], dist: int) -> None:
+        """Bring the sampler to where it is after drawing `drawn`. llama.cpp has no saved form of it.
 
         Each draw takes one number from dist's generator however many candidates there were (build 11549; a test holds
-        it), so a draw among two stands for any. A token the grammar does not allow would make llama.cpp throw through
-        us: asked first.
+        it), so a draw among two stands for any.
         """
         for token in drawn:
-            if grammar and self._apply(grammar, token)[0].logit == -math.inf:
+            try:
+                if self.matcher is not None:
+                    self.matcher.accept(token)
+            except ConstraintError as error:
                 self.close()
-                raise RequestError(f"grammar: it cannot have drawn token {token}", param="grammar")
+                raise RequestError(f"it cannot have drawn token {token}: {error}", param="grammar") from None
             if dist:
-                self._apply(dist, 0, 1)
-            self._lib.llama_sampler_accept(self.chain, token)
-
-    def _apply(self, sampler: int, *tokens: Token) -> ctypes.Array[llama.TokenData]:
-        data = (llama.TokenData * len(tokens))(*(llama.TokenData(token, 0.0, 0.0) for token in tokens))
-        candidates = llama.TokenDataArray(data, len(tokens), -1, False)
-        self._lib.llama_sampler_apply(sampler, ctypes.byref(candidates))
-        return data
+                two = (llama.TokenData * 2)(llama.TokenData(0, 0.0, 0.0), llama.TokenData(1, 0.0, 0.0))
+                candidates = llama.TokenDataArray(two, 2, -1, False)
+                self._lib.llama_sampler_apply(dist, ctypes.byref(candidates))
+            if self.chain:
+                self._lib.llama_sampler_accept(self.chain, token)
 
     def _add(self, sampler: int) -> None:
         self._lib.llama_sampler_chain_add(self.chain, sampler)  # the chain owns it from here on
@@ -298,16 +303,25 @@ class LlamaRunner:
         )
         return StepResult(StepStatus.DONE, sampled)
 
-    def _sample(self, at: int, item: BatchSlice) -> TokenLogprob | Token:
+    def _sample(self, at: int, item: BatchSlice) -> Drawn:
         sampler: Any = item.sampler
         row = np.ctypeslib.as_array(self._lib.llama_get_logits_ith(self._context, at), shape=(self._vocabulary_size,))
-        if sampler.chain:
-            token = int(self._lib.llama_sampler_sample(sampler.chain, self._context, at))
-        else:
-            token = int(row.argmax())
+        unrestricted = row
+        try:
+            if sampler.matcher is not None:
+                unrestricted = row if item.logprobs is None else row.copy()
+                sampler.matcher.restrict(row)
+            if sampler.chain:
+                token = int(self._lib.llama_sampler_sample(sampler.chain, self._context, at))
+            else:
+                token = int(row.argmax())
+            if sampler.matcher is not None:
+                sampler.matcher.accept(token)
+        except ConstraintError as error:
+            return error
         if item.logprobs is None:
             return token
-        return _with_logprobs(row, token, item.logprobs)
+        return _with_logprobs(unrestricted, token, item.logprobs)
 
     def cut(self, slot: Slot, from_token: int) -> None:
         """Forget the slot's KV from position `from_token` on. 0 empties it. Safe where there is none."""

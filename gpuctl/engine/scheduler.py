@@ -170,6 +170,9 @@ class Scheduler:
         self.ledger.truncate(session_id, 0)
         if session_id not in self.running:
             self.ledger.leave_device(session_id)
+        session = self.sessions.get(session_id)
+        if session is not None and session.turn is not None and session.turn.output_tokens == 0:
+            session.turn.cached_tokens = 0  # it was to begin with what could not be read back
 
     def copy_lost(self, session_id: SessionId, tier: Tier) -> None:
         """A host or disk copy is gone; what the device holds is untouched."""

@@ -10,10 +10,14 @@ import enum
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NewType
+from typing import TYPE_CHECKING, NewType
 
+from ...policies import model as core
 from ...policies.accounting import SessionCost, TurnCost
 from .errors import RequestError
+
+if TYPE_CHECKING:  # a name in annotations only: these words need no library
+    from .constraint import Constraint
 
 SessionId = NewType("SessionId", str)
 TenantId = NewType("TenantId", str)
@@ -22,29 +26,10 @@ Slot = NewType("Slot", int)  # a sequence id of the llama.cpp context
 Token = int
 _RANDOM_SEED = 0xFFFFFFFF  # to llama.cpp: draw one yourself
 
-
-class Tier(enum.Enum):
-    """Where KV is held."""
-
-    DEVICE = "device"
-    HOST = "host"
-    DISK = "disk"
-    NONE = "none"
-
-
-class SessionPhase(enum.Enum):
-    WAITING = "waiting"
-    RUNNING = "running"
-    IDLE = "idle"
-    HELD = "held"
-
-
-class FinishReason(enum.Enum):
-    STOP = "stop"
-    LENGTH = "length"
-    TOOL_CALLS = "tool_calls"
-    CANCELLED = "cancelled"
-    ERROR = "error"
+# The daemon's words are ours.
+Tier = core.KvTier
+SessionPhase = core.SessionPhase
+FinishReason = core.FinishReason
 
 
 class IdlePolicy(enum.Enum):
@@ -66,8 +51,11 @@ class SamplingParams:
     seed: int | None = None
     """None: drawn at random for the turn."""
     logit_bias: tuple[tuple[Token, float], ...] = ()
-    grammar: str | None = None
-    """GBNF, root rule `root`."""
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    """Subtracted from the logit of a token of the output so far: as often as it is there, and once if it is."""
+    constraint: Constraint | None = None
+    """What the output is held to, compiled: a JSON schema, a tool's parameters, a grammar."""
     logprobs: int | None = None
     """Report the log probability of each token and of this many alternatives."""
 
@@ -101,7 +89,7 @@ class TurnRequest:
     prompt: str
     """The whole conversation, rendered by the chat template, the assistant's header last."""
     max_tokens: int | None = None
-    """None: as many as the context has room for."""
+    """None: the engine's default (EngineConfig.default_max_tokens)."""
     stop: tuple[str, ...] = ()
     sampling: SamplingParams = SamplingParams()
     slo: Slo = Slo()

@@ -1,16 +1,14 @@
-"""Renders a conversation into a prompt by the model's own chat template, tools included; finds tool calls in output.
+"""Renders a conversation into a prompt by the model's own chat template, tools included.
 
-Owns: the sandboxed Jinja environment, the fallback for templates that know no tools, and the <tool_call> format.
-Must not: tokenize or hold conversations. Rendering is a pure function of the messages, so a longer conversation renders
-to a text that begins with the shorter one's: that is what lets the engine reuse KV.
+Owns: the sandboxed Jinja environment and the fallback for templates that know no tools, which asks for calls in the
+form tool_calls.py reads. Must not: tokenize or hold conversations. Rendering is a pure function of the messages, so a
+longer conversation renders to a text that begins with the shorter one's: that is what lets the engine reuse KV.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import TemplateError
@@ -33,16 +31,7 @@ To call one, answer with a JSON object within <tool_call></tool_call>:
 {{"name": "function-name", "arguments": {{}}}}
 </tool_call>"""
 
-_TOOL_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
-
 Message = Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class ToolCall:
-    name: str
-    arguments: str
-    """JSON text."""
 
 
 class ChatTemplate:
@@ -73,24 +62,6 @@ class ChatTemplate:
             )
         except (TemplateError, TypeError, KeyError, AttributeError) as error:
             raise RequestError(f"messages: the model's chat template refuses them: {error}", param="messages") from None
-
-
-def tool_calls_in(text: str) -> tuple[str, list[ToolCall]]:
-    """The text before the first tool call, and the calls. Malformed calls stay text."""
-    calls: list[ToolCall] = []
-    first: int | None = None
-    for match in _TOOL_CALL.finditer(text):
-        try:
-            call = json.loads(match[1])
-        except ValueError:
-            continue
-        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-            continue
-        arguments = call.get("arguments", {})
-        calls.append(ToolCall(call["name"], arguments if isinstance(arguments, str) else json.dumps(arguments)))
-        if first is None:
-            first = match.start()
-    return (text if first is None else text[:first].rstrip()), calls
 
 
 def _refuse(message: str) -> str:

@@ -1,7 +1,8 @@
 """The OpenAI wire format: JSON bodies in, TurnRequests out; turn events in, JSON objects out.
 
 Owns: which fields are understood, their ranges, and the error each bad one gets. Must not: do I/O (http.py does).
-Unknown fields are ignored, as clients send new ones all the time; a known field with a bad value is an error.
+Unknown fields are ignored, as clients send new ones all the time; a known field with a bad value is an error, and so is
+one that asks for what this engine does not do.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from typing import Any
 
 from ...policies.accounting import SessionCost, TurnCost
 from .errors import RequestError
-from .json_grammar import grammar_of_any_object, grammar_of_schema
 from .language_model import LanguageModel
+from .output_format import OutputFormat, output_format
 from .sequence import (
     FinishReason,
     SamplingParams,
@@ -27,10 +28,11 @@ from .sequence import (
     TurnFinished,
     TurnRequest,
 )
-from .template import ToolCall
+from .tool_calls import ToolCall
 
 MAX_STOP_STRINGS = 16
 MAX_TOP_LOGPROBS = 20
+_LARGEST_INT32 = 2**31 - 1
 Json = dict[str, Any]
 
 
@@ -54,6 +56,8 @@ class Ask:
     stream: bool
     stream_usage: bool
     chat: bool
+    one_call: bool
+    """Of several tool calls only the first is handed on: `parallel_tool_calls` is false."""
 
 
 def parse_chat(body: Json, caller: Caller, model: LanguageModel) -> Ask:
@@ -63,28 +67,39 @@ def parse_chat(body: Json, caller: Caller, model: LanguageModel) -> Ask:
         raise RequestError("messages: give a list of at least one message", param="messages")
     for index, message in enumerate(messages):
         _check_message(index, message)
-    tools = body.get("tools") or []
-    if not isinstance(tools, list) or not all(isinstance(t, Mapping) and "function" in t for t in tools):
-        raise RequestError("tools: give a list of {type: function, function: {...}}", param="tools")
-    if body.get("tool_choice") == "none":
-        tools = []
-    prompt = model.chat_template.render(messages, tools)
-    top = _integer(body, "top_logprobs", 0, 0, MAX_TOP_LOGPROBS)
-    return _ask(body, caller, prompt, chat=True, tools=bool(tools), logprobs=top if body.get("logprobs") else None)
+    for key in ("functions", "function_call"):
+        if body.get(key) is not None:
+            raise RequestError(f"{key}: no longer OpenAI's way: give tools and tool_choice", param=key)
+    if body.get("modalities") not in (None, ["text"]) or body.get("audio") is not None:
+        raise RequestError("modalities: this model writes text only", param="modalities")
+    form = output_format(body, model)
+    prompt = model.chat_template.render(messages, form.tools)
+    top = _integer(body, "top_logprobs", None, 0, MAX_TOP_LOGPROBS)
+    wanted = _flag(body, "logprobs")
+    if top is not None and not wanted:
+        raise RequestError("top_logprobs: give logprobs: true, too", param="top_logprobs")
+    return _ask(body, caller, prompt, form, chat=True, logprobs=(top or 0) if wanted else None)
 
 
-def parse_completion(body: Json, caller: Caller) -> Ask:
-    """A /v1/completions body."""
+def parse_completion(body: Json, caller: Caller, model: LanguageModel) -> Ask:
+    """A /v1/completions body. Raises RequestError naming the field."""
+    if _flag(body, "echo"):
+        raise RequestError("echo: the prompt is not given back", param="echo")
+    if body.get("suffix"):
+        raise RequestError("suffix: this engine does not fill in the middle", param="suffix")
+    if _integer(body, "best_of", 1, 1, None) != 1:
+        raise RequestError("best_of: this engine gives one choice a request", param="best_of")
     prompt = body.get("prompt")
     if isinstance(prompt, list) and len(prompt) == 1:
         prompt = prompt[0]
     if not isinstance(prompt, str) or not prompt:
         raise RequestError("prompt: give one non-empty string", param="prompt")
     logprobs = _integer(body, "logprobs", None, 0, MAX_TOP_LOGPROBS)
-    return _ask(body, caller, prompt, chat=False, tools=False, logprobs=logprobs)
+    form = output_format({**body, "tools": None, "tool_choice": None}, model)
+    return _ask(body, caller, prompt, form, chat=False, logprobs=logprobs)
 
 
-def _ask(body: Json, caller: Caller, prompt: str, *, chat: bool, tools: bool, logprobs: int | None) -> Ask:
+def _ask(body: Json, caller: Caller, prompt: str, form: OutputFormat, *, chat: bool, logprobs: int | None) -> Ask:
     if _integer(body, "n", 1, 1, None) != 1:
         raise RequestError("n: this engine gives one choice a request", param="n")
     limit = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
@@ -98,25 +113,28 @@ def _ask(body: Json, caller: Caller, prompt: str, *, chat: bool, tools: bool, lo
         sampling=SamplingParams(
             temperature=_number(body, "temperature", 1.0, 0.0, 2.0),
             top_p=_number(body, "top_p", 1.0, 0.0, 1.0),
-            top_k=_integer(body, "top_k", 0, 0, None) or 0,
+            top_k=_integer(body, "top_k", 0, 0, _LARGEST_INT32) or 0,
             min_p=_number(body, "min_p", 0.0, 0.0, 1.0),
             seed=_integer(body, "seed", None, None, None),
             logit_bias=_logit_bias(body),
-            grammar=_grammar(body),
+            frequency_penalty=_number(body, "frequency_penalty", 0.0, -2.0, 2.0),
+            presence_penalty=_number(body, "presence_penalty", 0.0, -2.0, 2.0),
+            constraint=form.constraint,
             logprobs=logprobs,
         ),
         slo=caller.slo,
         anonymous=caller.session_id is None,
         peer_port=caller.peer_port,
-        may_call_tools=tools,
+        may_call_tools=bool(form.tools),
         awaits_tool=caller.awaits_tool,
         ignore_end_of_text=body.get("ignore_eos") is True,
     )
     return Ask(
         turn=turn,
-        stream=body.get("stream") is True,
+        stream=_flag(body, "stream"),
         stream_usage=isinstance(options, Mapping) and options.get("include_usage") is True,
         chat=chat,
+        one_call=body.get("parallel_tool_calls") is False,
     )
 
 
@@ -131,6 +149,26 @@ def _check_message(index: int, message: object) -> None:
         for part in content:
             if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
                 raise RequestError(f"{where}.content: this model reads text parts only", param=where)
+    calls = message.get("tool_calls")
+    if calls is not None and not (isinstance(calls, list) and all(_is_call(call) for call in calls)):
+        raise RequestError(
+            f"{where}.tool_calls: give a list of {{id, type, function: {{name, arguments}}}}, arguments as text",
+            param=where,
+        )
+
+
+def _is_call(call: object) -> bool:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping):
+        return False
+    return isinstance(function.get("name"), str) and isinstance(function.get("arguments"), str)
+
+
+def _flag(body: Json, key: str) -> bool:
+    value = body.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise RequestError(f"{key}: {value!r}: give true or false", param=key)
+    return value is True
 
 
 def _number(body: Json, key: str, default: float, low: float, high: float) -> float:
@@ -168,28 +206,12 @@ def _logit_bias(body: Json) -> tuple[tuple[int, float], ...]:
     if bias is None:
         return ()
     try:
-        return tuple((int(token), float(value)) for token, value in bias.items())
-    except (AttributeError, TypeError, ValueError):
+        biases = tuple((int(token), float(value)) for token, value in bias.items())
+    except (AttributeError, TypeError, ValueError, OverflowError):
         raise RequestError("logit_bias: give an object of token id to number", param="logit_bias") from None
-
-
-def _grammar(body: Json) -> str | None:
-    grammar = body.get("grammar")
-    if grammar is not None and not isinstance(grammar, str):
-        raise RequestError("grammar: give GBNF text", param="grammar")
-    response_format = body.get("response_format")
-    if not isinstance(response_format, Mapping):
-        return grammar
-    match response_format.get("type"):
-        case None | "text":
-            return grammar
-        case "json_object":
-            return grammar_of_any_object()
-        case "json_schema":
-            described = response_format.get("json_schema")
-            return grammar_of_schema(described.get("schema") if isinstance(described, Mapping) else None)
-        case other:
-            raise RequestError(f"response_format: {other!r}: give json_schema or json_object", param="response_format")
+    if not all(0 <= token <= _LARGEST_INT32 and -100 <= value <= 100 for token, value in biases):
+        raise RequestError("logit_bias: give token ids from 0 and numbers from -100 to 100", param="logit_bias")
+    return biases
 
 
 # Answers
@@ -198,8 +220,12 @@ def _grammar(body: Json) -> str | None:
 class Answer:
     """Builds the objects of one answer; all of them carry its id, time and model."""
 
-    def __init__(self, model_name: str, session_id: SessionId, *, chat: bool) -> None:
-        self._chat = chat
+    def __init__(self, model_name: str, ask: Ask, session_id: SessionId) -> None:
+        """`session_id`: where the turn goes on, which for one that names none the engine finds."""
+        self._chat = chat = ask.chat
+        self._one_call = ask.one_call
+        self._called_count = 0
+        self._offset_characters = 0
         self._base = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex[:24]}",
             "created": int(time.time()),
@@ -213,7 +239,7 @@ class Answer:
             message: Json = {"role": "assistant", "content": text}
             if calls:
                 message["content"] = text or None
-                message["tool_calls"] = [_call(call) for call in calls]
+                message["tool_calls"] = [_call(call) for call in calls[: 1 if self._one_call else None]]
             choice: Json = {"index": 0, "message": message, "finish_reason": reason, "logprobs": logprobs}
             kind = "chat.completion"
         else:
@@ -227,8 +253,14 @@ class Answer:
     def piece(self, text: str, logprobs: Json | None) -> Json:
         return self._chunk({"content": text}, None, text, logprobs)
 
-    def calls(self, calls: Sequence[ToolCall]) -> Json:
-        return self._chunk({"tool_calls": [{"index": i, **_call(c)} for i, c in enumerate(calls)]}, None, "")
+    def calls(self, calls: Sequence[ToolCall]) -> list[Json]:
+        """A chunk for each call to be handed on."""
+        chunks = []
+        for call in calls:
+            if not (self._one_call and self._called_count):
+                chunks.append(self._chunk({"tool_calls": [{"index": self._called_count, **_call(call)}]}, None, ""))
+                self._called_count += 1
+        return chunks
 
     def closing(self, end: TurnFinished) -> Json:
         chunk = self._chunk({}, _finish(end.reason), "")
@@ -246,6 +278,30 @@ class Answer:
             choice["text"] = text
         kind = "chat.completion.chunk" if self._chat else "text_completion"
         return {**self._base, "object": kind, "choices": [choice]}
+
+    def logprobs(self, model: LanguageModel, tokens: Sequence[TokenLogprob]) -> Json | None:
+        """Of the next tokens of the answer; None where there are none."""
+        if not tokens:
+            return None
+
+        def entry(token: int, logprob: float) -> Json:
+            piece = model.piece(token, special=True)
+            return {"token": piece.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(piece)}
+
+        if self._chat:
+            content = [{**entry(t.token, t.logprob), "top_logprobs": [entry(*pair) for pair in t.top]} for t in tokens]
+            return {"content": content, "refusal": None}
+        texts = [entry(t.token, t.logprob)["token"] for t in tokens]
+        offsets = []
+        for text in texts:
+            offsets.append(self._offset_characters)
+            self._offset_characters += len(text)
+        return {
+            "tokens": texts,
+            "token_logprobs": [t.logprob for t in tokens],
+            "top_logprobs": [{entry(*pair)["token"]: pair[1] for pair in t.top} for t in tokens],
+            "text_offset": offsets,
+        }
 
     def _own(self, end: TurnFinished) -> Json:
         return {
@@ -279,26 +335,6 @@ def usage(end: TurnFinished) -> Json:
         "completion_tokens": end.output_tokens,
         "total_tokens": end.prompt_tokens + end.output_tokens,
         "prompt_tokens_details": {"cached_tokens": end.cached_tokens},
-    }
-
-
-def logprobs_json(model: LanguageModel, tokens: Sequence[TokenLogprob], *, chat: bool) -> Json | None:
-    if not tokens:
-        return None
-
-    def entry(token: int, logprob: float) -> Json:
-        piece = model.piece(token, special=True)
-        return {"token": piece.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(piece)}
-
-    if chat:
-        return {
-            "content": [{**entry(t.token, t.logprob), "top_logprobs": [entry(*pair) for pair in t.top]} for t in tokens]
-        }
-    return {
-        "tokens": [entry(t.token, t.logprob)["token"] for t in tokens],
-        "token_logprobs": [t.logprob for t in tokens],
-        "top_logprobs": [{entry(*pair)["token"]: pair[1] for pair in t.top} for t in tokens],
-        "text_offset": [],
     }
 
 

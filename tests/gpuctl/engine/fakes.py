@@ -36,6 +36,9 @@ class FakeModel:
     def ends_text(self, token: int) -> bool:
         return token == END
 
+    def constraint(self, kind: str, text: str) -> object:
+        raise AssertionError("the fake runner holds no output to anything")
+
 
 class FakeSampler:
     closed = False

@@ -3,80 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable
 from typing import Any
 
-import grpc.aio
 import httpx
 import pytest
 from equipoise.gpuctl.api.v1 import engine_pb2 as pb
-from equipoise.gpuctl.api.v1 import engine_pb2_grpc
 from equipoise.gpuctl.energy import EnergyMeter, open_meter
+from equipoise.tests.gpuctl.engine.attaching import serving
 from equipoise.tests.gpuctl.engine.processes import EngineProcess, running
 
 pytestmark = pytest.mark.engine
 ASK = {"messages": [{"role": "user", "content": "Tell me of a fox."}], "max_tokens": 8, "temperature": 0}
-
-
-class Daemon(engine_pb2_grpc.EngineServiceServicer):
-    """The daemon's end, as small as it can be."""
-
-    def __init__(self) -> None:
-        self.reports: list[pb.EngineReport] = []
-        self._changed = asyncio.Condition()
-        self._directives: asyncio.Queue[pb.EngineDirective] = asyncio.Queue()
-
-    async def Attach(
-        self, request_iterator: AsyncIterator[pb.EngineReport], context: Any
-    ) -> AsyncIterator[pb.EngineDirective]:
-        reading = asyncio.create_task(self._read(request_iterator))
-        try:
-            while True:
-                yield await self._directives.get()
-        finally:
-            reading.cancel()
-
-    async def _read(self, reports: AsyncIterator[pb.EngineReport]) -> None:
-        async for report in reports:
-            async with self._changed:
-                self.reports.append(report)
-                self._changed.notify_all()
-
-    def of(self, kind: str) -> list[Any]:
-        return [getattr(report, kind) for report in self.reports if report.WhichOneof("report") == kind]
-
-    async def until(self, met: Callable[[], bool], timeout_s: float = 30) -> None:
-        async with self._changed:
-            await asyncio.wait_for(self._changed.wait_for(met), timeout_s)
-
-    async def ask(self, name: str, **directive: Any) -> pb.DirectiveOutcome:
-        """Send a directive and wait for its final outcome."""
-        deadline_ns = time.monotonic_ns() + 10**10
-        await self._directives.put(pb.EngineDirective(directive_id=name, deadline_ns=deadline_ns, **directive))
-        unfinished = (pb.DIRECTIVE_STATUS_ACCEPTED, pb.DIRECTIVE_STATUS_DEFERRED)
-
-        def final() -> list[Any]:
-            outcomes = self.of("directive_outcome")
-            return [o for o in outcomes if o.directive_id == name and o.status not in unfinished]
-
-        await self.until(lambda: bool(final()))
-        outcome: pb.DirectiveOutcome = final()[-1]
-        return outcome
-
-
-@asynccontextmanager
-async def serving(path: str) -> AsyncIterator[Daemon]:
-    server = grpc.aio.server()
-    daemon = Daemon()
-    engine_pb2_grpc.add_EngineServiceServicer_to_server(daemon, server)
-    server.add_insecure_port(f"unix:{path}")
-    await server.start()
-    try:
-        yield daemon
-    finally:
-        await server.stop(0)
 
 
 def turn(engine: EngineProcess, session: str, **more: Any) -> Awaitable[httpx.Response]:

@@ -263,6 +263,8 @@ def test_a_copy_that_cannot_be_read_back_costs_a_recompute_and_nothing_else():
     again = driven.complete("a", "hello" + first.text)
     assert again.text == driven.runner.expected_output("hello" + first.text, 5)
     assert driven.engine.totals.swap_failures == 1
+    assert again.end is not None
+    assert again.end.cached_tokens == 0
     more = driven.complete("b", "other" + other.text)
     assert more.end is not None
     assert more.end.cached_tokens == 9

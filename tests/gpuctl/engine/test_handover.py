@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import pytest
 from equipoise.gpuctl.api.v1 import peer_pb2 as pb
@@ -38,6 +38,13 @@ from equipoise.tests.gpuctl.engine.fakes import FakeRunner
 
 PROMPT = "the quick brown fox"
 TOKENS = 12
+
+
+class Held(NamedTuple):
+    """In place of a compiled constraint."""
+
+    kind: str
+    text: str
 
 
 def over_the_wire(chunk: KvChunk, driven: Driven) -> KvChunk:
@@ -86,7 +93,7 @@ class HandingOver:
         departure = self.a.engine.handovers.giver.release(self.giving)
         self._receive(departure.chunks)
         assert self.taking is not None
-        return peer_wire.state_from(peer_wire.state_message(departure.state), self.taking.offer)
+        return peer_wire.state_from(peer_wire.state_message(departure.state), self.taking.offer, cast(Any, Held))
 
     def adopt(self, state: SessionState) -> None:
         assert self.taking is not None
@@ -554,13 +561,14 @@ def test_a_grammar_that_cannot_have_drawn_the_output_is_refused():
 
 
 def test_every_field_of_a_session_and_its_turn_survives_the_wire():
+    held = cast(Any, Held("lark", "x"))
     request = TurnRequest(
         session_id=SessionId("s"),
         tenant_id=TenantId("t"),
         prompt="☃",
         max_tokens=0,
         stop=("a", "b"),
-        sampling=SamplingParams(0.7, 0.9, 40, 0.05, 0, ((3, -1.5), (4, 0.25)), "root ::= x", 0),
+        sampling=SamplingParams(0.7, 0.9, 40, 0.05, 0, ((3, -1.5), (4, 0.25)), 0.5, -0.5, held, 0),
         slo=Slo(1, 2, 3),
         ephemeral=True,
         anonymous=True,
@@ -607,7 +615,7 @@ def test_every_field_of_a_session_and_its_turn_survives_the_wire():
     offer = Offer(SessionId("s"), TenantId("t"), "e", 4, 3, FakeRunner().kv_format)
     state = SessionState(session, 3, turn, request, Spent(Work(1, 2, 3, 4), 0.5))
     message = pb.SessionState.FromString(peer_wire.state_message(state).SerializeToString())
-    back = peer_wire.state_from(message, offer)
+    back = peer_wire.state_from(message, offer, cast(Any, Held))
     assert back.request is not None
     assert back.request.sampling.logit_bias == request.sampling.logit_bias
     assert back == state

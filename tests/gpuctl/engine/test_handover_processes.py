@@ -21,7 +21,7 @@ pytestmark = pytest.mark.engine
 ASK = [{"role": "user", "content": "Tell me a long story about a fox and a crow."}]
 # What it answers is never a close call: computed again in larger batches, sums round differently, the text is the same.
 COUNT = [{"role": "user", "content": "Count from 1 to 50, with commas."}]
-GRAMMAR = 'root ::= ([a-z]+ " ")+'
+GRAMMAR = '%llguidance {}\nstart: (/[a-z]+/ " ")+'
 
 
 @dataclass

@@ -12,7 +12,7 @@ from equipoise.gpuctl.engine.kv_image import compose, cut_to, parse
 from equipoise.gpuctl.engine.ledger import Ledger
 from equipoise.gpuctl.engine.sequence import SessionId, Slot, TenantId, Tier
 from equipoise.gpuctl.engine.service import TokenService
-from equipoise.gpuctl.engine.template import ChatTemplate, tool_calls_in
+from equipoise.gpuctl.engine.template import ChatTemplate
 from equipoise.gpuctl.engine.text import TextStream
 from equipoise.tests.gpuctl.engine.fakes import FakeRunner
 from hypothesis import given
@@ -87,15 +87,6 @@ def test_a_template_cannot_reach_into_python():
 def test_a_broken_template_is_a_model_error():
     with pytest.raises(ModelError, match="chat template"):
         ChatTemplate("{% for %}")
-
-
-def test_tool_calls_are_found_and_malformed_ones_stay_text():
-    text = 'I will.\n<tool_call>\n{"name": "run", "arguments": {"cmd": "ls"}}\n</tool_call>'
-    before, calls = tool_calls_in(text)
-    assert before == "I will."
-    assert (calls[0].name, calls[0].arguments) == ("run", '{"cmd": "ls"}')
-    broken = "<tool_call>{not json}</tool_call>"
-    assert tool_calls_in(broken) == (broken, [])
 
 
 # Admission and service

@@ -5,14 +5,19 @@ from __future__ import annotations
 import asyncio
 import collections
 import json
+import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import Literal
 
 import httpx
 import openai
+import pydantic
 import pytest
 from equipoise.tests.gpuctl.engine.processes import EngineProcess, failing, running, start
 
@@ -112,31 +117,92 @@ def test_a_stop_string_is_not_part_of_the_answer(client):
 
 
 def test_json_schema_is_served_as_the_official_client_asks_for_it(client):
-    schema = {"type": "object", "properties": {"wet": {"type": "boolean"}}, "required": ["wet"]}
-    answer = client.chat.completions.create(
+    class Weather(pydantic.BaseModel):
+        wet: bool
+        sky: Literal["grey", "blue"]
+
+    answer = client.chat.completions.parse(
         model="default",
-        messages=[{"role": "user", "content": "Is water wet?"}],
-        max_tokens=20,
-        response_format={"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}},
+        messages=[{"role": "user", "content": "How is the weather?"}],
+        max_tokens=30,
+        response_format=Weather,
     )
-    assert isinstance(json.loads(answer.choices[0].message.content)["wet"], bool)
+    assert isinstance(answer.choices[0].message.parsed, Weather)
 
 
-def test_tools_are_offered_and_a_call_comes_back_as_one(client):
-    tools = [{"type": "function", "function": {"name": "run", "parameters": {"type": "object", "properties": {}}}}]
-    call = 'root ::= "<tool_call>\\n{\\"name\\": \\"run\\", \\"arguments\\": {}}\\n</tool_call>"'
-    for stream in (False, True):
-        answer = client.chat.completions.create(
-            model="default", messages=ASK, max_tokens=40, tools=tools, extra_body={"grammar": call}, stream=stream
-        )
-        if stream:
-            chunks = [chunk.choices[0] for chunk in answer]
-            (found,) = [chunk.delta.tool_calls[0] for chunk in chunks if chunk.delta.tool_calls]
-            reason = chunks[-1].finish_reason
-        else:
-            found, reason = answer.choices[0].message.tool_calls[0], answer.choices[0].finish_reason
-        assert (found.function.name, json.loads(found.function.arguments)) == ("run", {})
-        assert reason == "tool_calls"
+RUN = {
+    "type": "function",
+    "function": {
+        "name": "run",
+        "parameters": {"type": "object", "properties": {"command": {"enum": ["ls", "make"]}}, "required": ["command"],
+                       "additionalProperties": False},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "run"}}])
+def test_a_required_tool_is_called_whole_and_streamed(client, choice):
+    ask = {"model": "default", "messages": ASK, "max_tokens": 60, "tools": [RUN], "tool_choice": choice}
+    whole = client.chat.completions.create(**ask).choices[0]
+    (call,) = whole.message.tool_calls
+    assert whole.finish_reason == "tool_calls"
+    assert whole.message.content is None
+    chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**ask, stream=True)]
+    (streamed,) = [chunk.delta.tool_calls[0] for chunk in chunks if chunk.delta.tool_calls]
+    assert chunks[-1].finish_reason == "tool_calls"
+    for found in (call, streamed):
+        assert found.id
+        assert found.function.name == "run"
+        assert json.loads(found.function.arguments)["command"] in ("ls", "make")
+
+
+def test_a_conversation_goes_on_with_a_tools_answer(client):
+    ask = {"model": "default", "max_tokens": 60, "tools": [RUN]}
+    first = client.chat.completions.create(messages=ASK, tool_choice="required", **ask).choices[0].message
+    answer = {"role": "tool", "tool_call_id": first.tool_calls[0].id, "content": "a.py b.py"}
+    second = client.chat.completions.create(messages=[*ASK, first.model_dump(exclude_none=True), answer], **ask)
+    assert second.usage.completion_tokens > 0
+
+
+def test_of_several_calls_only_the_first_is_given_where_one_is_wanted(client):
+    call = '"<tool_call>{\\"name\\": \\"run\\", \\"arguments\\": {}}</tool_call>"'
+    two = {"grammar": f"%llguidance {{}}\nstart: {call} {call}"}
+    for parallel, count in ((True, 2), (False, 1)):
+        ask = {"model": "default", "messages": ASK, "max_tokens": 80, "tools": [RUN], "parallel_tool_calls": parallel}
+        whole = client.chat.completions.create(**ask, extra_body=two)
+        assert len(whole.choices[0].message.tool_calls) == count
+        chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**ask, extra_body=two, stream=True)]
+        indexes = [call.index for chunk in chunks for call in chunk.delta.tool_calls or ()]
+        assert indexes == list(range(count))
+
+
+def test_text_streams_as_it_comes_although_tools_are_offered(client):
+    ask = {"model": "default", "messages": ASK, "max_tokens": 24, "temperature": 0, "tools": [RUN]}
+    plain = client.chat.completions.create(**ask).choices[0].message.content
+    pieces = [
+        chunk.choices[0].delta.content
+        for chunk in client.chat.completions.create(**ask, stream=True)
+        if chunk.choices[0].delta.content
+    ]
+    assert "".join(pieces) == plain
+    assert len(pieces) > 5
+
+
+def test_penalties_keep_the_model_from_repeating_itself(client):
+    ask = {"model": "default", "prompt": "a a a a a a a a", "temperature": 0, "max_tokens": 16}
+    plain = client.completions.create(**ask).choices[0].text.split()
+    varied = client.completions.create(**ask, frequency_penalty=2, presence_penalty=2).choices[0].text.split()
+    assert len(set(varied)) > len(set(plain))
+
+
+def test_completions_give_logprobs_with_the_place_of_each_token_in_the_text(client):
+    ask = {"model": "default", "prompt": "1, 2, 3,", "temperature": 0, "max_tokens": 6, "logprobs": 2}
+    whole = client.completions.create(**ask).choices[0]
+    details = whole.logprobs
+    for token, at in zip(details.tokens, details.text_offset, strict=True):
+        assert whole.text[at:].startswith(token)
+    streamed = [c.choices[0].logprobs for c in client.completions.create(**ask, stream=True)]
+    assert [at for part in streamed if part for at in part.text_offset] == details.text_offset
 
 
 def test_the_metrics_page_counts_in_base_units(engine, client):
@@ -153,7 +219,7 @@ def test_a_grammar_holds_the_model_to_it(client):
         prompt="Is water wet? Answer:",
         temperature=0,
         max_tokens=8,
-        extra_body={"grammar": 'root ::= "yes" | "no"'},
+        extra_body={"grammar": '%llguidance {}\nstart: "yes" | "no"'},
     )
     assert answer.choices[0].text in ("yes", "no")
 
@@ -170,7 +236,18 @@ def test_a_grammar_holds_the_model_to_it(client):
         ({"n": 2}, 400, "n:"),
         ({"stop": [1]}, 400, "stop"),
         ({"grammar": "root ::= ("}, 400, "grammar"),
+        ({"grammar": "%llguidance {}\nstart: ("}, 400, "grammar"),
         ({"logit_bias": [1]}, 400, "logit_bias"),
+        ({"logit_bias": {"5": 1e9}}, 400, "logit_bias"),
+        ({"stream": "yes"}, 400, "stream"),
+        ({"top_logprobs": 3}, 400, "top_logprobs"),
+        ({"frequency_penalty": 3}, 400, "frequency_penalty"),
+        ({"functions": []}, 400, "tools"),
+        ({"tools": [{"type": "web_search"}]}, 400, "tools[0]"),
+        ({"tool_choice": "required"}, 400, "tool_choice"),
+        ({"modalities": ["audio"]}, 400, "modalities"),
+        ({"messages": [{"role": "assistant", "tool_calls": [5]}]}, 400, "tool_calls"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}}, 400, "not"),
     ],
 )
 def test_a_bad_field_is_an_error_that_names_it(engine, change, status, word):
@@ -180,8 +257,23 @@ def test_a_bad_field_is_an_error_that_names_it(engine, change, status, word):
 
 
 @pytest.mark.parametrize(
+    ("change", "word"), [({"echo": True}, "echo"), ({"suffix": "x"}, "suffix"), ({"best_of": 3}, "best_of")]
+)
+def test_what_completions_cannot_do_is_said(engine, change, word):
+    answer = httpx.post(f"{engine.url}/v1/completions", json={"prompt": "x", "max_tokens": 1, **change})
+    assert answer.status_code == 400
+    assert word in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
     ("body", "word"),
-    [(b"{", "not JSON"), (b'{"messages": "\xff"}', "UTF-8"), (b"[1]", "object"), (b"[" * 100_000, "JSON")],
+    [
+        (b"{", "not JSON"),
+        (b'{"messages": "\xff"}', "UTF-8"),
+        (b"[1]", "object"),
+        (b"[" * 100_000, "JSON"),
+        (b'{"prompt": "\\ud83d"}', "surrogate"),
+    ],
 )
 def test_a_body_that_is_no_json_is_refused_in_words(engine, body, word):
     answer = httpx.post(f"{engine.url}/v1/chat/completions", content=body)
@@ -265,13 +357,49 @@ async def test_five_hundred_connections_at_once_are_all_answered(engine):
     assert statuses[429] > 0
 
 
-def test_sigterm_ends_a_process_under_load_cleanly():
-    with running("--kv-tokens", "512", "--slots", "2") as engine:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_process_under_load_cleanly(tmp_path, number, code):
+    options = ("--kv-tokens", "512", "--slots", "2", "--disk-bytes", "1MiB", "--disk-folder", str(tmp_path))
+    with running(*options) as engine:
+        assert list(tmp_path.iterdir())
         body = {"messages": ASK, "max_tokens": 400, "stream": True, "ignore_eos": True}
         with httpx.stream("POST", f"{engine.url}/v1/chat/completions", json=body) as answer:
-            next(answer.iter_lines())
-            engine.process.send_signal(signal.SIGTERM)
-            assert engine.process.wait(timeout=15) == 0
+            lines = answer.iter_lines()
+            next(lines)
+            began = time.monotonic()
+            engine.process.send_signal(number)
+            rest = list(lines)
+            assert engine.process.wait(timeout=15) == code
+        assert time.monotonic() - began < 5
+        assert "stopping" in rest[-2], "a stream that is cut says so"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("number", "codes"), [(signal.SIGTERM, {0, -15}), (signal.SIGINT, {130, -2})])
+@pytest.mark.parametrize("after_s", [0.7, 1.0, 1.3, 1.6])
+def test_a_signal_ends_a_process_that_still_loads(tmp_path, model, number, codes, after_s):
+    process = start("--listen", "127.0.0.1:0", "--disk-bytes", "1MiB", "--disk-folder", str(tmp_path))
+    time.sleep(after_s)  # somewhere between the first import and the first request, wherever that is on this machine
+    process.send_signal(number)
+    began = time.monotonic()
+    _, errors = process.communicate(timeout=30)
+    assert time.monotonic() - began < 5
+    assert process.returncode in codes, errors
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_of_equipoise_shows_its_own_name_examples_and_defaults():
+    command = [sys.executable, "-m", "equipoise.daemon.cli", "engine"]
+    shown = subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=30, check=True).stdout
+    assert shown.startswith("usage: equipoise engine")
+    assert "  equipoise engine --model" in shown
+    options = re.findall(r"^  (--\S+).*(?:\n {4,}.*)*", shown, re.MULTILINE)
+    for text in re.findall(r"^  --.*(?:\n {4,}.*)*", shown, re.MULTILINE):
+        assert "default: " in " ".join(text.split()), text
+    assert len(options) > 20
+    wrong = subprocess.run([*command, "--kv-tokens", "none"], capture_output=True, text=True, timeout=30, check=False)
+    assert wrong.returncode == 2
+    assert "whole number above 0" in wrong.stderr
 
 
 # Starts that must fail

@@ -14,7 +14,7 @@ from equipoise.gpuctl.engine import llama, wire
 from equipoise.gpuctl.engine.cost import fit, gamma_of_gpus
 from equipoise.gpuctl.engine.metrics import page
 from equipoise.gpuctl.engine.reports import CostFigures, TurnEnded
-from equipoise.gpuctl.engine.sequence import SessionId, TenantId, TurnFinished
+from equipoise.gpuctl.engine.sequence import SessionId, TenantId, TurnFinished, TurnRequest
 from equipoise.gpuctl.engine.turn_cost import READING_PERIOD_NS
 from equipoise.gpuctl.nvml import NvmlAbsence
 from equipoise.policies.accounting import Gamma, GammaSource, ModelShape, SessionCost
@@ -312,12 +312,19 @@ def test_the_slowdown_of_a_session_is_time_over_ideal_over_all_its_turns():
 # Told
 
 
+def answer(*, chat: bool) -> wire.Answer:
+    turn = TurnRequest(SessionId("a"), TenantId("t"), "p")
+    return wire.Answer(
+        "fake", wire.Ask(turn, stream=True, stream_usage=False, chat=chat, one_call=False), SessionId("a")
+    )
+
+
 def test_the_report_to_the_daemon_and_the_answer_to_the_client_say_the_same():
     made = driven(Counter())
     end = end_of(made.complete("a", "p" * 10, tokens=4))
     [ended] = [r.report for r in made.reports if isinstance(r.report, TurnEnded)]
     assert ended.cost == end.cost
-    own = wire.Answer("fake", SessionId("a"), chat=True).closing(end)["equipoise"]
+    own = answer(chat=True).closing(end)["equipoise"]
     assert own["pte"] == pytest.approx(10.36)
     assert (own["pte_wasted"], own["energy_joules"]) == (0, 0.0)
     assert own["session_cost"]["turns"] == 1
@@ -326,7 +333,7 @@ def test_the_report_to_the_daemon_and_the_answer_to_the_client_say_the_same():
 
 def test_what_is_not_measured_is_null_in_the_answer_and_never_zero():
     end = end_of(Driven().complete("a", "hello", tokens=3))
-    own = wire.Answer("fake", SessionId("a"), chat=False).closing(end)["equipoise"]
+    own = answer(chat=False).closing(end)["equipoise"]
     for cost in (own, own["session_cost"]):
         assert (cost["pte"], cost["energy_joules"], cost["slowdown_ratio"]) == (None, None, None)
 
