@@ -50,6 +50,7 @@ enum { MM_FILEPAGES = 0, MM_ANONPAGES = 1, MM_SWAPENTS = 2, MM_SHMEMPAGES = 3, N
 
 enum { SIGNAL_GROUP_EXIT = 0x4 }; /* linux/sched/signal.h */
 enum { SIGKILL = 9, SIGSTOP = 19 }; /* asm-generic/signal.h */
+enum { PF_KTHREAD = 0x00200000 }; /* linux/sched.h: task_struct.flags */
 
 enum cgroup_subsys_id { memory_cgrp_id = 4 }; /* relocated: the number depends on the kernel's configuration */
 
@@ -94,6 +95,7 @@ struct mem_cgroup {
 } CORE;
 
 struct task_struct {
+	unsigned int flags;
 	int pid;
 	int tgid;
 	int exit_code;

@@ -103,6 +103,39 @@ static __always_inline void enforce_hard_budget(struct tool_record *tool, u32 sl
 		emit_memory(EVENT_HARD_BUDGET, tool, slot, task, hard, listening);
 }
 
+/* Count what this address space's member has moved by; the change in pages. */
+static __always_inline s64 count_member(struct tool_record *tool, struct mm_record *record, struct mm_struct *mm,
+					int member)
+{
+	s64 grown;
+
+	if (member == MM_ANONPAGES)
+		grown = count_private(tool, record, read_private(mm, record, false));
+	else
+		grown = count_shared(tool, record, read_shared(mm, record, false));
+	if (grown)
+		update_usage(tool);
+	return grown;
+}
+
+/*
+ * khugepaged fills holes of an address space with whole huge pages, kswapd takes pages away, both while their owner may
+ * sleep for long. Who charges for another is never stopped for it: the owner is, at its own next page.
+ */
+static __always_inline void count_for_owner(struct mm_struct *mm, int member)
+{
+	struct mm_record *record;
+	struct tool_record *tool;
+	u64 key = (u64)mm;
+
+	record = bpf_map_lookup_elem(&mms, &key);
+	if (!record || member == MM_SWAPENTS)
+		return;
+	tool = tool_of(record->tag, record->slot);
+	if (tool)
+		count_member(tool, record, mm, member);
+}
+
 SEC("tp_btf/rss_stat")
 int BPF_PROG(on_rss_stat, struct mm_struct *mm, int member)
 {
@@ -113,9 +146,12 @@ int BPF_PROG(on_rss_stat, struct mm_struct *mm, int member)
 	u64 key = (u64)mm;
 	s64 grown;
 
-	if (!may_have_storage(task))
+	if (!may_have_storage(task)) {
+		if (task->flags & PF_KTHREAD)
+			count_for_owner(mm, member);
 		return 0;
-	/* Reclaim, fork and exit move other address spaces' counters too; their owner's next charge reads the result. */
+	}
+	/* Fork, exit and a task's own reclaim move other address spaces' counters too: their owner's next charge reads it. */
 	if (task->mm != mm || member == MM_SWAPENTS)
 		return 0;
 	tag = bpf_task_storage_get(&task_tags, task, NULL, 0);
@@ -127,13 +163,9 @@ int BPF_PROG(on_rss_stat, struct mm_struct *mm, int member)
 	tool = tool_of(record->tag, record->slot);
 	if (!tool)
 		return 0;
-	if (member == MM_ANONPAGES)
-		grown = count_private(tool, record, read_private(mm, record, false));
-	else
-		grown = count_shared(tool, record, read_shared(mm, record, false));
+	grown = count_member(tool, record, mm, member);
 	if (!grown)
 		return 0;
-	update_usage(tool);
 	if (tool->role != ROLE_TOOL) /* an agent's runtime is read, never reported nor stopped */
 		return 0;
 	report_step(tool, record->slot, task);

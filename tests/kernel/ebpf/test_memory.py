@@ -195,3 +195,49 @@ def test_the_books_are_empty_when_everything_has_ended(bench):
     assert bench.tools.processes(tag) == ()
     assert bench.tools.followed_count() == (0, 0)
     assert all(count == 0 for _, count in bench.tools.losses().untracked)
+
+
+KHUGEPAGED = Path("/sys/kernel/mm/transparent_hugepage/khugepaged")
+SPARSE = """
+import ctypes, mmap, os, sys
+area = mmap.mmap(-1, 34 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+for at in range(0, 34 << 20, 2 << 20): area[at] = 1  # one page of each huge one
+area.madvise(14)  # MADV_HUGEPAGE, after the fact: khugepaged fills the rest
+print('touched', flush=True)
+os.read(0, 1)
+"""
+
+
+@pytest.fixture
+def eager_khugepaged():
+    """khugepaged looks all the time instead of every ten seconds."""
+    files = [KHUGEPAGED / name for name in ("scan_sleep_millisecs", "alloc_sleep_millisecs")]
+    before = [file.read_text() for file in files]
+    for file in files:
+        file.write_text("10")
+    yield
+    for file, value in zip(files, before, strict=True):
+        file.write_text(value)
+
+
+@pytest.mark.skipif(not KHUGEPAGED.exists(), reason="a kernel without transparent huge pages")
+def test_memory_that_the_kernel_adds_on_its_own_is_counted_though_the_process_stands_still(bench, eager_khugepaged):
+    agent, _ = bench.agent(
+        f"""
+        sparse = subprocess.Popen([PYTHON, '-S', '-c', {SPARSE!r}], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        print(sparse.stdout.readline().decode().strip(), flush=True)
+        os.read(0, 1)
+        sparse.stdin.close()
+        sparse.wait()
+        """
+    )
+    bench.wait(bench.started, "the tool call")
+    call = bench.started()[0]
+    assert agent.stdout.readline() == b"touched\n"
+    bench.wait(lambda: bench.tools.usage(call.id).private_bytes > 24 * MIB, "what khugepaged has added", timeout_s=60)
+    (pid,) = bench.tools.processes(call.id)
+    anonymous = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if "RssAnon" in line)
+    assert within_five_percent(bench.tools.usage(call.id).private_bytes, int(anonymous.split()[1]) * 1024)
+    agent.stdin.write(b"y")
+    agent.stdin.flush()
+    bench.finish(agent)

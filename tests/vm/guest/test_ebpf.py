@@ -37,7 +37,9 @@ from equipoise.tests.kernel.ebpf.test_loading import (  # noqa: E402, F401
     test_every_program_of_the_object_loads_and_attaches,
 )
 from equipoise.tests.kernel.ebpf.test_memory import (  # noqa: E402, F401
+    eager_khugepaged,
     test_memory_given_back_is_counted_down,
+    test_memory_that_the_kernel_adds_on_its_own_is_counted_though_the_process_stands_still,
     test_readings_on_a_machine_with_many_cpus_stay_within_five_percent,
     test_the_books_are_empty_when_everything_has_ended,
     test_the_peak_of_a_tree_is_what_its_memory_cgroup_counted,
