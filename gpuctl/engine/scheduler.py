@@ -62,6 +62,9 @@ class SchedulerConfig:
     group_wait_steps: int = 512
     """Most steps a turn is passed over because another computes a prefix it will share; 0: never."""
     admission_quantile: float = 0.8
+    watermark_ratio: float = 0.01
+    """Of capacity, left free where a turn is admitted beside others: an estimate a little too low, and with it a turn
+    preempted as soon as it was admitted, would repeat for ever."""
     admit_full_output: bool = False
     """Reserve every turn's whole max_tokens (no Past-Future): the cautious baseline."""
 
@@ -292,7 +295,10 @@ class Scheduler:
         # Gross on both sides: what sharing spares within the batch stays spared in `others`.
         in_batch = sum(self.ledger.holding(t.session_id).device_tokens for t in batch)
         others = self.ledger.device_used_tokens - in_batch
-        return peak + others - self.ledger.device_capacity_tokens
+        capacity = self.ledger.device_capacity_tokens
+        if self.running:
+            capacity -= int(capacity * self.config.watermark_ratio)
+        return peak + others - capacity
 
     def _left(self, turn: Turn) -> int:
         """Output tokens the turn will likely still produce."""
@@ -327,13 +333,13 @@ class Scheduler:
         counts = {t.session_id: 1 for t in decoding}
         # Prompts in the order their turns entered, which was that of service. First those whose first token somebody
         # waits for: they take what they need, and no other prompt shares their step.
-        prefilling = [t for t in self.running.values() if left[t.session_id] > 1]
-        awaited = [t for t in prefilling if t.due_ns is not None and t.output_tokens == 0]
+        awaited = [t for t in self.running.values() if t.due_ns is not None and t.output_tokens == 0]
+        prefilling = [t for t in awaited or self.running.values() if left[t.session_id] > 1]
         if decoding and not awaited:
             budget = min(budget, self.config.mixed_prefill_tokens)
         seconds = prefill_seconds_allowed(decoding, self.cost, now_ns)
         assured = self.config.mixed_prefill_tokens if awaited else self.config.paced_prefill_tokens
-        for turn in awaited or prefilling:
+        for turn in prefilling:
             count = min(left[turn.session_id], budget)
             if seconds is not None:
                 held = self.ledger.holding(turn.session_id).device_tokens

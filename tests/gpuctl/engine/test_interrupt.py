@@ -8,7 +8,7 @@ import pytest
 from equipoise.gpuctl.engine.engine import Engine, EngineConfig
 from equipoise.gpuctl.engine.runner import ContextMode
 from equipoise.gpuctl.engine.scheduler import SchedulerConfig
-from equipoise.gpuctl.engine.sequence import Slo
+from equipoise.gpuctl.engine.sequence import SessionId, Slo
 from equipoise.tests.gpuctl.engine.asking import Asked
 from equipoise.tests.gpuctl.engine.driving import SECOND, Driven
 
@@ -24,6 +24,18 @@ def test_within_a_tenant_the_turn_with_the_least_margin_goes_first():
     driven.steps(7)
     assert urgent.end is not None
     assert relaxed.end is None
+
+
+@pytest.mark.parametrize("prompt", ["p" * 10, "p"], ids=["ten tokens", "one token"])
+def test_an_awaited_first_token_shares_its_step_with_no_other_prompt(prompt):
+    driven = Driven(step_tokens=32, mixed_prefill_tokens=32)
+    driven.turn("long", "x" * 200, 3)
+    driven.steps(1)
+    before = driven.engine._ledger.holding(SessionId("long")).device_tokens
+    urgent = driven.turn("urgent", prompt, 1, slo=Slo(ttft_ns=SECOND))
+    driven.steps(1)
+    assert urgent.end is not None
+    assert driven.engine._ledger.holding(SessionId("long")).device_tokens == before < 200
 
 
 def test_an_slo_buys_nothing_from_a_tenant_that_had_less():
