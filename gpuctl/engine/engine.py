@@ -460,9 +460,10 @@ class Engine:
             error=error,
             engine_id=self.engine_id,
         )
-        live.sink(end)
+        # The daemon first: what it decides for the pause should not come after the client's next request.
         told = live.request.awaits_tool and completed
         self._reporter.report(turn_ended(turn, end, FinishReason.TOOL_CALLS if told else reason))
+        live.sink(end)
         self._reporter.occupancy_due = True
         self._next_behind(session.id)
 

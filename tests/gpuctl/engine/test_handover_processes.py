@@ -6,14 +6,18 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import pytest
+from equipoise.gpuctl.api.v1 import peer_pb2 as pb
+from equipoise.gpuctl.api.v1 import peer_pb2_grpc
 from equipoise.tests.gpuctl.engine.processes import EngineProcess, failing, running
 
 pytestmark = pytest.mark.engine
@@ -63,6 +67,15 @@ def hand_over(giver: Engine, session: str, taker: str, *options: str) -> subproc
     command = [sys.executable, "-m", "equipoise.gpuctl.engine", "hand-over", "--peer", giver.peer]
     command += ["--session", session, "--to", taker, *options]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def hand_over_at_once(giver: Engine, session: str, taker: str) -> pb.HandOverResponse:
+    """What the command asks for, without the second it takes to start: the answer must not end meanwhile."""
+    with grpc.insecure_channel(giver.peer) as channel:
+        request = pb.HandOverRequest(session_id=session, to=taker, timeout_ms=30_000)
+        answer = peer_pb2_grpc.EnginePeerServiceStub(channel).HandOver(request, timeout=60)
+    assert isinstance(answer, pb.HandOverResponse)
+    return answer
 
 
 @dataclass
@@ -135,20 +148,18 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
     indirect=["pair"],
 )
 def test_an_answer_handed_over_in_its_midst_is_the_undisturbed_one_in_one_stream(pair, sampling):
-    body = {"max_tokens": 80, "ignore_eos": sampling != "grammar", **SAMPLINGS[sampling]}
+    body = {"max_tokens": 200, "ignore_eos": sampling != "grammar", **SAMPLINGS[sampling]}
     undisturbed = Stream(pair.a, pair.session(), **body).wait()
     session = pair.session()
     moved = Stream(pair.a, session, **body)
     assert moved.begun.wait(60)
-    done = hand_over(pair.a, session, pair.b.peer, "--json")
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
+    told = hand_over_at_once(pair.a, session, pair.b.peer)
     answer = moved.wait()
-    assert told["has_turn"] is True, "the answer had ended before: hand over earlier"
+    assert told.has_turn, "the answer had ended before: hand over earlier"
     assert answer.text == undisturbed.text
     assert answer.usage["completion_tokens"] == undisturbed.usage["completion_tokens"]
     assert answer.finish_reason == undisturbed.finish_reason
-    assert answer.own["engine"] == told["engine_id"] != undisturbed.own["engine"]
+    assert answer.own["engine"] == told.engine_id != undisturbed.own["engine"]
     assert answer.own["recomputed_tokens"] == 0
 
     messages = [*ASK, {"role": "assistant", "content": answer.text}, {"role": "user", "content": "Go on."}]
@@ -211,10 +222,10 @@ def test_the_answer_goes_on_here_when_the_other_engine_is_killed_or_stopped(mode
         undisturbed = Stream(pair.a, "calm", COUNT, **body).wait()
         moved = Stream(pair.a, "moved", COUNT, **body)
         assert moved.begun.wait(60)
-        assert hand_over(pair.a, "moved", pair.b.peer).returncode == 0
+        assert hand_over_at_once(pair.a, "moved", pair.b.peer).has_turn
         relayed_from = moved.answer.chunks
         while moved.answer.chunks < relayed_from + 10 and moved.is_alive():
-            pass
+            time.sleep(0.001)
         getattr(pair.b.process.process, how)()
         answer = moved.wait()
         assert answer.text == undisturbed.text

@@ -243,28 +243,28 @@ async def test_a_client_that_goes_away_ends_its_turn_where_it_is(tmp_path, idle)
 
 async def test_the_taker_that_goes_away_midway_is_not_noticed_by_the_client(tmp_path):
     async with peers(tmp_path, {}, {}) as (a, b):
-        client = await a.ask()
+        client = await a.ask(tokens=600)
         await client.read(10)
         await a.service.hand_over(SessionId("s"), b.address)
         await client.read(40)
         assert b.service._server is not None
         await b.service._server.stop(grace=None)
         end = await client.finish()
-        assert client.text == EXPECTED
+        assert client.text == FakeRunner().expected_output(PROMPT, 600)
         assert end.engine_id == a.engine.engine_id
-        assert end.output_tokens == TOKENS
+        assert end.output_tokens == 600
         assert (await b.holds())[0] == 1, "it keeps the session it was given"
 
 
 async def test_a_taker_that_is_stopped_gives_the_turn_back(tmp_path):
     async with peers(tmp_path, {}, {}) as (a, b):
-        client = await a.ask()
+        client = await a.ask(tokens=600)
         await client.read(10)
         await a.service.hand_over(SessionId("s"), b.address)
         await client.read(40)
         await asyncio.to_thread(b.engine.stop)
         end = await client.finish()
-        assert client.text == EXPECTED
+        assert client.text == FakeRunner().expected_output(PROMPT, 600)
         assert end.engine_id == a.engine.engine_id
         assert (len(a.ended), len(b.ended)) == (1, 0)
 
