@@ -2,7 +2,8 @@
 
 The bare loop is what anyone would write by hand over the same binding: fill a batch, decode, take the argmax. Rounds of
 the two alternate, and in one process both are held to CPU seconds: what a busy neighbour takes away is in neither. An
-engine with turns to compute never sleeps, so CPU seconds hide no idling of ours.
+engine with turns to compute never sleeps, so CPU seconds hide no idling of ours. A neighbour on the same core still
+slows a round by a fifth, and nothing makes one faster than the machine: each side's best round is compared.
 """
 
 from __future__ import annotations
@@ -27,36 +28,41 @@ OUTPUT_TOKENS = 48
 PROMPT = "The history of the lighthouse begins"
 
 
-def rows(model: LanguageModel, rounds: int = 7) -> list[Row]:
+def rows(model: LanguageModel, rounds: int = 9) -> list[Row]:
     found = []
     for batch in (1, 8):
         bare, ours = _in_process(model, batch, rounds)
         found.append(
             Row(
                 f"decode at batch {batch}, ratio to a bare loop",
-                median(ours) / median(bare),
+                max(ours) / max(bare),
                 "",
                 0.97,
                 "higher",
-                Baseline("bare llama.cpp loop, tokens per CPU s", median(bare)),
+                Baseline("bare llama.cpp loop, tokens per CPU s", max(bare)),
                 [round(o / b, 4) for o, b in zip(ours, bare, strict=True)],
-                f"ours {median(ours):.1f} tokens per CPU s, one thread",
+                f"one thread; {_best_and_pairs(ours, bare)}",
             )
         )
     ours_served, theirs = asyncio.run(_served(rounds))
     found.append(
         Row(
             "8 parallel clients over HTTP, ratio to llama.cpp's server",
-            median(ours_served) / median(theirs),
+            max(ours_served) / max(theirs),
             "",
             1.0,
             "higher",
-            Baseline("llama.cpp's server, tokens/s", median(theirs)),
+            Baseline("llama.cpp's server, tokens/s", max(theirs)),
             [round(o / t, 4) for o, t in zip(ours_served, theirs, strict=True)],
-            f"ours {median(ours_served):.1f} tokens/s, one thread each, same wheel",
+            f"one thread each, same wheel; {_best_and_pairs(ours_served, theirs)}",
         )
     )
     return found
+
+
+def _best_and_pairs(ours: list[float], theirs: list[float]) -> str:
+    pairs = median(mine / other for mine, other in zip(ours, theirs, strict=True))
+    return f"best of {len(ours)} rounds, ours {max(ours):.1f}; runs: each pair's ratio, median {pairs:.3f}"
 
 
 def _in_process(model: LanguageModel, batch: int, rounds: int) -> tuple[list[float], list[float]]:
