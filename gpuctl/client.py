@@ -34,7 +34,7 @@ from .engine.reports import (
     TurnStarted,
 )
 from .engine.sequence import SessionId, TenantId, Tier
-from .reports import FINISH_REASON_TO_PB, KV_TIER, KV_TIER_TO_PB, SESSION_PHASE_TO_PB
+from .reports import FINISH_REASON_TO_PB, KV_TIER, KV_TIER_TO_PB, SESSION_PHASE_TO_PB, turn_cost_message
 
 _log = logging.getLogger(__name__)
 
@@ -201,11 +201,7 @@ def report_message(reported: Reported) -> pb.EngineReport:
                     output_tokens=ended.output_tokens,
                     ttft_ns=ended.ttft_ns or 0,
                     queued_ns=ended.queued_ns,
-                    pte=ended.cost.pte,
-                    wasted_pte=ended.cost.wasted_pte,
-                    energy_joules=ended.cost.energy_joules,
-                    duration_ns=ended.cost.duration_ns,
-                    ideal_ns=ended.cost.ideal_ns,
+                    cost=turn_cost_message(ended.cost),
                 )
             )
         case SessionMoved() as moved:

@@ -69,14 +69,25 @@ def cost_of(cost: pb.CostModel) -> CostModel:
     )
 
 
-def turn_cost_of(ended: pb.TurnEnded) -> TurnCost:
+def turn_cost_of(cost: pb.TurnCost) -> TurnCost:
     """What an ended turn cost; what the engine left out stays None, never 0."""
     return TurnCost(
-        pte=ended.pte if ended.HasField("pte") else None,
-        wasted_pte=ended.wasted_pte,
-        energy_joules=ended.energy_joules if ended.HasField("energy_joules") else None,
-        duration_ns=ended.duration_ns,
-        ideal_ns=ended.ideal_ns if ended.HasField("ideal_ns") else None,
+        pte=cost.pte if cost.HasField("pte") else None,
+        wasted_pte=cost.wasted_pte,
+        energy_joules=cost.energy_joules if cost.HasField("energy_joules") else None,
+        duration_ns=cost.duration_ns,
+        ideal_ns=cost.ideal_ns if cost.HasField("ideal_ns") else None,
+    )
+
+
+def turn_cost_message(cost: TurnCost) -> pb.TurnCost:
+    """The other way: None is left out."""
+    return pb.TurnCost(
+        pte=cost.pte,
+        wasted_pte=cost.wasted_pte,
+        energy_joules=cost.energy_joules,
+        duration_ns=cost.duration_ns,
+        ideal_ns=cost.ideal_ns,
     )
 
 
@@ -110,7 +121,7 @@ def event_of(report: pb.EngineReport, engine: EngineId) -> Event | None:
                 output_tokens=ended.output_tokens,
                 ttft_ns=ended.ttft_ns,
                 queued_ns=ended.queued_ns,
-                cost=turn_cost_of(ended),
+                cost=turn_cost_of(ended.cost),
             )
         case "session_moved":
             moved = report.session_moved

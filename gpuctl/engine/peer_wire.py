@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from ...policies.accounting import SessionCost, TurnCost, Work
-from ..api.v1 import engine_pb2
+from ...policies.accounting import SessionCost, Work
 from ..api.v1 import peer_pb2 as pb
+from ..reports import FINISH_REASON, FINISH_REASON_TO_PB, turn_cost_message, turn_cost_of
 from .constraint import Constraint
 from .errors import HandoverError, SwapError
 from .kv_image import Blob, KvChunk, KvFormat, compose, parse
@@ -38,15 +38,6 @@ Compiled = Callable[[str, str], Constraint]
 PIECE_BYTES = (1 << 20) - 1024  # a message stays within 1 MiB
 MAX_STATE_BYTES = 64 << 20
 _KV_OVERHEAD_BYTES = 1 << 20  # of a saved chunk beside its tokens: headers, one per layer
-
-_FINISH = {
-    FinishReason.STOP: engine_pb2.FINISH_REASON_STOP,
-    FinishReason.LENGTH: engine_pb2.FINISH_REASON_LENGTH,
-    FinishReason.TOOL_CALLS: engine_pb2.FINISH_REASON_TOOL_CALLS,
-    FinishReason.CANCELLED: engine_pb2.FINISH_REASON_CANCELLED,
-    FinishReason.ERROR: engine_pb2.FINISH_REASON_ERROR,
-}
-_FINISH_BACK = {number: reason for reason, number in _FINISH.items()}
 
 
 # Offers
@@ -350,20 +341,14 @@ def sampled_from(message: pb.SampledToken) -> Sampled:
 def done_event(end: TurnFinished) -> pb.TakenEvent:
     return pb.TakenEvent(
         done=pb.TurnDone(
-            finish_reason=_FINISH[end.reason],
+            finish_reason=FINISH_REASON_TO_PB[end.reason],
             prompt_tokens=end.prompt_tokens,
             cached_tokens=end.cached_tokens,
             recomputed_tokens=end.recomputed_tokens,
             output_tokens=end.output_tokens,
             queued_ns=end.queued_ns,
             ttft_ns=end.ttft_ns,
-            cost=pb.TurnCost(
-                pte=end.cost.pte,
-                wasted_pte=end.cost.wasted_pte,
-                energy_joules=end.cost.energy_joules,
-                duration_ns=end.cost.duration_ns,
-                ideal_ns=end.cost.ideal_ns,
-            ),
+            cost=turn_cost_message(end.cost),
             session_cost=_session_cost(end.session_cost),
             awaits_tool=end.awaits_tool,
             error=end.error,
@@ -374,20 +359,14 @@ def done_event(end: TurnFinished) -> pb.TakenEvent:
 
 def done_from(message: pb.TurnDone) -> TurnFinished:
     return TurnFinished(
-        reason=_FINISH_BACK.get(message.finish_reason, FinishReason.ERROR),
+        reason=FINISH_REASON.get(message.finish_reason, FinishReason.ERROR),
         prompt_tokens=message.prompt_tokens,
         cached_tokens=message.cached_tokens,
         recomputed_tokens=message.recomputed_tokens,
         output_tokens=message.output_tokens,
         queued_ns=message.queued_ns,
         ttft_ns=message.ttft_ns if message.HasField("ttft_ns") else None,
-        cost=TurnCost(
-            pte=message.cost.pte if message.cost.HasField("pte") else None,
-            wasted_pte=message.cost.wasted_pte,
-            energy_joules=message.cost.energy_joules if message.cost.HasField("energy_joules") else None,
-            duration_ns=message.cost.duration_ns,
-            ideal_ns=message.cost.ideal_ns if message.cost.HasField("ideal_ns") else None,
-        ),
+        cost=turn_cost_of(message.cost),
         session_cost=_session_cost_from(message.session_cost),
         awaits_tool=message.awaits_tool,
         error=message.error if message.HasField("error") else None,

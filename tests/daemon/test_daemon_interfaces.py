@@ -144,7 +144,8 @@ def test_an_engine_that_attaches_is_seen_and_told_the_weights(daemon):
     session = engine_pb2.SessionKv(
         session_id="gold/ada", tenant_id="gold", tier=engine_pb2.KV_TIER_DEVICE, held_tokens=7
     )
-    ended = engine_pb2.TurnEnded(session_id="gold/ada", turn_id="t1", pte=43.06, duration_ns=30, ideal_ns=10)
+    cost = engine_pb2.TurnCost(pte=43.06, duration_ns=30, ideal_ns=10)
+    ended = engine_pb2.TurnEnded(session_id="gold/ada", turn_id="t1", cost=cost)
 
     def reports():
         yield hello

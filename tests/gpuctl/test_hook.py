@@ -130,9 +130,12 @@ async def test_reports_become_events_in_their_order(served):
 
 async def test_what_a_turn_cost_arrives_and_what_the_engine_left_out_stays_unknown(served):
     engine = await served.attached()
-    told = pb.TurnEnded(turn_id="t1", pte=43.06, wasted_pte=13, energy_joules=0.0, duration_ns=30, ideal_ns=10)
+    told = pb.TurnEnded(
+        turn_id="t1",
+        cost=pb.TurnCost(pte=43.06, wasted_pte=13, energy_joules=0.0, duration_ns=30, ideal_ns=10),
+    )
     await engine.report(turn_ended=told)
-    await engine.report(turn_ended=pb.TurnEnded(turn_id="t2", duration_ns=30))
+    await engine.report(turn_ended=pb.TurnEnded(turn_id="t2", cost=pb.TurnCost(duration_ns=30)))
     await served.until(lambda: len(served.of(TurnEnded)) == 2)
     measured, bare = [event.cost for event in served.of(TurnEnded)]
     assert measured == TurnCost(pte=43.06, wasted_pte=13, energy_joules=0.0, duration_ns=30, ideal_ns=10)

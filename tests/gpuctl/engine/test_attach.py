@@ -44,10 +44,11 @@ async def test_the_engine_reports_turns_and_obeys_directives(tmp_path):
             assert (ended.session_id, ended.tenant_id) == ("a", "blue")
             assert ended.finish_reason == pb.FINISH_REASON_TOOL_CALLS
             assert ended.ttft_ns > 0
-            assert ended.pte >= ended.prompt_tokens and ended.wasted_pte == 0
-            assert ended.duration_ns > ended.ttft_ns and ended.ideal_ns > 0
+            cost = ended.cost
+            assert cost.pte >= ended.prompt_tokens and cost.wasted_pte == 0
+            assert cost.duration_ns > ended.ttft_ns and cost.ideal_ns > 0
             measurable = isinstance(open_meter(on_gpu=False), EnergyMeter)
-            assert ended.HasField("energy_joules") == measurable, "absent where nothing measures it, and never 0"
+            assert cost.HasField("energy_joules") == measurable, "absent where nothing measures it, and never 0"
             assert daemon.of("turn_started")[0].peer_port > 0
 
             out = await daemon.ask("1", swap_out=pb.SwapOut(session_id="a", tier=pb.KV_TIER_HOST))
