@@ -24,7 +24,7 @@ from .conversation import joined, map_prompt
 from .directing import Director
 from .directives import Directive, Outcome, OutcomeStatus
 from .disk_tier import DiskTier
-from .errors import ConstraintError, ContextError, EngineError, RequestError
+from .errors import STOPPING, ConstraintError, ContextError, EngineError, RequestError
 from .handover import Handovers
 from .kv_image import KvFormat
 from .language_model import LanguageModel
@@ -53,10 +53,10 @@ from .sequence import (
     Tier,
     Turn,
     TurnAccepted,
-    TurnFinished,
     TurnId,
     TurnRefused,
     TurnRequest,
+    finished,
 )
 from .session_index import SessionIndex
 from .session_state import EngineParts, Limits
@@ -188,7 +188,7 @@ class Engine:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the loop at the next step border; turns under way end as cancelled. Safe to call twice."""
+        """End the loop at the next step border; turns under way end with an error that says so. Safe to call twice."""
         self._stopping.set()
         self._inbox.put(_Call(lambda: None))
         if self._thread.is_alive():
@@ -278,10 +278,10 @@ class Engine:
             self.cycle(wait=True)
         self.handovers.close()
         for live in list(self._live.values()):
-            self._finish(live, FinishReason.ERROR, "the engine is stopping")
+            self._finish(live, FinishReason.ERROR, STOPPING)
         for waiting in self._behind.values():
             for arrival in waiting:
-                arrival.sink(TurnRefused(RequestError("the engine is stopping", status=503, kind="server_error")))
+                arrival.sink(TurnRefused(RequestError(STOPPING, status=503, kind="server_error")))
         self._swapper.close()
 
     def cycle(self, *, wait: bool = False) -> bool:
@@ -428,7 +428,10 @@ class Engine:
         for session_id, waiting in self._behind.items():
             kept = collections.deque(a for a in waiting if a.turn_id != turn_id)
             if len(kept) != len(waiting):
-                self._behind[session_id] = kept
+                if kept:
+                    self._behind[session_id] = kept
+                else:
+                    del self._behind[session_id]
                 return
         self.handovers.cancel(turn_id)
 
@@ -446,19 +449,15 @@ class Engine:
         if session.anonymous and session.id in self._scheduler.sessions:
             self._by_text.add(session)
         cost = self._accounts.close(turn, session, now_ns)
-        end = TurnFinished(
-            reason=reason,
-            prompt_tokens=turn.prompt_tokens,
-            cached_tokens=turn.cached_tokens,
-            recomputed_tokens=turn.recomputed_tokens,
-            output_tokens=turn.output_tokens,
-            queued_ns=(turn.admitted_ns or now_ns) - turn.arrival_ns,
-            ttft_ns=None if turn.first_token_ns is None else turn.first_token_ns - turn.arrival_ns,
-            cost=cost,
-            session_cost=session.cost,
+        end = finished(
+            turn,
+            reason,
+            cost,
+            session.cost,
+            now_ns=now_ns,
+            engine_id=self.engine_id,
             awaits_tool=live.request.awaits_tool or reason is FinishReason.TOOL_CALLS,
             error=error,
-            engine_id=self.engine_id,
         )
         # The daemon first: what it decides for the pause should not come after the client's next request.
         told = live.request.awaits_tool and completed

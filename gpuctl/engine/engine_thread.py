@@ -24,9 +24,9 @@ async def on_engine(engine: Engine, function: Callable[[], _T]) -> _T:
             result = function()
         except Exception as error:  # whatever it is belongs to the call, not to the engine's loop
             failed = error
-            threadsafe(loop, lambda: settle(answer, None, failed))
+            threadsafe(loop, lambda: fail(answer, failed))
         else:
-            threadsafe(loop, lambda: settle(answer, result, None))
+            threadsafe(loop, lambda: settle(answer, result))
 
     engine.call(run)
     return await answer
@@ -40,11 +40,13 @@ def threadsafe(loop: asyncio.AbstractEventLoop, function: Callable[[], Any]) -> 
         pass  # the event loop is closed: the process is going down
 
 
-def settle(answer: asyncio.Future[_T], result: _T | None, error: BaseException | None) -> None:
+def settle(answer: asyncio.Future[_T], result: _T) -> None:
     """Answer a future that may have been answered or given up."""
-    if answer.done():
-        return
-    if error is not None:
+    if not answer.done():
+        answer.set_result(result)
+
+
+def fail(answer: asyncio.Future[_T], error: BaseException) -> None:
+    """The same with an error."""
+    if not answer.done():
         answer.set_exception(error)
-    else:
-        answer.set_result(result)  # type: ignore[arg-type]

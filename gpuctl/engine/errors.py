@@ -13,6 +13,9 @@ EngineError
 
 from __future__ import annotations
 
+STOPPING = "the engine is stopping"
+"""Why a turn ends, or is refused, at shutdown."""
+
 
 class EngineError(Exception):
     """Base of everything the engine raises on purpose."""

@@ -21,12 +21,12 @@ from ..api.v1 import peer_pb2 as pb
 from ..api.v1 import peer_pb2_grpc
 from . import peer_wire
 from .engine import Engine
-from .engine_thread import on_engine, settle, threadsafe
-from .errors import EngineError, HandoverError
+from .engine_thread import fail, on_engine, settle, threadsafe
+from .errors import STOPPING, EngineError, HandoverError
 from .giving import Giving
 from .kv_image import KvChunk
 from .live import LiveTurn, token_of
-from .sequence import FinishReason, Session, SessionId, TurnFinished
+from .sequence import FinishReason, SessionId, finished
 
 _log = logging.getLogger(__name__)
 
@@ -69,14 +69,14 @@ class PeerGiver:
                     reason = await _reason(error, call, to, timeout_ms)
                     call.cancel()
                     await on_engine(self._engine, lambda: giver.take_back(giving))
-                    settle(handed, None, reason)
+                    fail(handed, reason)
                     return
-                settle(handed, answer, None)
+                settle(handed, answer)
                 if giving.live is not None:
                     await self._relay(giving, giving.live, call, cancelled)
         finally:
             self._engine.call(lambda: giver.take_back(giving))
-            settle(handed, None, HandoverError("the engine is stopping", status="UNAVAILABLE"))
+            fail(handed, HandoverError(STOPPING, status="UNAVAILABLE"))
 
     async def _hand(self, giving: Giving, call: _TakeCall, timeout_ms: int) -> pb.HandOverResponse:
         giver, began_ns = self._engine.handovers.giver, time.monotonic_ns()
@@ -134,9 +134,21 @@ class PeerGiver:
         except grpc.aio.AioRpcError as error:
             _log.warning("peer_lost session=%s reason=%r: its turn goes on here", session.id, error.details())
         except asyncio.CancelledError:
-            # This engine stops, and with it the client's stream.
+            # This engine stops, and with it the client's stream: an end like any other would pass for the whole answer.
             live.flush()
-            live.sink(_cut_short(live, session))
+            unknown = TurnCost()  # the other engine has its books
+            engine_id, now_ns = self._engine.engine_id, time.monotonic_ns()
+            live.sink(
+                finished(
+                    live.turn,
+                    FinishReason.ERROR,
+                    unknown,
+                    session.cost,
+                    now_ns=now_ns,
+                    engine_id=engine_id,
+                    error=STOPPING,
+                )
+            )
             self._engine.call(lambda: giver.ended(giving))
             raise
         finally:
@@ -157,12 +169,16 @@ async def _send(call: _TakeCall, messages: Iterable[pb.SessionPart]) -> None:
         await call.write(message)
 
 
+def _messages(chunk: KvChunk) -> list[pb.SessionPart]:
+    return list(peer_wire.kv_messages(chunk))
+
+
 async def _send_kv(call: _TakeCall, chunks: Iterable[KvChunk]) -> int:
     """Bytes of KV sent."""
     sent = 0
     for chunk in chunks:
         # Joining pieces and reckoning checksums let go of the interpreter now and then only: not on this loop.
-        messages = await asyncio.to_thread(lambda chunk=chunk: list(peer_wire.kv_messages(chunk)))  # type: ignore[misc]
+        messages = await asyncio.to_thread(_messages, chunk)
         await _send(call, messages)
         sent += messages[0].blob.total_bytes
     return sent
@@ -174,21 +190,6 @@ async def _pass_on(cancelled: asyncio.Event, call: _TakeCall) -> None:
         await call.write(pb.SessionPart(cancel=pb.CancelTurn()))
     except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
         pass  # the call has ended; who reads it takes the turn back and ends it
-
-
-def _cut_short(live: LiveTurn, session: Session) -> TurnFinished:
-    turn = live.turn
-    return TurnFinished(
-        reason=FinishReason.CANCELLED,
-        prompt_tokens=turn.prompt_tokens,
-        cached_tokens=turn.cached_tokens,
-        recomputed_tokens=turn.recomputed_tokens,
-        output_tokens=turn.output_tokens,
-        queued_ns=(turn.admitted_ns or turn.arrival_ns) - turn.arrival_ns,
-        ttft_ns=None if turn.first_token_ns is None else turn.first_token_ns - turn.arrival_ns,
-        cost=TurnCost(),  # the other engine has its books
-        session_cost=session.cost,
-    )
 
 
 async def _reason(error: Exception, call: _TakeCall, to: str, timeout_ms: int) -> HandoverError:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from functools import partial
 from typing import Any, TypeVar
 
 import grpc
@@ -17,7 +18,7 @@ from ..api.v1 import peer_pb2 as pb
 from . import peer_wire
 from .engine import Engine
 from .engine_thread import on_engine, threadsafe
-from .errors import ConstraintError, HandoverError
+from .errors import STOPPING, ConstraintError, HandoverError
 from .kv_image import KvChunk, cut_to
 from .sequence import TurnEvent, TurnFinished
 from .session_state import SessionState
@@ -114,7 +115,7 @@ class PeerTaker:
                 raise HandoverError("KV, a round's end or the state must come here", status="INVALID_ARGUMENT")
             begin = part.blob
             end_token = begin.first_token + begin.token_count
-            await on_engine(self._engine, lambda end_token=end_token: taker.reserve(taking, end_token))  # type: ignore[misc]
+            await on_engine(self._engine, partial(taker.reserve, taking, end_token))
             blob = peer_wire.Assembly(begin, bytes_per_token)
             while not blob.complete:
                 blob.add((await _next(context)).piece)
@@ -159,7 +160,7 @@ async def _first_of(listening: asyncio.Task[None], leaving: asyncio.Task[bool], 
         if wanted.done():
             return wanted.result()
         if leaving.done():
-            raise HandoverError("the engine is stopping", status="UNAVAILABLE")
+            raise HandoverError(STOPPING, status="UNAVAILABLE")
         raise HandoverError("the giving engine has ended its stream", status="CANCELLED")
     finally:
         wanted.cancel()

@@ -211,6 +211,34 @@ class Session:
     cost: SessionCost = field(default_factory=SessionCost)
 
 
+def finished(
+    turn: Turn,
+    reason: FinishReason,
+    cost: TurnCost,
+    session_cost: SessionCost,
+    *,
+    now_ns: int,
+    engine_id: str,
+    awaits_tool: bool = False,
+    error: str | None = None,
+) -> TurnFinished:
+    """What the turn's client is told as the last."""
+    return TurnFinished(
+        reason=reason,
+        prompt_tokens=turn.prompt_tokens,
+        cached_tokens=turn.cached_tokens,
+        recomputed_tokens=turn.recomputed_tokens,
+        output_tokens=turn.output_tokens,
+        queued_ns=(turn.admitted_ns or now_ns) - turn.arrival_ns,
+        ttft_ns=None if turn.first_token_ns is None else turn.first_token_ns - turn.arrival_ns,
+        cost=cost,
+        session_cost=session_cost,
+        awaits_tool=awaits_tool,
+        error=error,
+        engine_id=engine_id,
+    )
+
+
 _COMPARED_AT_ONCE = 128
 
 
