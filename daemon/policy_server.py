@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import grpc
 
@@ -15,7 +16,7 @@ from .api.v1 import policy_pb2_grpc
 from .history import History
 from .loop import Loop
 
-Context = grpc.aio.ServicerContext
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"  # generic in the stubs only
 INTERVAL_MS = 1000
 LIMIT = 50
 MOST = 10_000
@@ -36,7 +37,7 @@ class PolicyServer(policy_pb2_grpc.PolicyServiceServicer):
         self._history = history
         self._effects = effects
 
-    async def Watch(self, request: pb.WatchRequest, context: Context) -> AsyncIterator[pb.WatchResponse]:  # type: ignore[type-arg]
+    async def Watch(self, request: pb.WatchRequest, context: Context) -> AsyncIterator[pb.WatchResponse]:
         interval_ms = request.interval_ms or INTERVAL_MS
         if not 100 <= interval_ms <= 60_000:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"interval_ms {interval_ms}: use 100 to 60000")
@@ -46,7 +47,7 @@ class PolicyServer(policy_pb2_grpc.PolicyServiceServicer):
                 return
             await asyncio.sleep(interval_ms / 1000)
 
-    async def Explain(self, request: pb.ExplainRequest, context: Context) -> pb.ExplainResponse:  # type: ignore[type-arg]
+    async def Explain(self, request: pb.ExplainRequest, context: Context) -> pb.ExplainResponse:
         call = None
         if request.tool_call_id:
             meant = self._meant(request.tool_call_id)
@@ -69,7 +70,7 @@ class PolicyServer(policy_pb2_grpc.PolicyServiceServicer):
         )
         return pb.ExplainResponse(decisions=[views.decision_view(told) for told in found])
 
-    async def ListToolCalls(self, request: pb.ListToolCallsRequest, context: Context) -> pb.ListToolCallsResponse:  # type: ignore[type-arg]
+    async def ListToolCalls(self, request: pb.ListToolCallsRequest, context: Context) -> pb.ListToolCallsResponse:
         state = self._loop.state
         calls = {c.id: c for c in self._history.ended()} | state.tool_calls
         chosen = [c for c in calls.values() if not request.tenant_id or c.tenant == request.tenant_id]
@@ -80,10 +81,10 @@ class PolicyServer(policy_pb2_grpc.PolicyServiceServicer):
             tool_calls=[views.tool_call_view(c, names, self._history) for c in chosen[-limit:]]
         )
 
-    async def GetStatus(self, request: pb.GetStatusRequest, context: Context) -> pb.GetStatusResponse:  # type: ignore[type-arg]
+    async def GetStatus(self, request: pb.GetStatusRequest, context: Context) -> pb.GetStatusResponse:
         return self._effects.status()
 
-    async def Release(self, request: pb.ReleaseRequest, context: Context) -> pb.ReleaseResponse:  # type: ignore[type-arg]
+    async def Release(self, request: pb.ReleaseRequest, context: Context) -> pb.ReleaseResponse:
         return pb.ReleaseResponse(released=self._effects.release())
 
     def _meant(self, text: str) -> list[ToolCall]:

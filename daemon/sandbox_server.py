@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import grpc
 
@@ -19,7 +19,7 @@ from .history import History
 from .keeper import SandboxKeeper
 from .words import tool_call_hex
 
-Context = grpc.aio.ServicerContext  # its parameters are the messages; they add nothing here
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"  # generic in the stubs only
 
 
 class SandboxServer(sandbox_pb2_grpc.SandboxServiceServicer):
@@ -41,7 +41,7 @@ class SandboxServer(sandbox_pb2_grpc.SandboxServiceServicer):
         self._settle = settle
         self._now_ns = now_ns
 
-    async def RegisterSandbox(self, request: pb.RegisterSandboxRequest, context: Context) -> pb.RegisterSandboxResponse:  # type: ignore[type-arg]
+    async def RegisterSandbox(self, request: pb.RegisterSandboxRequest, context: Context) -> pb.RegisterSandboxResponse:
         known = [t.id for t in self._state.policy.tenants]
         if request.tenant_id not in known:
             await _refuse(
@@ -67,14 +67,14 @@ class SandboxServer(sandbox_pb2_grpc.SandboxServiceServicer):
             cgroup_id=sandbox.cgroup_id, cgroup_path=sandbox.path, session_id=sandbox.session
         )
 
-    async def RemoveSandbox(self, request: pb.RemoveSandboxRequest, context: Context) -> pb.RemoveSandboxResponse:  # type: ignore[type-arg]
+    async def RemoveSandbox(self, request: pb.RemoveSandboxRequest, context: Context) -> pb.RemoveSandboxResponse:
         sandbox = await self._sandbox(request.tenant_id, request.name, 0, context)
         if problem := self._keeper.remove(sandbox.cgroup_id):
             await _refuse(context, grpc.StatusCode.FAILED_PRECONDITION, f"forgotten, but its cgroup stays: {problem}")
         self._settle()
         return pb.RemoveSandboxResponse()
 
-    async def BeginToolCall(self, request: pb.BeginToolCallRequest, context: Context) -> pb.BeginToolCallResponse:  # type: ignore[type-arg]
+    async def BeginToolCall(self, request: pb.BeginToolCallRequest, context: Context) -> pb.BeginToolCallResponse:
         self._settle()  # the kernel may have seen the process already
         sandbox = await self._sandbox(request.tenant_id, request.name, request.wrapper_pid or request.pid, context)
         try:
@@ -98,7 +98,7 @@ class SandboxServer(sandbox_pb2_grpc.SandboxServiceServicer):
             hard_bytes=known.hard_bytes if known else 0,
         )
 
-    async def EndToolCall(self, request: pb.EndToolCallRequest, context: Context) -> pb.EndToolCallResponse:  # type: ignore[type-arg]
+    async def EndToolCall(self, request: pb.EndToolCallRequest, context: Context) -> pb.EndToolCallResponse:
         call = await self._call_id(request, context)
         self._settle()
         exit_code = request.exit_code if request.HasField("exit_code") and not request.signal else None
@@ -116,7 +116,7 @@ class SandboxServer(sandbox_pb2_grpc.SandboxServiceServicer):
             notice=notice(known, self._history),
         )
 
-    async def DeclareIntent(self, request: pb.DeclareIntentRequest, context: Context) -> pb.DeclareIntentResponse:  # type: ignore[type-arg]
+    async def DeclareIntent(self, request: pb.DeclareIntentRequest, context: Context) -> pb.DeclareIntentResponse:
         sandbox = await self._sandbox(request.tenant_id, request.name, 0, context)
         if not request.kind or request.expected_bytes < 0 or request.expected_ns < 0:
             await _refuse(
@@ -135,7 +135,7 @@ class SandboxServer(sandbox_pb2_grpc.SandboxServiceServicer):
         )
         return pb.DeclareIntentResponse()
 
-    async def _sandbox(self, tenant: str, name: str, pid: int, context: Context) -> Sandbox:  # type: ignore[type-arg]
+    async def _sandbox(self, tenant: str, name: str, pid: int, context: Context) -> Sandbox:
         if tenant or name:
             sandbox = self._keeper.find(tenant, name)
             what = f"{tenant}/{name}"
@@ -150,7 +150,7 @@ class SandboxServer(sandbox_pb2_grpc.SandboxServiceServicer):
             )
         return sandbox
 
-    async def _call_id(self, request: pb.EndToolCallRequest, context: Context) -> ToolCallId:  # type: ignore[type-arg]
+    async def _call_id(self, request: pb.EndToolCallRequest, context: Context) -> ToolCallId:
         if request.tool_call_id:
             try:
                 return ToolCallId(int(request.tool_call_id, 16))
@@ -191,6 +191,6 @@ def notice(call: ToolCall, history: History) -> str:
     return f"Equipoise: this tool call peaked at {call.peak_bytes / MIB:.0f} MiB{stalled}; it {done_to_it}."
 
 
-async def _refuse(context: Context, code: grpc.StatusCode, detail: str) -> NoReturn:  # type: ignore[type-arg]
+async def _refuse(context: Context, code: grpc.StatusCode, detail: str) -> NoReturn:
     await context.abort(code, detail)
     raise AssertionError("abort raises")

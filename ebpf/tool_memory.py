@@ -366,7 +366,7 @@ class ToolMemory:
             self._free.update(None, ctypes.c_uint32(slot))
 
 
-def _shared_array(a_map: BpfMap, element: type[ctypes.Structure]) -> ctypes.Array:  # type: ignore[type-arg]
+def _shared_array(a_map: BpfMap, element: type[ctypes.Structure]) -> ctypes.Array[ctypes.Structure]:
     """The map's elements, shared with the kernel. Array elements are padded to 8 bytes; ours already are."""
     return (element * a_map.max_entries).from_buffer(a_map.map_memory(ctypes.sizeof(element)))
 

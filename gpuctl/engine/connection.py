@@ -32,7 +32,7 @@ class Connection(H11Protocol):
         self._read_clock: asyncio.TimerHandle | None = None
         self._bytes_came = False
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # uvicorn narrows it, too
         super().connection_made(transport)
         self._head_clock = self.loop.call_later(self.timeout_s, self._give_up_on_head)
 
