@@ -41,6 +41,7 @@ from .sequence import IdlePolicy, TenantId
 _log = logging.getLogger(__name__)
 _MOST_FILES = 65536
 _OWN_FILES = 128
+_FAILURE_CHECK_S = 0.2
 _SEND_BUFFER_BYTES = 128 << 10
 _UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "kB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -217,11 +218,13 @@ async def _serve_http(options: argparse.Namespace, engine: Engine, listener: soc
             loop.run_in_executor(None, engine.stop)
 
         ending.leaving(lambda: loop.call_soon_threadsafe(leave))
-        attached = asyncio.create_task(_attach(options.attach, engine)) if options.attach else None
+        tasks = [asyncio.create_task(_leave_when_failed(engine, server, ending))]
+        if options.attach:
+            tasks.append(asyncio.create_task(_attach(options.attach, engine)))
         yield
-        if attached is not None:
-            attached.cancel()
-            await asyncio.gather(attached, return_exceptions=True)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     peers = None
     if options.peer:
@@ -249,6 +252,14 @@ async def _serve_http(options: argparse.Namespace, engine: Engine, listener: soc
     await serving
     if peers is not None:
         await peers.stop()
+
+
+async def _leave_when_failed(engine: Engine, server: Server, ending: Ending) -> None:
+    """Who started us can start another one; a server without an engine is of no use to anybody."""
+    while not engine.failed:
+        await asyncio.sleep(_FAILURE_CHECK_S)
+    ending.code = 1
+    server.should_exit = True
 
 
 async def _attach(address: str, engine: Engine) -> None:

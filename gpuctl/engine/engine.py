@@ -1,13 +1,12 @@
-"""The step loop: one thread that applies what arrived, asks the scheduler for a plan, and carries it out.
+"""The step loop: one thread that applies what arrived, asks the scheduler for a plan, and has it carried out.
 
-Owns: the thread, the turns under way (sampler, text, sink), the totals, and the reports. Everything that touches the
+Owns: the thread, how a turn ends, and what becomes of all turns when the loop does. Everything that touches the
 scheduler, the books or llama.cpp happens on this thread at a step border. Must not: choose (scheduler.py) or speak HTTP
 or gRPC (http.py, client.py); both reach it through `submit`, `cancel`, `direct` and `listen`, safe from any thread.
 """
 
 from __future__ import annotations
 
-import collections
 import itertools
 import logging
 import os
@@ -16,22 +15,24 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-from ...policies.accounting import Gamma
+from ...policies.accounting import Gamma, SessionCost, TurnCost
 from ..energy import EnergyMeter
-from .conversation import joined, map_prompt
+from .conversation import joined
 from .directing import Director
 from .directives import Directive, Outcome, OutcomeStatus
 from .disk_tier import DiskTier
-from .errors import STOPPING, ConstraintError, ContextError, EngineError, RequestError
+from .errors import FAILED, STOPPING, EngineError, RequestError
 from .handover import Handovers
+from .intake import Intake, Submitted
 from .kv_image import KvFormat
 from .language_model import LanguageModel
 from .ledger import Ledger
-from .live import LiveTurn, Sampled, token_of
+from .live import LiveTurn
 from .mover import Mover
-from .plan import Slice, StepPlan
+from .parts import EngineParts, Limits
+from .plan import StepPlan
 from .reporter import OCCUPANCY_PERIOD_NS, Listener, Reporter
 from .reports import (
     CostFigures,
@@ -42,25 +43,11 @@ from .reports import (
     TurnStarted,
     turn_ended,
 )
-from .runner import BatchSlice, Runner, StepStatus
+from .runner import Runner
 from .scheduler import Scheduler, SchedulerConfig
-from .sequence import (
-    FinishReason,
-    Session,
-    SessionId,
-    Sink,
-    TenantId,
-    Tier,
-    Turn,
-    TurnAccepted,
-    TurnId,
-    TurnRefused,
-    TurnRequest,
-    finished,
-)
+from .sequence import FinishReason, SessionId, Sink, TenantId, TurnId, TurnRequest, finished
 from .session_index import SessionIndex
-from .session_state import EngineParts, Limits
-from .slo import begin_by_ns
+from .stepper import Stepper
 from .swapper import Swapper
 from .tool_calls import tool_calls_in
 from .turn_cost import Accounts, AccountsNow
@@ -68,8 +55,6 @@ from .turn_cost import Accounts, AccountsNow
 _log = logging.getLogger(__name__)
 
 _IDLE_WAIT_S = 1.0
-# A step with fewer prompt tokens is over soon enough by itself.
-_INTERRUPTIBLE_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,14 +77,6 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class _Submit:
-    turn_id: TurnId
-    request: TurnRequest
-    sink: Sink
-    arrival_ns: int
-
-
-@dataclass(frozen=True, slots=True)
 class _Cancel:
     turn_id: TurnId
 
@@ -114,7 +91,7 @@ class _Call:
     function: Callable[[], None]
 
 
-_Arrival = _Submit | _Cancel | _Direct | _Call
+_Arrival = Submitted | _Cancel | _Direct | _Call
 Books = tuple[Occupancy, dict[TenantId, float], AccountsNow]
 
 
@@ -133,9 +110,6 @@ class Engine:
         self._clock = clock
         self._wake_ns: int | None = None
         self._stuck = False
-        self._urgent = threading.Event()  # an urgent turn is in the inbox
-        self._interruptible = False  # the step under way may be cut short
-        self._was_interrupted = False
         self.model = model
         self.config = config
         self.engine_id = f"embedded-{os.getpid()}-{uuid.uuid4().hex[:8]}"
@@ -156,30 +130,35 @@ class Engine:
         self._mover = Mover(runner, self._swapper, self._scheduler, self._reporter, self.totals)
         self._by_text = SessionIndex()
         self._live: dict[SessionId, LiveTurn] = {}
-        self.handovers = Handovers(
-            EngineParts(
-                engine_id=self.engine_id,
-                model=model,
-                runner=runner,
-                scheduler=self._scheduler,
-                swapper=self._swapper,
-                mover=self._mover,
-                reporter=self._reporter,
-                accounts=self._accounts,
-                by_text=self._by_text,
-                live=self._live,
-                limits=Limits(self.longest_turn_tokens, config.max_queued_turns, config.max_sessions),
-                finish=self._finish,
-                cancel=self._cancel,
-                next_behind=self._next_behind,
-                clock=clock,
-            )
+        parts = EngineParts(
+            engine_id=self.engine_id,
+            model=model,
+            runner=runner,
+            scheduler=self._scheduler,
+            swapper=self._swapper,
+            mover=self._mover,
+            reporter=self._reporter,
+            accounts=self._accounts,
+            totals=self.totals,
+            by_text=self._by_text,
+            live=self._live,
+            limits=Limits(
+                self.longest_turn_tokens, config.max_queued_turns, config.max_sessions, config.default_max_tokens
+            ),
+            finish=self._finish,
+            cancel=self._cancel,
+            begin_next=self._begin_next,
+            clock=clock,
         )
-        # A session computes one turn at a time; the next ones wait here in order of arrival.
-        self._behind: dict[SessionId, collections.deque[_Submit]] = {}
+        self.handovers = Handovers(parts)
+        self._intake = Intake(parts, self._busy, keep_anonymous=config.keep_anonymous)
+        self._stepper = Stepper(parts)
         self._inbox: queue.SimpleQueue[_Arrival] = queue.SimpleQueue()
         self._turn_numbers = itertools.count(1)
         self._stopping = threading.Event()
+        self._ended = False
+        self.failed = False
+        """The loop has ended by a fault of ours: every turn is refused, and only a new process can serve again."""
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
 
     # From any thread
@@ -198,12 +177,11 @@ class Engine:
         """Queue a turn. `sink` gets TurnAccepted or TurnRefused first, then its text, then TurnFinished."""
         # Unique on the host: a turn keeps its id when it is handed over.
         turn_id = TurnId(f"{self.engine_id}-turn-{next(self._turn_numbers)}")
-        self._inbox.put(_Submit(turn_id, request, sink, self._clock()))
+        self._inbox.put(Submitted(turn_id, request, sink, self._clock()))
         if request.slo.ttft_ns is not None and self.config.interrupts:
-            # In this order: the step that begins now sees the event, one already under way sees the flag.
-            self._urgent.set()
-            if self._interruptible:
-                self._runner.interrupt()
+            self._stepper.hurry()
+        if self._ended:
+            self._refuse_arrivals()  # the loop may have looked for the last time before this one came
         return turn_id
 
     def cancel(self, turn_id: TurnId) -> None:
@@ -274,15 +252,47 @@ class Engine:
     # The loop
 
     def _loop(self) -> None:
-        while not self._stopping.is_set():
-            self.cycle(wait=True)
+        try:
+            while not self._stopping.is_set():
+                self.cycle(wait=True)
+            self._end_turns()
+        except Exception:
+            _log.critical("engine_failed turns=%d", len(self._live), exc_info=True)
+            self.failed = True
+            self._abandon_turns()
+        self._ended = True
+        self._refuse_arrivals()
+        self._swapper.close()
+
+    def _end_turns(self) -> None:
+        self._intake.refuse_waiting(self._refusal)  # before the turns they wait for end
         self.handovers.close()
         for live in list(self._live.values()):
             self._finish(live, FinishReason.ERROR, STOPPING)
-        for waiting in self._behind.values():
-            for arrival in waiting:
-                arrival.sink(TurnRefused(RequestError(STOPPING, status=503, kind="server_error")))
-        self._swapper.close()
+
+    def _abandon_turns(self) -> None:
+        """After a fault of ours: the books may be wrong, so touch none, but let nobody wait for an answer for ever."""
+        self._intake.refuse_waiting(self._refusal)
+        now_ns = self._clock()
+        for live in self._live.values():
+            cost = (TurnCost(), SessionCost())
+            live.sink(
+                finished(live.turn, FinishReason.ERROR, *cost, now_ns=now_ns, engine_id=self.engine_id, error=FAILED)
+            )
+
+    @property
+    def _refusal(self) -> RequestError:
+        return RequestError(FAILED if self.failed else STOPPING, status=503, kind="server_error")
+
+    def _refuse_arrivals(self) -> None:
+        """Refuse every turn that has arrived. From any thread, once the loop has ended."""
+        while True:
+            try:
+                arrival = self._inbox.get_nowait()
+            except queue.Empty:
+                return
+            if isinstance(arrival, Submitted):
+                arrival.refuse(self._refusal)
 
     def cycle(self, *, wait: bool = False) -> bool:
         """One step border and one step: apply what arrived, plan, carry out. Whether anything was done.
@@ -297,10 +307,7 @@ class Engine:
             self._reporter.settle(outcome)
         plan = self._scheduler.plan(now_ns)
         self._wake_ns = min((at for at in (plan.wake_ns, self._director.next_deadline_ns()) if at), default=None)
-        try:
-            self._carry_out(plan)
-        except ContextError as error:
-            self._fail_step(plan, error)
+        self._carry_out(plan)
         self._stuck = not plan.slices and not plan.moves and self._scheduler.busy()
         if not self.handovers.in_doubt:
             self._reporter.report_occupancy()
@@ -308,7 +315,7 @@ class Engine:
 
     def _take_arrivals(self, wait: bool) -> None:
         """Handle all that has arrived; where there is nothing to compute and `wait` is set, block for the next one."""
-        self._urgent.clear()
+        self._stepper.arrivals_seen()
         if wait and (self._stuck or not self._scheduler.busy()):
             # Stuck: turns wait and none can run until something ends by itself (a pin, a hold); do not spin meanwhile.
             wait_s = 0.02 if self._stuck else _IDLE_WAIT_S
@@ -328,8 +335,8 @@ class Engine:
 
     def _handle(self, arrival: _Arrival) -> None:
         match arrival:
-            case _Submit():
-                self._begin(arrival)
+            case Submitted():
+                self._intake.take(arrival)
             case _Cancel(turn_id):
                 self._cancel(turn_id)
             case _Direct(directive):
@@ -339,101 +346,20 @@ class Engine:
 
     # Turns
 
-    def _begin(self, arrival: _Submit) -> None:
-        known, keep = self._scheduler.sessions, self.config.keep_anonymous
-        arrival = replace(arrival, request=self._by_text.named(arrival.request, known, keep=keep))
-        session_id = arrival.request.session_id
-        if session_id in self._live or self.handovers.away(session_id):
-            if (full := self._queue_full()) is not None:
-                arrival.sink(TurnRefused(full))
-                return
-            self._behind.setdefault(session_id, collections.deque()).append(arrival)
-            return
-        try:
-            live = self._prepare(arrival)
-        except RequestError as error:
-            arrival.sink(TurnRefused(error))
-            self._next_behind(session_id)
-            return
-        self._live[session_id] = live
-        live.sink(TurnAccepted(live.turn.prompt_tokens, session_id))
-        self._reporter.occupancy_due = True
+    def _busy(self, session_id: SessionId) -> bool:
+        """Whether a turn of the session is under way, here or in another engine."""
+        return session_id in self._live or self.handovers.away(session_id)
 
-    def _prepare(self, arrival: _Submit) -> LiveTurn:
-        """Map the prompt onto the session and queue the turn. Raises RequestError, with nothing changed."""
-        # Another engine may have to go on with this sampling: the seed is drawn here, once.
-        request = replace(arrival.request, sampling=arrival.request.sampling.seeded())
-        if (full := self._queue_full()) is not None:
-            raise full
-        session = self._scheduler.sessions.get(request.session_id)
-        if session is None:
-            session = Session(request.session_id, request.tenant_id, ephemeral=request.ephemeral)
-        elif session.tenant_id != request.tenant_id:
-            raise RequestError(
-                f"session {request.session_id} belongs to another tenant", status=403, kind="permission_error"
-            )
-        prompt = map_prompt(self.model, session, request.prompt)
-        room = self.longest_turn_tokens - len(prompt.tokens)
-        if not prompt.tokens:
-            raise RequestError("messages: the prompt is empty", param="messages")
-        if room < 1:
-            raise RequestError(
-                f"the prompt has {len(prompt.tokens)} tokens; at most {self.longest_turn_tokens} fit, output included",
-                code="context_length_exceeded",
-                param="messages",
-            )
-        sampler = self._runner.sampler(request.sampling)
-        if session.id not in self._scheduler.sessions and len(self._scheduler.sessions) >= self.config.max_sessions:
-            self._scheduler.forget_oldest()
-        self._scheduler.diverged(session, prompt.common_tokens)
-        session.tokens = prompt.tokens
-        turn = Turn(
-            id=arrival.turn_id,
-            session_id=session.id,
-            tenant_id=session.tenant_id,
-            arrival_ns=arrival.arrival_ns,
-            prompt_tokens=len(prompt.tokens),
-            max_output_tokens=min(request.max_tokens or self.config.default_max_tokens, room),
-        )
-        turn.slo = request.slo
-        turn.due_ns = begin_by_ns(turn, self.cost, prompt.common_tokens)
-        session.anonymous = request.anonymous
-        self._by_text.remove(session.id)
-        self._scheduler.submit(session, turn)
-        if self._ledger.holding(session.id).longest()[0] is Tier.DISK:
-            self._swapper.read_ahead(session.id)
-        return LiveTurn(request, turn, arrival.sink, sampler)
-
-    def _queue_full(self) -> RequestError | None:
-        """The refusal of one more turn; None where it may wait. Turns behind another of their session count, too."""
-        queued = len(self._scheduler.waiting) + sum(map(len, self._behind.values()))
-        if queued < self.config.max_queued_turns:
-            return None
-        message = f"{queued} turns are waiting: try again later"
-        return RequestError(message, status=429, kind="rate_limit_error", code="queue_full", retry_after_s=2)
-
-    def _next_behind(self, session_id: SessionId) -> None:
-        waiting = self._behind.get(session_id)
-        if waiting:
-            arrival = waiting.popleft()
-            if not waiting:
-                del self._behind[session_id]
-            self._begin(arrival)
+    def _begin_next(self, session_id: SessionId) -> None:
+        self._intake.begin_next(session_id)
 
     def _cancel(self, turn_id: TurnId) -> None:
         for live in self._live.values():
             if live.turn.id == turn_id:
                 self._finish(live, FinishReason.CANCELLED)
                 return
-        for session_id, waiting in self._behind.items():
-            kept = collections.deque(a for a in waiting if a.turn_id != turn_id)
-            if len(kept) != len(waiting):
-                if kept:
-                    self._behind[session_id] = kept
-                else:
-                    del self._behind[session_id]
-                return
-        self.handovers.cancel(turn_id)
+        if not self._intake.cancel(turn_id):
+            self.handovers.cancel(turn_id)
 
     def _finish(self, live: LiveTurn, reason: FinishReason, error: str | None = None) -> None:
         turn, session = live.turn, self._scheduler.sessions[live.turn.session_id]
@@ -448,11 +374,10 @@ class Engine:
         self._scheduler.finish(session.id, now_ns, completed=completed)
         if session.anonymous and session.id in self._scheduler.sessions:
             self._by_text.add(session)
-        cost = self._accounts.close(turn, session, now_ns)
         end = finished(
             turn,
             reason,
-            cost,
+            self._accounts.close(turn, session, now_ns),
             session.cost,
             now_ns=now_ns,
             engine_id=self.engine_id,
@@ -464,7 +389,7 @@ class Engine:
         self._reporter.report(turn_ended(turn, end, FinishReason.TOOL_CALLS if told else reason))
         live.sink(end)
         self._reporter.occupancy_due = True
-        self._next_behind(session.id)
+        self._intake.begin_next(session.id)
 
     # Carrying out a plan
 
@@ -489,82 +414,9 @@ class Engine:
                 self._reporter.settle(Outcome(preempted.directive_id, OutcomeStatus.COMPLETED))
         slices = [item for item in plan.slices if item.session_id not in failed]
         if slices:
-            self._step(slices)
+            self._stepper.step(slices)
         else:
             self._accounts.pause()
-
-    def _step(self, slices: list[Slice]) -> None:
-        batch = []
-        for item in slices:
-            live = self._live[item.session_id]
-            tokens = self._scheduler.sessions[item.session_id].tokens[item.start : item.start + item.count]
-            sampler = live.sampler if item.samples else None
-            batch.append(BatchSlice(item.slot, item.start, tokens, sampler, live.request.sampling.logprobs))
-        prompt_tokens = sum(item.count for item in slices if item.count > 1)
-        # Never twice in a row: urgent turns that keep coming must not stop a prefill for good.
-        self._interruptible = prompt_tokens >= _INTERRUPTIBLE_TOKENS and not self._was_interrupted
-        self._was_interrupted = False
-        self._runner.forget_interrupt()
-        if self._interruptible and self._urgent.is_set():
-            return
-        self._accounts.begin_step()
-        result = self._runner.step(batch)
-        self._accounts.end_step((self._live[item.session_id].turn, item) for item in slices)
-        self._interruptible = False
-        self.totals.steps += 1
-        if result.status is StepStatus.NO_ROOM:
-            raise ContextError("llama.cpp finds no room for the step although the books have it")
-        if result.status is StepStatus.ABORTED:
-            self._was_interrupted = True
-            self.totals.interrupted_steps += 1
-            self._book_aborted(slices)
-            return
-        now_ns = self._clock()
-        for item, sampled in zip(slices, result.sampled, strict=True):
-            self._book(item, item.count)
-            if isinstance(sampled, ConstraintError):
-                self._finish(self._live[item.session_id], FinishReason.ERROR, str(sampled))
-            elif sampled is not None:
-                self._take_token(self._live[item.session_id], sampled, now_ns)
-
-    def _book(self, item: Slice, count: int) -> None:
-        turn = self._live[item.session_id].turn
-        before = turn.recomputed_tokens
-        self._scheduler.computed(item.session_id, item.start, count)
-        self._accounts.book(turn, item.start, count, turn.recomputed_tokens - before)
-
-    def _book_aborted(self, slices: list[Slice]) -> None:
-        """An interrupted step keeps what llama.cpp had finished; the rest is planned again."""
-        for item in slices:
-            held = self._runner.held_tokens(item.slot)
-            done = min(max(0, held - item.start), item.count)
-            if done == item.count and item.samples:
-                done -= 1  # its logits are gone: compute the last token again
-                self._runner.cut(item.slot, item.start + done)
-            if done:
-                self._book(item, done)
-
-    def _take_token(self, live: LiveTurn, sampled: Sampled, now_ns: int) -> None:
-        turn = live.turn
-        self._scheduler.sessions[turn.session_id].tokens.append(token_of(sampled))
-        self._scheduler.produced(turn.session_id)
-        self.totals.decode_tokens += 1
-        if turn.first_token_ns is None:
-            turn.first_token_ns = now_ns
-        if live.take(sampled, self.model):
-            self._finish(live, FinishReason.STOP)
-        elif turn.output_tokens >= turn.max_output_tokens:
-            self._finish(live, FinishReason.LENGTH)
-
-    def _fail_step(self, plan: StepPlan, error: ContextError) -> None:
-        """llama.cpp refused the step: end its turns with an error, forget their KV, serve the others on."""
-        _log.error("step_failed error=%r turns=%d", str(error), len(plan.slices))
-        for item in plan.slices:
-            live = self._live.get(item.session_id)
-            self._runner.cut(item.slot, 0)
-            self._scheduler.lost(item.session_id)
-            if live is not None:
-                self._finish(live, FinishReason.ERROR, str(error))
 
     # Directives and reports
 

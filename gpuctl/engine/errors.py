@@ -15,6 +15,8 @@ from __future__ import annotations
 
 STOPPING = "the engine is stopping"
 """Why a turn ends, or is refused, at shutdown."""
+FAILED = "the engine has failed and ends: its log says why"
+"""The same after a fault of ours in the step loop."""
 
 
 class EngineError(Exception):

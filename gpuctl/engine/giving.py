@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from .errors import HandoverError, RequestError, SwapError
 from .kv_image import KvChunk, from_token
 from .live import LiveTurn
+from .parts import EngineParts
 from .sequence import FinishReason, Session, SessionId, Tier, Token, TurnId, common_prefix
-from .session_state import EngineParts, Offer, SessionState
+from .session_state import Offer, SessionState
 from .turn_cost import Spent
 
 _log = logging.getLogger(__name__)
@@ -151,7 +152,7 @@ class Giver:
         """The relayed turn has ended. Turns that waited behind it begin here, from nothing."""
         if self._givings.get(giving.session_id) is giving:
             del self._givings[giving.session_id]
-            self._parts.next_behind(giving.session_id)
+            self._parts.begin_next(giving.session_id)
 
     def take_back(self, giving: Giving) -> None:
         """It did not work out: the session is ours as before and its turn goes on. Safe at every stage, and again."""
@@ -161,7 +162,7 @@ class Giver:
         if giving.stage is Stage.COPYING:
             return
         if giving.live is None:
-            self._parts.next_behind(giving.session_id)
+            self._parts.begin_next(giving.session_id)
             return
         self._resume(giving, giving.live)
 

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 from .errors import HandoverError
 from .giving import Giver, Giving
+from .parts import EngineParts
 from .sequence import SessionId, TurnId
-from .session_state import EngineParts, Offer
+from .session_state import Offer
 from .taking import Taker, Taking
 
 

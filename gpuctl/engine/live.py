@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from .language_model import LanguageModel
-from .runner import Sampler
+from .sampler import Sampler
 from .sequence import Sink, TextDelta, Token, TokenLogprob, Turn, TurnRequest
 from .text import TextStream
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from .errors import HandoverError, RequestError
 from .kv_image import KvChunk, cut_to
 from .live import LiveTurn, Sampled
+from .parts import EngineParts
 from .sequence import Session, SessionId, Sink, Tier, Turn
-from .session_state import EngineParts, Offer, SessionState
+from .session_state import Offer, SessionState
 
 
 @dataclass(slots=True, eq=False)
@@ -150,7 +151,7 @@ class Taker:
             self._parts.scheduler.forget(session_id)
             self._parts.settle_moves()
         self._parts.reporter.occupancy_due = True
-        self._parts.next_behind(session_id)
+        self._parts.begin_next(session_id)
 
     def _check_known(self, offer: Offer) -> None:
         session = self._parts.scheduler.sessions.get(offer.session_id)

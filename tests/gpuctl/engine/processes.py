@@ -15,9 +15,13 @@ class EngineProcess:
     process: subprocess.Popen[str]
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
+_PROGRAM = ("-m", "equipoise.gpuctl.engine")
+
+
+def start(*arguments: str, program: tuple[str, str] = _PROGRAM) -> subprocess.Popen[str]:
+    """`program`: how Python is told what to run."""
     return subprocess.Popen(
-        [sys.executable, "-m", "equipoise.gpuctl.engine", "--threads", "1", *arguments],
+        [sys.executable, *program, "--threads", "1", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -25,8 +29,8 @@ def start(*arguments: str) -> subprocess.Popen[str]:
 
 
 @contextmanager
-def running(*arguments: str) -> Iterator[EngineProcess]:
-    process = start("--listen", "127.0.0.1:0", *arguments)
+def running(*arguments: str, program: tuple[str, str] = _PROGRAM) -> Iterator[EngineProcess]:
+    process = start("--listen", "127.0.0.1:0", *arguments, program=program)
     try:
         assert process.stdout is not None
         first = process.stdout.readline()

@@ -388,6 +388,42 @@ def test_a_signal_ends_a_process_that_still_loads(tmp_path, model, number, codes
     assert not list(tmp_path.iterdir())
 
 
+# Stands for any fault of ours: the step loop meets an exception nobody foresaw.
+FAULTY_ENGINE = """
+import sys
+from equipoise.gpuctl.engine.__main__ import main
+from equipoise.gpuctl.engine.scheduler import Scheduler
+
+produced, left = Scheduler.produced, 20
+
+def faulty(scheduler, session_id):
+    global left
+    left -= 1
+    produced(scheduler, session_id)
+    if left < 0:
+        raise ZeroDivisionError("a fault of ours")
+
+Scheduler.produced = faulty
+sys.exit(main())
+"""
+
+
+def test_a_fault_of_the_engine_ends_its_streams_with_an_error_and_the_process_with_code_1(tmp_path, model):
+    options = ("--disk-bytes", "1MiB", "--disk-folder", str(tmp_path))
+    with running(*options, program=("-c", FAULTY_ENGINE)) as engine:
+        body = {"messages": ASK, "max_tokens": 400, "stream": True, "ignore_eos": True}
+        with httpx.stream("POST", f"{engine.url}/v1/chat/completions", json=body) as answer:
+            lines = list(answer.iter_lines())
+        assert sum('"delta"' in line for line in lines) > 10
+        assert "the engine has failed and ends: its log says why" in lines[-2]
+        assert engine.process.wait(timeout=15) == 1
+        assert engine.process.stderr is not None
+        errors = engine.process.stderr.read()
+    assert "engine_failed turns=1" in errors
+    assert "ZeroDivisionError: a fault of ours" in errors
+    assert not list(tmp_path.iterdir()), "its swap folder is gone"
+
+
 def test_the_command_of_equipoise_shows_its_own_name_examples_and_defaults():
     command = [sys.executable, "-m", "equipoise.daemon.cli", "engine"]
     shown = subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=30, check=True).stdout

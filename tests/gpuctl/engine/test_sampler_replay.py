@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 from equipoise.gpuctl.engine.errors import RequestError
-from equipoise.gpuctl.engine.runner import BatchSlice, LlamaRunner, Sampler
+from equipoise.gpuctl.engine.runner import BatchSlice, LlamaRunner
+from equipoise.gpuctl.engine.sampler import Sampler
 from equipoise.gpuctl.engine.sequence import SamplingParams, Slot
 
 pytestmark = pytest.mark.engine

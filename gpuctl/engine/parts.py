@@ -1,0 +1,59 @@
+"""The parts of an engine that its step, its intake and its hand-overs all work on.
+
+Owns: their names. Must not: do anything of its own. All of it belongs to the engine's thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from .language_model import LanguageModel
+from .live import LiveTurn
+from .mover import Mover
+from .reporter import Reporter
+from .reports import Totals
+from .runner import Runner
+from .scheduler import Scheduler
+from .sequence import FinishReason, SessionId, TurnId
+from .session_index import SessionIndex
+from .swapper import Swapper
+from .turn_cost import Accounts
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    longest_turn_tokens: int
+    max_queued_turns: int
+    max_sessions: int
+    default_max_tokens: int
+
+
+class Finish(Protocol):
+    def __call__(self, live: LiveTurn, reason: FinishReason, error: str | None = None) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class EngineParts:
+    engine_id: str
+    model: LanguageModel
+    runner: Runner
+    scheduler: Scheduler
+    swapper: Swapper
+    mover: Mover
+    reporter: Reporter
+    accounts: Accounts
+    totals: Totals
+    by_text: SessionIndex
+    live: dict[SessionId, LiveTurn]
+    limits: Limits
+    finish: Finish
+    cancel: Callable[[TurnId], None]
+    begin_next: Callable[[SessionId], None]
+    clock: Callable[[], int]
+
+    def settle_moves(self) -> None:
+        """Carry out now what was decided at this step border, so that the books say what is."""
+        for move in self.scheduler.placement.take_moves():
+            self.mover.carry_out(move)
