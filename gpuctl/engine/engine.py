@@ -155,6 +155,7 @@ class Engine:
         self._stepper = Stepper(parts)
         self._inbox: queue.SimpleQueue[_Arrival] = queue.SimpleQueue()
         self._turn_numbers = itertools.count(1)
+        self._at_border: list[Callable[[], None]] = []
         self._stopping = threading.Event()
         self._ended = False
         self.failed = False
@@ -204,6 +205,14 @@ class Engine:
     def call(self, function: Callable[[], None]) -> None:
         """Run `function` on the engine's thread at the next step border (tests, metrics)."""
         self._inbox.put(_Call(function))
+
+    def at_border(self, function: Callable[[], None]) -> None:
+        """Call it on the engine's thread when what a step has brought is complete: before the next one, or a wait."""
+        self._at_border.append(function)
+
+    def reaches_border(self) -> bool:
+        """Whether this is the engine's thread and comes by the next border."""
+        return threading.current_thread() is self._thread and not self._ended
 
     def books_now(self, timeout_s: float = 30.0) -> Books:
         """The books, the tenants' service counters and what turns have cost, at the next step border.
@@ -261,6 +270,7 @@ class Engine:
             self.failed = True
             self._abandon_turns()
         self._ended = True
+        self._border()
         self._refuse_arrivals()
         self._swapper.close()
 
@@ -306,6 +316,7 @@ class Engine:
         for outcome in self._director.retry_deferred(now_ns):
             self._reporter.settle(outcome)
         plan = self._scheduler.plan(now_ns)
+        self._border()
         self._wake_ns = min((at for at in (plan.wake_ns, self._director.next_deadline_ns()) if at), default=None)
         self._carry_out(plan)
         self._stuck = not plan.slices and not plan.moves and self._scheduler.busy()
@@ -316,7 +327,10 @@ class Engine:
     def _take_arrivals(self, wait: bool) -> None:
         """Handle all that has arrived; where there is nothing to compute and `wait` is set, block for the next one."""
         self._stepper.arrivals_seen()
-        if wait and (self._stuck or not self._scheduler.busy()):
+        idle = self._stuck or not self._scheduler.busy()
+        if idle or not self._inbox.empty():
+            self._border()  # neither a wait nor the work on arrivals holds up what is there already
+        if wait and idle:
             # Stuck: turns wait and none can run until something ends by itself (a pin, a hold); do not spin meanwhile.
             wait_s = 0.02 if self._stuck else _IDLE_WAIT_S
             if self._wake_ns is not None:
@@ -332,6 +346,10 @@ class Engine:
                 self._handle(self._inbox.get_nowait())
             except queue.Empty:
                 return
+
+    def _border(self) -> None:
+        for function in self._at_border:
+            function()
 
     def _handle(self, arrival: _Arrival) -> None:
         match arrival:

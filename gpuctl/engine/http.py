@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -24,6 +25,7 @@ from starlette.routing import Route
 
 from . import metrics, wire
 from .engine import Engine
+from .engine_thread import Deliveries
 from .errors import EngineError, RequestError
 from .language_model import LanguageModel
 from .sequence import (
@@ -69,8 +71,9 @@ _Parse = Callable[[wire.Json, wire.Caller, LanguageModel], wire.Ask]
 class TurnStream:
     """The events of one turn, carried from the engine's thread into this event loop."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, deliveries: Deliveries) -> None:
         self._engine = engine
+        self._deliveries = deliveries
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[TurnEvent] = asyncio.Queue()
         self._turn_id: TurnId | None = None
@@ -91,10 +94,7 @@ class TurnStream:
         return first
 
     def _carry(self, event: TurnEvent) -> None:
-        try:
-            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
-        except RuntimeError:
-            pass  # the event loop is closed: the process is going down and nobody listens
+        self._deliveries.put(self._loop, partial(self._events.put_nowait, event))
 
     async def events(self) -> AsyncIterator[TextDelta | TurnFinished]:
         while not self._ended:
@@ -115,6 +115,7 @@ class Endpoint:
 
     def __init__(self, engine: Engine, config: HttpConfig) -> None:
         self._engine = engine
+        self._deliveries = Deliveries(engine)
         self._config = config
         self._loaded_at = int(time.time())
 
@@ -257,7 +258,7 @@ class Endpoint:
     # Answering
 
     async def _answer(self, request: Request, ask: wire.Ask) -> Response:
-        stream = TurnStream(self._engine)
+        stream = TurnStream(self._engine, self._deliveries)
         accepted = await stream.open(ask.turn)
         answer = wire.Answer(self._engine.model.name, ask, accepted.session_id)
         if ask.stream:

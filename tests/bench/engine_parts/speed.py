@@ -182,6 +182,7 @@ async def _eight_clients(url: str) -> float:
                 "temperature": 0,
                 "stream": True,
                 "ignore_eos": True,
+                "cache_prompt": False,  # to llama.cpp's server: compute every prompt, as our options say above
             }
             async with client.stream("POST", "/v1/completions", json=body) as answer:
                 answer.raise_for_status()

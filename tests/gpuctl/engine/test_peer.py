@@ -18,7 +18,7 @@ from equipoise.gpuctl.api.v1 import peer_pb2 as pb
 from equipoise.gpuctl.api.v1 import peer_pb2_grpc
 from equipoise.gpuctl.engine import peer_wire
 from equipoise.gpuctl.engine.engine import Engine, EngineConfig
-from equipoise.gpuctl.engine.engine_thread import on_engine
+from equipoise.gpuctl.engine.engine_thread import Deliveries, on_engine
 from equipoise.gpuctl.engine.errors import HandoverError, ListenError
 from equipoise.gpuctl.engine.http import TurnStream
 from equipoise.gpuctl.engine.peer import PeerService
@@ -70,12 +70,13 @@ class Peer:
         self.runner = PacedRunner(physical_tokens=4096)
         settings: dict[str, Any] = {"kv_tokens": 2000, "host_bytes": 16 * 4000, **config}
         self.engine = Engine(cast(Any, FakeModel()), self.runner, EngineConfig(**settings))
+        self.deliveries = Deliveries(self.engine)
         self.service = PeerService(self.engine, fingerprint)
         self.reports: list[Reported] = []
         self.engine.listen(self.reports.append)
 
     async def ask(self, session: str = "s", tokens: int = TOKENS, **request: Any) -> Client:
-        stream = TurnStream(self.engine)
+        stream = TurnStream(self.engine, self.deliveries)
         await stream.open(TurnRequest(SessionId(session), TenantId("t"), PROMPT, max_tokens=tokens, **request))
         return Client(stream)
 
