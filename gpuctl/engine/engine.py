@@ -328,8 +328,9 @@ class Engine:
         """Handle all that has arrived; where there is nothing to compute and `wait` is set, block for the next one."""
         self._stepper.arrivals_seen()
         idle = self._stuck or not self._scheduler.busy()
-        if idle or not self._inbox.empty():
-            self._border()  # neither a wait nor the work on arrivals holds up what is there already
+        if not idle and self._inbox.empty():
+            return
+        self._border()  # neither a wait nor the work on arrivals holds up what is there already
         if wait and idle:
             # Stuck: turns wait and none can run until something ends by itself (a pin, a hold); do not spin meanwhile.
             wait_s = 0.02 if self._stuck else _IDLE_WAIT_S

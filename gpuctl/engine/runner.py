@@ -31,6 +31,7 @@ from .sampler import ChainSampler, Sampler
 from .sequence import SamplingParams, Slot, Token, TokenLogprob
 
 CELL_ALIGNMENT = 256  # llama.cpp pads n_ctx to this
+_MOST_ROWS = 4096  # views of logits kept; llama.cpp gives as many addresses as a step has outputs
 
 
 class ContextMode(enum.Enum):
@@ -138,6 +139,7 @@ class LlamaRunner:
         self._abort = llama.AbortFlag()
         self._lib.llama_set_abort_callback(context, llama.abort_predicate(), self._abort.address)
         self._vocabulary_size = model.vocabulary_size
+        self._rows: dict[int, npt.NDArray[np.float32]] = {}
         self._allocate_batch(step_tokens)
         self.bytes_per_token = self._measure_bytes_per_token()
 
@@ -198,13 +200,7 @@ class LlamaRunner:
             end = filled + len(item.tokens)
             if end > self._capacity:
                 raise ContextError(f"a step of {end} tokens or more: at most {self._capacity}")
-            span = slice(filled, end)
-            self._token[span] = item.tokens
-            self._pos[span] = np.arange(item.start, item.start + len(item.tokens))
-            self._seq[span] = item.slot
-            self._logits[span] = 0
-            if item.sampler is not None:
-                self._logits[end - 1] = 1
+            self._fill(filled, end, item)
             outputs.append(end - 1 if item.sampler is not None else None)
             filled = end
         self._batch.n_tokens = filled
@@ -220,9 +216,22 @@ class LlamaRunner:
         )
         return StepResult(StepStatus.DONE, sampled)
 
+    def _fill(self, begin: int, end: int, item: BatchSlice) -> None:
+        """Enter the slice in the batch from `begin` to `end`."""
+        if end - begin == 1:  # most slices: a scalar is set in a third of the time of a range
+            self._token[begin] = item.tokens[0]
+            self._pos[begin] = item.start
+            self._seq[begin] = item.slot
+        else:
+            self._token[begin:end] = item.tokens
+            self._pos[begin:end] = np.arange(item.start, item.start + end - begin)
+            self._seq[begin:end] = item.slot
+            self._logits[begin:end] = 0
+        self._logits[end - 1] = item.sampler is not None
+
     def _sample(self, at: int, item: BatchSlice) -> Drawn:
         sampler: Any = item.sampler
-        row = np.ctypeslib.as_array(self._lib.llama_get_logits_ith(self._context, at), shape=(self._vocabulary_size,))
+        row = self._row(self._lib.llama_get_logits_ith(self._context, at))
         unrestricted = row
         try:
             if sampler.matcher is not None:
@@ -239,6 +248,16 @@ class LlamaRunner:
         if item.logprobs is None:
             return token
         return _with_logprobs(unrestricted, token, item.logprobs)
+
+    def _row(self, logits: Any) -> npt.NDArray[np.float32]:
+        """The vocabulary's logits at the pointer llama.cpp has just given. A view is made once for each address: one
+        that llama.cpp has left is not looked at until it gives the address again."""
+        address = ctypes.addressof(logits.contents)
+        if (row := self._rows.get(address)) is None:
+            if len(self._rows) >= _MOST_ROWS:
+                self._rows.clear()
+            row = self._rows[address] = np.ctypeslib.as_array(logits, shape=(self._vocabulary_size,))
+        return row
 
     def cut(self, slot: Slot, from_token: int) -> None:
         """Forget the slot's KV from position `from_token` on. 0 empties it. Safe where there is none."""

@@ -7,7 +7,6 @@ On the engine's thread only, but for `hurry`.
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Sequence
 
 from .errors import ConstraintError, ContextError
@@ -26,20 +25,20 @@ _INTERRUPTIBLE_TOKENS = 16
 class Stepper:
     def __init__(self, parts: EngineParts) -> None:
         self._parts = parts
-        self._urgent = threading.Event()  # an urgent turn has arrived and is not queued yet
+        self._urgent = False  # an urgent turn has arrived and is not queued yet
         self._interruptible = False  # the step under way may be cut short
         self._was_interrupted = False
 
     def hurry(self) -> None:
         """An urgent turn has just been put where the next step border finds it. From any thread."""
-        # In this order: the step that begins now sees the event, one already under way sees the flag.
-        self._urgent.set()
+        # In this order: the step that begins now sees the mark, one already under way sees the flag.
+        self._urgent = True
         if self._interruptible:
             self._parts.runner.interrupt()
 
     def arrivals_seen(self) -> None:
         """What has arrived until now will be queued before the next step."""
-        self._urgent.clear()
+        self._urgent = False
 
     def step(self, slices: Sequence[Slice]) -> None:
         """Compute the slices and hand on what they produce. A llama.cpp that refuses costs their turns, no others."""
@@ -55,7 +54,7 @@ class Stepper:
         self._interruptible = prompt_tokens >= _INTERRUPTIBLE_TOKENS and not self._was_interrupted
         self._was_interrupted = False
         parts.runner.forget_interrupt()
-        if self._interruptible and self._urgent.is_set():
+        if self._interruptible and self._urgent:
             return
         parts.accounts.begin_step()
         result = parts.runner.step([self._batched(item) for item in slices])

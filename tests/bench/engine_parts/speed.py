@@ -28,7 +28,7 @@ OUTPUT_TOKENS = 48
 PROMPT = "The history of the lighthouse begins"
 
 
-def rows(model: LanguageModel, rounds: int = 9) -> list[Row]:
+def rows(model: LanguageModel, rounds: int = 15) -> list[Row]:
     found = []
     for batch in (1, 8):
         bare, ours = _in_process(model, batch, rounds)
