@@ -40,6 +40,11 @@ class Daemon(engine_pb2_grpc.EngineServiceServicer):
     def of(self, kind: str) -> list[Any]:
         return [getattr(report, kind) for report in self.reports if report.WhichOneof("report") == kind]
 
+    def kv(self, session: str) -> pb.SessionKv:
+        """What the last occupancy says of the session; empty where there is none or it names none."""
+        rows = [row for occupancy in self.of("occupancy")[-1:] for row in occupancy.sessions]
+        return next((row for row in rows if row.session_id == session), pb.SessionKv())
+
     async def until(self, met: Callable[[], bool], timeout_s: float = 30) -> None:
         async with self._changed:
             await asyncio.wait_for(self._changed.wait_for(met), timeout_s)

@@ -56,7 +56,7 @@ async def test_the_engine_reports_turns_and_obeys_directives(tmp_path):
             (move,) = daemon.of("session_moved")
             assert (move.from_tier, move.to_tier, move.directive_id) == (pb.KV_TIER_DEVICE, pb.KV_TIER_HOST, "1")
             assert move.moved_bytes == pytest.approx(move.tokens * hello.bytes_per_token, rel=0.01)
-            await daemon.until(lambda: daemon.of("occupancy")[-1].sessions[0].tier == pb.KV_TIER_HOST)
+            await daemon.until(lambda: daemon.kv("a").tier == pb.KV_TIER_HOST)
 
             again = await daemon.ask("1", swap_out=pb.SwapOut(session_id="a", tier=pb.KV_TIER_HOST))
             assert again.status == pb.DIRECTIVE_STATUS_COMPLETED
@@ -88,7 +88,7 @@ async def test_when_the_daemon_goes_its_holds_end_and_the_engine_comes_back_to_t
             hold = await daemon.ask("h", hold=pb.Hold(session_id="a", ttl_ns=3600 * 10**9))
             assert hold.status == pb.DIRECTIVE_STATUS_COMPLETED
             held = asyncio.ensure_future(turn(engine, "a"))
-            await daemon.until(lambda: daemon.of("occupancy")[-1].sessions[0].phase == pb.SESSION_PHASE_HELD)
+            await daemon.until(lambda: daemon.kv("a").phase == pb.SESSION_PHASE_HELD)
             await asyncio.sleep(0.5)
             assert not held.done()
         assert (await asyncio.wait_for(held, 20)).status_code == 200
