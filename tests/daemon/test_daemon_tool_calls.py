@@ -71,12 +71,14 @@ def test_the_wrapper_answers_with_the_exit_code_of_its_command(daemon, command, 
     assert (call.exit_code, call.signal) == ((0, code - 128) if code > 128 else (code, 0))
 
 
-def test_the_wrapper_passes_signals_on(daemon):
+def test_the_wrapper_passes_signals_on(daemon, tmp_path):
     agent = daemon.agent(name="signals")
-    agent.begin(*TOOL, "sh", "-c", "trap 'echo got-it; exit 5' TERM; while :; do sleep 0.05; done # passed-on")
+    trapped = tmp_path / "trapped"
+    trap = f"trap 'echo got-it; exit 5' TERM; : > {trapped}"
+    agent.begin(*TOOL, "sh", "-c", f"{trap}; while :; do sleep 0.05; done # passed-on")
     call = eventually(lambda: next((c for c in daemon.tool_calls("passed-on") if c.source == "wrapper"), None))
     wrapper = _parent(call.pid)
-    time.sleep(0.2)  # the shell sets its trap
+    eventually(trapped.exists)
     os.kill(wrapper, signal.SIGTERM)
     result = agent.result()
     assert (result.returncode, result.stdout) == (5, "got-it\n")
