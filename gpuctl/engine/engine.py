@@ -55,6 +55,7 @@ from .turn_cost import Accounts, AccountsNow
 _log = logging.getLogger(__name__)
 
 _IDLE_WAIT_S = 1.0
+_ENDED_CHECK_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,15 +218,19 @@ class Engine:
     def books_now(self, timeout_s: float = 30.0) -> Books:
         """The books, the tenants' service counters and what turns have cost, at the next step border.
 
-        Raises EngineError where the loop does not answer in time.
+        Raises EngineError where the loop has ended or does not answer in time.
         """
         answer: queue.SimpleQueue[Books] = queue.SimpleQueue()
         service, accounts = self._scheduler.service, self._accounts
         self.call(lambda: answer.put((self._reporter.occupancy(), service.counters(), accounts.now())))
-        try:
-            return answer.get(timeout=timeout_s)
-        except queue.Empty:
-            raise EngineError(f"the engine did not reach a step border within {timeout_s:g} s") from None
+        until = time.monotonic() + timeout_s
+        while time.monotonic() < until:
+            try:
+                return answer.get(timeout=_ENDED_CHECK_S)
+            except queue.Empty:
+                if self._ended:  # who waits here must not keep the process from ending
+                    raise EngineError(FAILED if self.failed else STOPPING) from None
+        raise EngineError(f"the engine did not reach a step border within {timeout_s:g} s")
 
     def facts(self) -> EngineFacts:
         return EngineFacts(
@@ -265,7 +270,7 @@ class Engine:
             while not self._stopping.is_set():
                 self.cycle(wait=True)
             self._end_turns()
-        except Exception:
+        except Exception:  # one nobody foresaw: those that can be served on with are caught where they arise
             _log.critical("engine_failed turns=%d", len(self._live), exc_info=True)
             self.failed = True
             self._abandon_turns()

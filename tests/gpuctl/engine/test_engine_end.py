@@ -6,7 +6,7 @@ import threading
 import time
 
 import pytest
-from equipoise.gpuctl.engine.errors import FAILED, STOPPING
+from equipoise.gpuctl.engine.errors import FAILED, STOPPING, EngineError
 from equipoise.gpuctl.engine.sequence import FinishReason, TurnAccepted
 from equipoise.tests.gpuctl.engine.driving import Driven, Turn
 from equipoise.tests.gpuctl.engine.fakes import FakeRunner
@@ -83,6 +83,17 @@ def test_a_turn_that_comes_after_the_stop_is_refused(driven, runner):
     driven.engine.stop()
     assert refusal(driven.turn("late", "hello")) == (503, STOPPING)
     assert not driven.engine.failed
+
+
+def test_who_asks_for_the_books_after_the_end_is_told_at_once(driven, runner):
+    runner.gate.set()
+    driven.engine.start()
+    assert driven.engine.books_now()[0].device_used_tokens == 0
+    driven.engine.stop()
+    began = time.monotonic()
+    with pytest.raises(EngineError, match=STOPPING):
+        driven.engine.books_now(timeout_s=WAIT_S)
+    assert time.monotonic() - began < WAIT_S / 2, "a scrape must not hold up the process's end"
 
 
 def test_a_fault_on_the_engines_thread_ends_every_turn_with_an_error_and_refuses_new_ones(driven, runner, caplog):
