@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from . import log
 from .errors import DaemonError
-from .processes import tied_to_us
+from .sandboxes.processes import tied_to_us
 
 READY_S = 180.0
 """Longest wait for the first answer: the model may have to be requantised."""

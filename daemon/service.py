@@ -46,26 +46,27 @@ from ..policies.events import (
 from ..policies.model import ToolCall, ToolCallId
 from ..policies.policy import Policy
 from ..policies.snapshot import Snapshot
-from ..policies.state import State
-from . import fallback_budget, log, notify, policy_file
-from .actuators import Actuator, Budgets
+from ..policies.state.state import State
+from . import log, notify, policy_file
 from .api.v1 import policy_pb2, policy_pb2_grpc, sandbox_pb2, sandbox_pb2_grpc
-from .cgroups import CgroupDriver
+from .enforce import fallback_budget
+from .enforce.actuator import Actuator, Budgets
+from .enforce.fallback_budget import FallbackBudget
+from .enforce.guardian import Guardian, release
+from .enforce.holds import HoldCause, HoldKind, Holds
 from .engine_process import EngineConfig, EngineProcess
 from .errors import CgroupError, GuardianError, ListenError
-from .fallback_budget import FallbackBudget
-from .guardian import Guardian, release
-from .history import History
-from .holds import HoldCause, HoldKind, Holds
-from .journal import Journal
-from .keeper import SandboxKeeper
 from .loop import Loop
-from .metrics import MetricsFacts, MetricsServer
-from .policy_server import Effects, PolicyServer
-from .samples import samples_of
-from .sandbox_server import SandboxServer
-from .sources import HostSampler, SandboxSampler, Source
-from .tallies import Tallies
+from .observe.history import History
+from .observe.journal import Journal
+from .observe.metrics import MetricsFacts, MetricsServer
+from .observe.samples import samples_of
+from .observe.sources import HostSampler, SandboxSampler, Source
+from .observe.tallies import Tallies
+from .rpc.policy_server import Effects, PolicyServer
+from .rpc.sandbox_server import SandboxServer
+from .sandboxes.cgroups import CgroupDriver
+from .sandboxes.keeper import SandboxKeeper
 
 SOCKET_MODE = 0o660
 HOOK_MODULES = "equipoise.integrations."

@@ -16,12 +16,14 @@ from collections.abc import Callable
 import grpc
 import grpc.aio
 
+from . import directives as ask
 from .api.v1 import engine_pb2 as pb
 from .api.v1 import engine_pb2_grpc
-from .engine import directives as ask
-from .engine.directives import Directive, Outcome, OutcomeStatus, PreemptMode
+from .directives import Directive, Outcome, OutcomeStatus, PreemptMode
 from .engine.engine import Engine
-from .engine.reports import (
+from .engine.schedule.sequence import SessionId, TenantId, Tier
+from .messages import FINISH_REASON_TO_PB, KV_TIER, KV_TIER_TO_PB, SESSION_PHASE_TO_PB, turn_cost_message
+from .reports import (
     CostFigures,
     EngineFacts,
     Occupancy,
@@ -33,8 +35,6 @@ from .engine.reports import (
     TurnPreempted,
     TurnStarted,
 )
-from .engine.sequence import SessionId, TenantId, Tier
-from .reports import FINISH_REASON_TO_PB, KV_TIER, KV_TIER_TO_PB, SESSION_PHASE_TO_PB, turn_cost_message
 
 _log = logging.getLogger(__name__)
 

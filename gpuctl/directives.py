@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from .sequence import SessionId, TenantId, Tier
+from .engine.schedule.sequence import SessionId, TenantId, Tier
 
 
 class OutcomeStatus(enum.Enum):

@@ -24,7 +24,7 @@ from ..policies.events import EngineAttached, EngineDetached, Event, OutcomeObse
 from ..policies.model import DecisionId, EngineId
 from .api.v1 import engine_pb2 as pb
 from .api.v1 import engine_pb2_grpc
-from .reports import KV_TIER_TO_PB, engine_of, event_of
+from .messages import KV_TIER_TO_PB, engine_of, event_of
 
 QUEUE_LENGTH = 1024
 """Directives that may wait for a slow engine; past it they are rejected."""

@@ -9,9 +9,9 @@ import math
 import sys
 from dataclasses import dataclass
 
-from ...policies.accounting import TurnCost
+from ..policies.accounting import TurnCost
 from .directives import Outcome
-from .sequence import FinishReason, SessionId, SessionPhase, TenantId, Tier, Turn, TurnFinished, TurnId
+from .engine.schedule.sequence import FinishReason, SessionId, SessionPhase, TenantId, Tier, Turn, TurnFinished, TurnId
 
 
 @dataclass(frozen=True, slots=True)

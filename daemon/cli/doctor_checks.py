@@ -17,11 +17,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from . import client
-from .cgroups.driver import CgroupDriver
-from .cgroups.layout import Hierarchy, LayoutKind
+from ..errors import CommandError, LayoutError
+from ..rpc import client
+from ..sandboxes.cgroups.driver import CgroupDriver
+from ..sandboxes.cgroups.layout import Hierarchy, LayoutKind
 from .doctor import Check, Row, Status
-from .errors import CommandError, LayoutError
 
 PSI_TRIGGER = b"some 150000 2000000\0"
 """Windows that are multiples of 2 s are the ones that need no CAP_SYS_RESOURCE."""
@@ -142,8 +142,8 @@ def swap(path: Path = Path("/proc/swaps")) -> Iterator[Row]:
 
 def probes() -> Iterator[Row]:
     """Load our own programs, as the daemon would, and take them out again."""
-    from ..ebpf.errors import EbpfError, ProbesUnavailable
-    from ..ebpf.probes import Probes, ProgramState
+    from ...ebpf.errors import EbpfError, ProbesUnavailable
+    from ...ebpf.probes import Probes, ProgramState
 
     try:
         loaded = Probes.load()
@@ -169,8 +169,8 @@ def probes() -> Iterator[Row]:
 
 def program_kinds() -> Iterator[Row]:
     """Every kind of eBPF program and map, each tried alone."""
-    from ..ebpf.capabilities import probe_program_kinds
-    from ..ebpf.errors import EbpfError, ProbesUnavailable
+    from ...ebpf.capabilities import probe_program_kinds
+    from ...ebpf.errors import EbpfError, ProbesUnavailable
 
     try:
         capabilities = probe_program_kinds()
@@ -191,7 +191,7 @@ def program_kinds() -> Iterator[Row]:
 
 
 def gpu() -> Iterator[Row]:
-    from ..gpuctl.nvml import NvmlAbsence, open_nvml
+    from ...gpuctl.nvml import NvmlAbsence, open_nvml
 
     opened = open_nvml()
     if isinstance(opened, NvmlAbsence):
@@ -214,8 +214,8 @@ def gpu() -> Iterator[Row]:
 
 def engine_library() -> Iterator[Row]:
     """Load llama.cpp and compare its layout with the one our binding mirrors."""
-    from ..gpuctl.engine.errors import EngineError
-    from ..gpuctl.engine.llama import PACKAGE, VERSION, library
+    from ...gpuctl.engine.compute.llama import PACKAGE, VERSION, library
+    from ...gpuctl.engine.errors import EngineError
 
     try:
         loaded = library()
@@ -228,8 +228,8 @@ def engine_library() -> Iterator[Row]:
 
 def model_file(model: str) -> Iterator[Row]:
     """The model as it stands; prepares nothing."""
-    from ..gpuctl.engine import model as models
-    from ..gpuctl.engine.errors import ModelError
+    from ...gpuctl.engine.compute import model as models
+    from ...gpuctl.engine.errors import ModelError
 
     path = models.cache_folder() / models.PREPARED_GGUF if model == "default" else Path(model)
     if model == "default" and not path.exists():
@@ -238,7 +238,7 @@ def model_file(model: str) -> Iterator[Row]:
             yield Row("model", Status.ABSENT, "the default model is not installed", remedy)
         else:
             detail = "the default model is installed and will be prepared at the first start (about 12 s)"
-            yield Row("model", Status.DEGRADED, detail, "python -m equipoise.gpuctl.engine.model")
+            yield Row("model", Status.DEGRADED, detail, "python -m equipoise.gpuctl.engine.compute.model")
         return
     try:
         models.check_gguf(path)
@@ -306,7 +306,7 @@ def systemd(marker: Path = Path("/run/systemd/system")) -> Iterator[Row]:
         yield Row("systemd", Status.ABSENT, "does not run this machine", "optional: start `equipoise daemon` yourself")
 
 
-_OUR_UNIT = Path(__file__).resolve().parent / "systemd" / "equipoised.service"
+_OUR_UNIT = Path(__file__).resolve().parent.parent / "systemd" / "equipoised.service"
 _UNIT_PATHS = tuple(Path(p) / "equipoised.service" for p in ("/etc/systemd/system", "/usr/lib/systemd/system"))
 
 

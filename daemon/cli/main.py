@@ -15,15 +15,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from .. import __version__
-from .errors import DaemonError
+from ... import __version__
+from ..errors import DaemonError
 
 if sys.argv[1:2] == ["daemon"]:
     # Read by gRPC when it is imported: engine and guardian are forked beside its threads and exec at once, so its fork
     # handlers only complain. Not for other commands: an agent would inherit it.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
-from . import client
+from ..rpc import client
 
 # The type of what add_subparsers() answers has no public name.
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -32,7 +32,7 @@ Command = Callable[[argparse.Namespace], int]
 # (module, what it needs). Each offers add_parser(subparsers), which sets `run`; imported when asked for, so that
 # `equipoise version` does not pay for the dashboard.
 _ELSEWHERE = {
-    "doctor": ("equipoise.daemon.doctor", ""),
+    "doctor": ("equipoise.daemon.cli.doctor", ""),
     "top": ("equipoise.tui.app", ""),
     "hooks": ("equipoise.integrations.claude_code.command", ""),
     "demo": ("equipoise.daemon.demo.command", "equipoise[demo]"),
@@ -141,7 +141,7 @@ def _add_daemon(commands: Commands) -> None:
 
 
 def _quantity(text: str) -> int:
-    from ..policies.document import DocumentError, parse_bytes
+    from ...policies.document import DocumentError, parse_bytes
 
     if text.isdigit():
         return int(text)
@@ -152,8 +152,8 @@ def _quantity(text: str) -> int:
 
 
 def _daemon(arguments: argparse.Namespace) -> int:
-    from . import log, service
-    from .engine_process import EngineConfig
+    from .. import log, service
+    from ..engine_process import EngineConfig
 
     log.configure(10 if arguments.verbose else 20)
     state_dir: Path = arguments.state_dir or client.default_state_dir()
@@ -311,7 +311,7 @@ def _add_policy(commands: Commands) -> None:
 
 
 def _policy(arguments: argparse.Namespace) -> int:
-    from . import policy_file
+    from .. import policy_file
 
     if arguments.action == "show":
         path = arguments.file or policy_file.BUILTIN
@@ -340,7 +340,7 @@ def _add_release(commands: Commands) -> None:
 
 
 def _release(arguments: argparse.Namespace) -> int:
-    from . import release
+    from ..enforce import release
 
     for line in release.release(arguments.socket, arguments.state_dir, arguments.cgroup_base):
         print(line)
@@ -354,7 +354,3 @@ def _add_version(commands: Commands) -> None:
 def _version(_: argparse.Namespace) -> int:
     print(f"equipoise {__version__}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..policies.model import MIB, NS_PER_S
-from .api.v1 import policy_pb2 as pb
+from ...policies.model import MIB, NS_PER_S
+from ..api.v1 import policy_pb2 as pb
 
 
 def as_dict(message: Message) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..api.v1 import policy_pb2, policy_pb2_grpc
-from ..client import SOCKET_NAME
+from ..rpc.client import SOCKET_NAME
 from . import processes, report, tables, timeline
 from .live import View, view_for
 from .record import Sample, sample_of

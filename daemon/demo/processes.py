@@ -15,10 +15,10 @@ from pathlib import Path
 
 import psutil
 
-from ..cgroups import CgroupDriver
-from ..cgroups.files import Effect
 from ..errors import DaemonError
-from ..processes import tied_to_us
+from ..sandboxes.cgroups import CgroupDriver
+from ..sandboxes.cgroups.files import Effect
+from ..sandboxes.processes import tied_to_us
 from .scenario import KV_DEVICE_TOKENS, KV_HOST_BYTES, Agent, Layout
 
 _TERM_GRACE_S = 5.0

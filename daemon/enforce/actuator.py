@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from ..policies.actions import (
+from ...policies.actions import (
     Decision,
     Freeze,
     Grant,
@@ -27,13 +27,14 @@ from ..policies.actions import (
     ToolCallAction,
     Wait,
 )
-from ..policies.events import BudgetLevel, BudgetReached
-from ..policies.model import MIB, NS_PER_S, DecisionId, ToolCallId
-from . import log, processes
-from .cgroups import Applied, CgroupDriver, Effect, Limit
-from .errors import JournalError
+from ...policies.events import BudgetLevel, BudgetReached
+from ...policies.model import MIB, NS_PER_S, DecisionId, ToolCallId
+from .. import log
+from ..errors import JournalError
+from ..sandboxes import processes
+from ..sandboxes.cgroups import Applied, CgroupDriver, Effect, Limit
+from ..sandboxes.processes import PROC, SIGNAL_TIER, ProcessRef
 from .holds import Hold, HoldCause, HoldKind, Holds, undo
-from .processes import PROC, SIGNAL_TIER, ProcessRef
 
 LONGEST_HOLD_NS = 120 * NS_PER_S
 """No hold lasts longer, whatever an action says: memory.high below a working set stalls for good without swap."""

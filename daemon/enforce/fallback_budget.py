@@ -15,14 +15,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..policies.events import BudgetLevel, BudgetReached, Event, ProcessesGone, ToolCallMemoryStepped
-from ..policies.model import MIB, ToolCallId
-from . import log, processes
-from .actuators import UNANSWERED_NS
-from .cgroups import CgroupDriver, Effect
-from .errors import JournalError
+from ...policies.events import BudgetLevel, BudgetReached, Event, ProcessesGone, ToolCallMemoryStepped
+from ...policies.model import MIB, ToolCallId
+from .. import log
+from ..errors import JournalError
+from ..sandboxes import processes
+from ..sandboxes.cgroups import CgroupDriver, Effect
+from ..sandboxes.processes import PROC, ProcessRef
+from .actuator import UNANSWERED_NS
 from .holds import Hold, HoldCause, HoldKind, Holds
-from .processes import PROC, ProcessRef
 
 TIER = "user-space poll"
 INTERVAL_S = 0.05

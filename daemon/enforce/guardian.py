@@ -21,13 +21,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import log
-from .cgroups import CgroupDriver, Effect, Limit
-from .errors import CgroupError, GuardianError, JournalError
+from .. import log
+from ..errors import CgroupError, GuardianError, JournalError
+from ..observe.journal.reader import JournalReader
+from ..observe.journal.writer import clear_holds, lock_holder
+from ..sandboxes.cgroups import CgroupDriver, Effect, Limit
+from ..sandboxes.processes import PROC, boot_id, identify
 from .holds import LIMITS, Hold, continue_stopped, undo
-from .journal.reader import JournalReader
-from .journal.writer import clear_holds, lock_holder
-from .processes import PROC, boot_id, identify
 
 _READY = b"ready\n"
 _START_TIMEOUT_S = 30.0
@@ -142,7 +142,15 @@ class Guardian:
         Raises GuardianError; then the daemon may observe, and must hold nothing back.
         """
         theirs, ours = os.pipe()
-        command = [sys.executable, "-m", "equipoise.daemon.guardian", "--journal", str(journal), "--pipe", str(theirs)]
+        command = [
+            sys.executable,
+            "-m",
+            "equipoise.daemon.enforce.guardian",
+            "--journal",
+            str(journal),
+            "--pipe",
+            str(theirs),
+        ]
         command += ["--daemon", str(os.getpid()), "--cgroup-root", str(cgroup_root), "--proc-root", str(proc_root)]
         if base is not None:
             command += ["--base", base]
@@ -169,7 +177,7 @@ class Guardian:
             os.close(ours)
             process.kill()
             process.wait()
-            raise GuardianError("the guardian did not come up: try python -m equipoise.daemon.guardian --help")
+            raise GuardianError("the guardian did not come up: try python -m equipoise.daemon.enforce.guardian --help")
         return cls(process, ours)
 
     @property
@@ -213,7 +221,8 @@ def _watch(pipe: int, daemon_pid: int) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The guardian process. Exit code 0: everything was released, or a next daemon has taken over."""
     parser = argparse.ArgumentParser(
-        prog="python -m equipoise.daemon.guardian", description="Releases what a daemon held back, when it is gone."
+        prog="python -m equipoise.daemon.enforce.guardian",
+        description="Releases what a daemon held back, when it is gone.",
     )
     parser.add_argument("--journal", type=Path, required=True)
     parser.add_argument("--pipe", type=int, required=True, help="inherited descriptor; the daemon holds the other end")

@@ -14,11 +14,12 @@ from enum import Enum
 from pathlib import Path
 from typing import Protocol
 
-from ..policies.model import DecisionId, ToolCallId
-from . import log, processes
-from .cgroups import Applied, CgroupDriver, Effect, Limit
-from .errors import JournalError
-from .processes import PROC, SIGNAL_TIER, ProcessRef
+from ...policies.model import DecisionId, ToolCallId
+from .. import log
+from ..errors import JournalError
+from ..sandboxes import processes
+from ..sandboxes.cgroups import Applied, CgroupDriver, Effect, Limit
+from ..sandboxes.processes import PROC, SIGNAL_TIER, ProcessRef
 
 
 class HoldKind(Enum):

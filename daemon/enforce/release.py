@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from . import client
-from .cgroups import CgroupDriver
-from .errors import CgroupError, CommandError
+from ..errors import CgroupError, CommandError
+from ..rpc import client
+from ..sandboxes.cgroups import CgroupDriver
 from .guardian import Release
 from .guardian import release as undo_all
 

@@ -18,10 +18,10 @@ from prometheus_client import CollectorRegistry, Metric, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, SummaryMetricFamily
 from prometheus_client.registry import Collector
 
-from ..policies.correlate import device_bytes
-from ..policies.model import NS_PER_S, KvTier, ToolCallPhase
-from ..policies.snapshot import Snapshot
-from .errors import ListenError
+from ...policies.correlate import device_bytes
+from ...policies.model import NS_PER_S, KvTier, ToolCallPhase
+from ...policies.snapshot import Snapshot
+from ..errors import ListenError
 from .tallies import OTHER, TENANTS, Counts
 
 

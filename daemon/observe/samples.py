@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from ..policies.correlate import device_bytes
-from ..policies.model import KvTier, TenantId
-from ..policies.snapshot import Snapshot
+from ...policies.correlate import device_bytes
+from ...policies.model import KvTier, TenantId
+from ...policies.snapshot import Snapshot
 from .journal import Sample, Series
 
 

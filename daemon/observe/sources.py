@@ -15,14 +15,14 @@ from pathlib import Path
 
 import psutil
 
-from ..policies.events import Event, HostSampled, SandboxSampled
-from ..policies.model import CgroupId
-from ..policies.snapshot import Snapshot
-from . import log
-from .cgroups import CgroupDriver, parse_pressure
-from .cgroups.files import read_text
-from .errors import DaemonError
-from .processes import PROC
+from ...policies.events import Event, HostSampled, SandboxSampled
+from ...policies.model import CgroupId
+from ...policies.snapshot import Snapshot
+from .. import log
+from ..errors import DaemonError
+from ..sandboxes.cgroups import CgroupDriver, parse_pressure
+from ..sandboxes.cgroups.files import read_text
+from ..sandboxes.processes import PROC
 
 HOST_INTERVAL_S = 0.5
 SANDBOX_INTERVAL_S = 0.1

@@ -10,7 +10,7 @@ import threading
 from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 
-from ..policies.events import (
+from ...policies.events import (
     BudgetLevel,
     BudgetReached,
     DecisionMade,
@@ -20,8 +20,8 @@ from ..policies.events import (
     ToolCallEnded,
     ToolCallStarted,
 )
-from ..policies.model import NS_PER_S, DecisionId
-from ..policies.state import State
+from ...policies.model import NS_PER_S, DecisionId
+from ...policies.state.state import State
 
 OTHER = "other"
 KINDS = 32

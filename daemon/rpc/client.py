@@ -18,9 +18,9 @@ from typing import Any
 
 import grpc
 
-from ..policies.estimate import command_kind
-from .api.v1 import policy_pb2, policy_pb2_grpc, sandbox_pb2, sandbox_pb2_grpc
-from .errors import CommandError
+from ...policies.estimate import command_kind
+from ..api.v1 import policy_pb2, policy_pb2_grpc, sandbox_pb2, sandbox_pb2_grpc
+from ..errors import CommandError
 
 SOCKET_NAME = "equipoise.sock"
 TIMEOUT_S = 10.0

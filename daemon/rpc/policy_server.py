@@ -9,12 +9,12 @@ from typing import Any, TypeAlias
 
 import grpc
 
-from ..policies.model import DecisionId, SessionId, TenantId, ToolCall, ToolCallId
+from ...policies.model import DecisionId, SessionId, TenantId, ToolCall, ToolCallId
+from ..api.v1 import policy_pb2 as pb
+from ..api.v1 import policy_pb2_grpc
+from ..loop import Loop
+from ..observe.history import History
 from . import views, words
-from .api.v1 import policy_pb2 as pb
-from .api.v1 import policy_pb2_grpc
-from .history import History
-from .loop import Loop
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"  # generic in the stubs only
 INTERVAL_MS = 1000

@@ -7,16 +7,16 @@ from typing import Any, NoReturn, TypeAlias
 
 import grpc
 
-from ..ebpf.errors import EbpfError
-from ..policies.actions import Grant, Kill, OutcomeStatus, Throttle, Wait
-from ..policies.events import Event, IntentDeclared
-from ..policies.model import MIB, NS_PER_S, Sandbox, SessionId, TenantId, ToolCall, ToolCallId
-from ..policies.state import State
-from .api.v1 import sandbox_pb2 as pb
-from .api.v1 import sandbox_pb2_grpc
-from .errors import CgroupError
-from .history import History
-from .keeper import SandboxKeeper
+from ...ebpf.errors import EbpfError
+from ...policies.actions import Grant, Kill, OutcomeStatus, Throttle, Wait
+from ...policies.events import Event, IntentDeclared
+from ...policies.model import MIB, NS_PER_S, Sandbox, SessionId, TenantId, ToolCall, ToolCallId
+from ...policies.state.state import State
+from ..api.v1 import sandbox_pb2 as pb
+from ..api.v1 import sandbox_pb2_grpc
+from ..errors import CgroupError
+from ..observe.history import History
+from ..sandboxes.keeper import SandboxKeeper
 from .words import tool_call_hex
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"  # generic in the stubs only

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from ..policies.correlate import held_bytes
-from ..policies.fairness import shares
-from ..policies.model import CgroupId, Engine, Sandbox, Session, ToolCall
-from ..policies.policy import Policy
-from ..policies.snapshot import Snapshot
+from ...policies.correlate import held_bytes
+from ...policies.fairness import shares
+from ...policies.model import CgroupId, Engine, Sandbox, Session, ToolCall
+from ...policies.policy import Policy
+from ...policies.snapshot import Snapshot
+from ..api.v1 import policy_pb2 as pb
+from ..observe.history import History, Told
 from . import words
-from .api.v1 import policy_pb2 as pb
-from .history import History, Told
 
 DECISIONS_SHOWN = 20
 

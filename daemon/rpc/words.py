@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import assert_never
 
-from ..policies.actions import (
+from ...policies.actions import (
     Action,
     Decision,
     Drop,
@@ -22,7 +22,7 @@ from ..policies.actions import (
     Throttle,
     Wait,
 )
-from ..policies.model import MIB, NS_PER_S, ToolCallId
+from ...policies.model import MIB, NS_PER_S, ToolCallId
 
 
 def of_action(action: Action) -> str:  # noqa: PLR0912 - one arm per action of a closed union

@@ -14,10 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
 
-from ..ebpf.errors import EbpfError
-from ..ebpf.tool_memory import ToolMemory
-from ..policies.document import NAME
-from ..policies.events import (
+from ...ebpf.errors import EbpfError
+from ...ebpf.tool_memory import ToolMemory
+from ...policies.document import NAME
+from ...policies.events import (
     BudgetChanged,
     Event,
     ProcessesGone,
@@ -29,11 +29,12 @@ from ..policies.events import (
     ToolCallMerged,
     ToolCallStarted,
 )
-from ..policies.model import CgroupId, Sandbox, SessionId, TenantId, ToolCall, ToolCallId, ToolCallSource
-from ..policies.state import State
-from . import log, processes
+from ...policies.model import CgroupId, Sandbox, SessionId, TenantId, ToolCall, ToolCallId, ToolCallSource
+from ...policies.state.state import State
+from .. import log
+from ..errors import CgroupError
+from . import processes
 from .cgroups import CgroupDriver, SandboxCgroup
-from .errors import CgroupError
 
 WRAPPER_CONFIDENCE = 1.0
 HOOK_CONFIDENCE = 0.95

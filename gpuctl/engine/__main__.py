@@ -23,20 +23,21 @@ from starlette.applications import Starlette
 from uvicorn import Config, Server
 
 from ..energy import EnergyAbsence, open_meter
-from . import hand_over, llama
-from .connection import connection_of
+from .compute import llama
+from .compute.language_model import LanguageModel
+from .compute.model import cache_folder, content_fingerprint, resolve
+from .compute.runner import ContextMode, LlamaRunner
 from .cost import gamma_of_gpus, load_or_fit
-from .disk_tier import DiskTier
 from .ending import Ending
 from .engine import Engine, EngineConfig
 from .errors import EngineError, ListenError
-from .http import Endpoint, HttpConfig
-from .language_model import LanguageModel
-from .model import cache_folder, content_fingerprint, resolve
-from .peer import PeerService
-from .runner import ContextMode, LlamaRunner
-from .scheduler import SchedulerConfig
-from .sequence import IdlePolicy, TenantId
+from .openai.connection import connection_of
+from .openai.http import Endpoint, HttpConfig
+from .peer import command as hand_over
+from .peer.service import PeerService
+from .schedule.scheduler import SchedulerConfig
+from .schedule.sequence import IdlePolicy, TenantId
+from .tiers.disk_tier import DiskTier
 
 _log = logging.getLogger(__name__)
 _MOST_FILES = 65536

@@ -20,12 +20,12 @@ from pathlib import Path
 
 from ...policies.accounting import Gamma, gamma_from_table
 from ..nvml import NvmlAbsence, open_nvml
+from ..reports import CostFigures
 from ..tiers import disk_bytes_per_second
-from . import llama
-from .language_model import LanguageModel
-from .reports import CostFigures
-from .runner import BatchSlice, Runner
-from .sequence import SamplingParams, Slot
+from .compute import llama
+from .compute.language_model import LanguageModel
+from .compute.runner import BatchSlice, Runner
+from .schedule.sequence import SamplingParams, Slot
 
 _CHUNK_TOKENS = 96
 _FILE_VERSION = 2

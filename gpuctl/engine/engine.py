@@ -18,23 +18,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ...policies.accounting import Gamma, SessionCost, TurnCost
+from ..directives import Directive, Outcome, OutcomeStatus
 from ..energy import EnergyMeter
-from .conversation import joined
-from .directing import Director
-from .directives import Directive, Outcome, OutcomeStatus
-from .disk_tier import DiskTier
-from .errors import FAILED, STOPPING, EngineError, RequestError
-from .handover import Handovers
-from .intake import Intake, Submitted
-from .kv_image import KvFormat
-from .language_model import LanguageModel
-from .ledger import Ledger
-from .live import LiveTurn
-from .mover import Mover
-from .parts import EngineParts, Limits
-from .plan import StepPlan
-from .reporter import OCCUPANCY_PERIOD_NS, Listener, Reporter
-from .reports import (
+from ..reports import (
     CostFigures,
     EngineFacts,
     Occupancy,
@@ -43,13 +29,27 @@ from .reports import (
     TurnStarted,
     turn_ended,
 )
-from .runner import Runner
-from .scheduler import Scheduler, SchedulerConfig
-from .sequence import FinishReason, SessionId, Sink, TenantId, TurnId, TurnRequest, finished
-from .session_index import SessionIndex
+from .compute.conversation import joined
+from .compute.language_model import LanguageModel
+from .compute.runner import Runner
+from .compute.tool_calls import tool_calls_in
+from .errors import FAILED, STOPPING, EngineError, RequestError
+from .intake import Intake, Submitted
+from .live import LiveTurn
+from .parts import EngineParts, Limits
+from .peer.handovers import Handovers
+from .reporter import OCCUPANCY_PERIOD_NS, Listener, Reporter
+from .schedule.directing import Director
+from .schedule.ledger import Ledger
+from .schedule.plan import StepPlan
+from .schedule.scheduler import Scheduler, SchedulerConfig
+from .schedule.sequence import FinishReason, SessionId, Sink, TenantId, TurnId, TurnRequest, finished
+from .schedule.session_index import SessionIndex
 from .stepper import Stepper
-from .swapper import Swapper
-from .tool_calls import tool_calls_in
+from .tiers.disk_tier import DiskTier
+from .tiers.kv_image import KvFormat
+from .tiers.mover import Mover
+from .tiers.swapper import Swapper
 from .turn_cost import Accounts, AccountsNow
 
 _log = logging.getLogger(__name__)

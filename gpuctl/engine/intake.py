@@ -10,12 +10,12 @@ import collections
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from .conversation import map_prompt
+from .compute.conversation import map_prompt
 from .errors import RequestError
 from .live import LiveTurn
 from .parts import EngineParts
-from .sequence import Session, SessionId, Sink, Tier, Turn, TurnAccepted, TurnId, TurnRefused, TurnRequest
-from .slo import begin_by_ns
+from .schedule.sequence import Session, SessionId, Sink, Tier, Turn, TurnAccepted, TurnId, TurnRefused, TurnRequest
+from .schedule.slo import begin_by_ns
 
 
 @dataclass(frozen=True, slots=True)

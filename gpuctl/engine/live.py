@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from .language_model import LanguageModel
-from .sampler import Sampler
-from .sequence import Sink, TextDelta, Token, TokenLogprob, Turn, TurnRequest
-from .text import TextStream
+from .compute.language_model import LanguageModel
+from .compute.sampler import Sampler
+from .compute.text import TextStream
+from .schedule.sequence import Sink, TextDelta, Token, TokenLogprob, Turn, TurnRequest
 
 Sampled = TokenLogprob | Token
 

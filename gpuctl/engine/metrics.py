@@ -11,8 +11,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector, CollectorRegistry
 
-from .reports import Occupancy
-from .sequence import TenantId, Tier
+from ..reports import Occupancy
+from .schedule.sequence import TenantId, Tier
 from .turn_cost import AccountsNow
 
 _PREFIX = "equipoise_engine_"

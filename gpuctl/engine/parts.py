@@ -9,16 +9,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from .language_model import LanguageModel
+from ..reports import Totals
+from .compute.language_model import LanguageModel
+from .compute.runner import Runner
 from .live import LiveTurn
-from .mover import Mover
 from .reporter import Reporter
-from .reports import Totals
-from .runner import Runner
-from .scheduler import Scheduler
-from .sequence import FinishReason, SessionId, TurnId
-from .session_index import SessionIndex
-from .swapper import Swapper
+from .schedule.scheduler import Scheduler
+from .schedule.sequence import FinishReason, SessionId, TurnId
+from .schedule.session_index import SessionIndex
+from .tiers.mover import Mover
+from .tiers.swapper import Swapper
 from .turn_cost import Accounts
 
 

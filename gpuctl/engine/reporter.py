@@ -10,9 +10,9 @@ import collections
 from collections.abc import Callable
 from dataclasses import replace
 
-from .directives import Outcome
-from .reports import CostFigures, Occupancy, Report, Reported, SessionKv, Totals
-from .scheduler import Scheduler
+from ..directives import Outcome
+from ..reports import CostFigures, Occupancy, Report, Reported, SessionKv, Totals
+from .schedule.scheduler import Scheduler
 
 OCCUPANCY_PERIOD_NS = 200_000_000
 _REMEMBERED_OUTCOMES = 4096

@@ -9,12 +9,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+from .compute.runner import BatchSlice, StepStatus
 from .errors import ConstraintError, ContextError
 from .live import LiveTurn, Sampled, token_of
 from .parts import EngineParts
-from .plan import Slice
-from .runner import BatchSlice, StepStatus
-from .sequence import FinishReason
+from .schedule.plan import Slice
+from .schedule.sequence import FinishReason
 
 _log = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 
 from ...policies.accounting import Gamma, TurnCost, Work, gamma_from_times, pte, work_of
 from ..energy import EnergyMeter
-from .plan import Slice
-from .reports import CostFigures, Totals
-from .sequence import Session, TenantId, Turn, TurnId
+from ..reports import CostFigures, Totals
+from .schedule.plan import Slice
+from .schedule.sequence import Session, TenantId, Turn, TurnId
 
 READING_PERIOD_NS = 100_000_000
 """Counters are read no more often while turns run on: GPUs renew theirs every 20 to 100 ms, and reading costs 1 ms."""

@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import assert_never
 
-from .accounting import SessionCost
-from .actions import (
+from ..accounting import SessionCost
+from ..actions import (
     Action,
     Decision,
     Drop,
@@ -29,9 +29,9 @@ from .actions import (
     Throttle,
     Wait,
 )
-from .correlate import Covariance, held_bytes, meanwhile
-from .estimate import Estimates, command_kind
-from .events import (
+from ..correlate import Covariance, held_bytes, meanwhile
+from ..estimate import Estimates, command_kind
+from ..events import (
     BudgetChanged,
     BudgetLevel,
     BudgetReached,
@@ -59,7 +59,7 @@ from .events import (
     TurnPreempted,
     TurnStarted,
 )
-from .model import (
+from ..model import (
     NS_PER_S,
     STALLED,
     CgroupId,
@@ -79,8 +79,8 @@ from .model import (
     ToolCallSource,
     Verdict,
 )
-from .policy import Policy
-from .snapshot import Snapshot
+from ..policy import Policy
+from ..snapshot import Snapshot
 
 REMEMBER_NS = 60 * NS_PER_S
 """How long a finished tool call stays in the picture."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from equipoise.gpuctl.engine.language_model import LanguageModel
+from equipoise.gpuctl.engine.compute.language_model import LanguageModel
 
 from .engine_parts import agents, fairness, handover, interrupt, servers, speed, swap
 from .report import Row, publish

@@ -12,10 +12,10 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-from equipoise.daemon.cgroups import CgroupDriver, Layout, detect
 from equipoise.daemon.errors import CgroupError
-from equipoise.daemon.journal import Journal
-from equipoise.daemon.processes import boot_id
+from equipoise.daemon.observe.journal import Journal
+from equipoise.daemon.sandboxes.cgroups import CgroupDriver, Layout, detect
+from equipoise.daemon.sandboxes.processes import boot_id
 
 _NUMBER = count(1)
 V2_FILES = {

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 from equipoise.daemon.api.v1 import sandbox_pb2
-from equipoise.daemon.cgroups import CgroupDriver, Limit
+from equipoise.daemon.sandboxes.cgroups import CgroupDriver, Limit
 from equipoise.tests.fixtures.running_daemon import CLI, Agent, RunningDaemon, eventually, grow, process_state
 
 pytestmark = [pytest.mark.kernel, pytest.mark.slow]

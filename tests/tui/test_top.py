@@ -332,7 +332,7 @@ def test_the_socket_comes_from_the_environment_first(monkeypatch):
 
 
 def test_the_default_socket_is_the_daemons(monkeypatch):
-    from equipoise.daemon import client
+    from equipoise.daemon.rpc import client
 
     monkeypatch.delenv("EQUIPOISE_SOCKET", raising=False)
     assert default_socket() == client.default_socket()

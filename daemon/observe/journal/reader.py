@@ -12,11 +12,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from ...policies.actions import Decision, Outcome, OutcomeStatus
-from ...policies.events import SessionMoved
-from ...policies.model import DecisionId, Sandbox, TenantId, ToolCall, ToolCallId
-from ..errors import JournalError
-from ..holds import Hold
+from ....policies.actions import Decision, Outcome, OutcomeStatus
+from ....policies.events import SessionMoved
+from ....policies.model import DecisionId, Sandbox, TenantId, ToolCall, ToolCallId
+from ...enforce.holds import Hold
+from ...errors import JournalError
 from . import codec
 from .records import Loss, Run, Sample, Series, Turn
 from .schema import PATIENCE_S, connect, unusable

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from ...policies.accounting import TurnCost
-from ...policies.model import EngineId, FinishReason, SessionId, TenantId
+from ....policies.accounting import TurnCost
+from ....policies.model import EngineId, FinishReason, SessionId, TenantId
 
 
 class Series(Enum):

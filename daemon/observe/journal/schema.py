@@ -11,7 +11,7 @@ from __future__ import annotations
 import sqlite3
 from pathlib import Path
 
-from ..errors import JournalError
+from ...errors import JournalError
 
 APPLICATION_ID = 0x45515053
 """"EQPS" in the SQLite header: ours and nobody else's."""

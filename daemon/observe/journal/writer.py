@@ -17,8 +17,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ...policies.actions import Decision, Outcome
-from ...policies.events import (
+from ....policies.actions import Decision, Outcome
+from ....policies.events import (
     DecisionMade,
     Event,
     EventsLost,
@@ -28,10 +28,10 @@ from ...policies.events import (
     TurnEnded,
     TurnStarted,
 )
-from ...policies.model import Sandbox, ToolCall
-from .. import log
-from ..errors import JournalError
-from ..holds import Hold, HoldBook
+from ....policies.model import Sandbox, ToolCall
+from ... import log
+from ...enforce.holds import Hold, HoldBook
+from ...errors import JournalError
 from . import codec
 from .records import Sample, Turn
 from .schema import ROW_LIMITS, connect, unusable

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from ..errors import LayoutError
+from ...errors import LayoutError
 from .files import read_text
 
 CONTROLLERS = ("memory", "cpu", "pids")

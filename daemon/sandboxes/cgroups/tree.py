@@ -24,8 +24,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...policies.model import CgroupId, TenantId, ToolCallId
-from ..errors import CgroupError
+from ....policies.model import CgroupId, TenantId, ToolCallId
+from ...errors import CgroupError
 from .files import GONE_ERRNOS, Applied, Effect, read_text, write_text
 from .layout import CONTROLLERS, Hierarchy, Layout, LayoutKind, current_path, detect
 

@@ -21,8 +21,8 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import ConstraintError
 from . import llama
-from .errors import ConstraintError
 
 # Bounds what one schema may cost: building at this size takes about 150 ms, on the request's own thread.
 _MAX_GRAMMAR_SYMBOLS = 50_000

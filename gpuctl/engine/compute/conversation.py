@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..schedule.sequence import Session, Token, common_prefix
 from .language_model import LanguageModel
-from .sequence import Session, Token, common_prefix
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,12 +10,12 @@ import threading
 from functools import cached_property
 from pathlib import Path
 
-from ...policies.accounting import ModelShape
+from ....policies.accounting import ModelShape
+from ..errors import ModelError
+from ..schedule.sequence import Token
 from . import llama
 from .constraint import Constraint, ConstraintCompiler
-from .errors import ModelError
 from .model import check_gguf
-from .sequence import Token
 from .template import ChatTemplate
 
 KV_ELEMENT_BYTES = 2  # F16, llama.cpp's default: runner.py asks for no other

@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
-from .errors import BindingError
+from ..errors import BindingError
 
 PACKAGE = "xllamacpp"
 VERSION = "2026.10.11549"

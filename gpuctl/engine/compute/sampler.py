@@ -10,9 +10,9 @@ import ctypes
 from collections.abc import Sequence
 from typing import Protocol
 
+from ..errors import ConstraintError, RequestError
+from ..schedule.sequence import SamplingParams, Token
 from . import llama
-from .errors import ConstraintError, RequestError
-from .sequence import SamplingParams, Token
 
 
 class Sampler(Protocol):

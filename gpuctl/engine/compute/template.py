@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from .errors import ModelError, RequestError
+from ..errors import ModelError, RequestError
 
 CHATML = (
     "{% for message in messages %}"

@@ -23,12 +23,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from . import metrics, wire
-from .engine import Engine
-from .engine_thread import Deliveries
-from .errors import EngineError, RequestError
-from .language_model import LanguageModel
-from .sequence import (
+from .. import metrics
+from ..compute.language_model import LanguageModel
+from ..compute.tool_calls import ToolCall, ToolCallStream, tool_calls_in
+from ..engine import Engine
+from ..engine_thread import Deliveries
+from ..errors import EngineError, RequestError
+from ..schedule.sequence import (
     FinishReason,
     SessionId,
     Slo,
@@ -42,7 +43,7 @@ from .sequence import (
     TurnRefused,
     TurnRequest,
 )
-from .tool_calls import ToolCall, ToolCallStream, tool_calls_in
+from . import wire
 
 SESSION_HEADERS = ("x-equipoise-session", "x-dynamo-session-id", "x-session-id")
 TENANT_HEADER = "x-equipoise-tenant"

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .constraint import Constraint
-from .errors import ConstraintError, RequestError
-from .language_model import LanguageModel
-from .tool_calls import CLOSES, OPENS
+from ..compute.constraint import Constraint
+from ..compute.language_model import LanguageModel
+from ..compute.tool_calls import CLOSES, OPENS
+from ..errors import ConstraintError, RequestError
 
 Json = dict[str, Any]
 Schema = Mapping[str, Any]

@@ -14,11 +14,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...policies.accounting import SessionCost, TurnCost
-from .errors import RequestError
-from .language_model import LanguageModel
-from .output_format import OutputFormat, output_format
-from .sequence import (
+from ....policies.accounting import SessionCost, TurnCost
+from ..compute.language_model import LanguageModel
+from ..compute.tool_calls import ToolCall
+from ..errors import RequestError
+from ..schedule.sequence import (
     FinishReason,
     SamplingParams,
     SessionId,
@@ -28,7 +28,7 @@ from .sequence import (
     TurnFinished,
     TurnRequest,
 )
-from .tool_calls import ToolCall
+from .output_format import OutputFormat, output_format
 
 MAX_STOP_STRINGS = 16
 MAX_TOP_LOGPROBS = 20

@@ -13,8 +13,8 @@ from typing import Any
 import grpc
 from google.protobuf.json_format import MessageToDict
 
-from ..api.v1 import peer_pb2 as pb
-from ..api.v1 import peer_pb2_grpc
+from ...api.v1 import peer_pb2 as pb
+from ...api.v1 import peer_pb2_grpc
 
 _SLACK_S = 5.0  # the engine's own deadline comes first and says more
 

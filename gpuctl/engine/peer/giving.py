@@ -14,13 +14,13 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from .errors import HandoverError, RequestError, SwapError
-from .kv_image import KvChunk, from_token
-from .live import LiveTurn
-from .parts import EngineParts
-from .sequence import FinishReason, Session, SessionId, Tier, Token, TurnId, common_prefix
+from ..errors import HandoverError, RequestError, SwapError
+from ..live import LiveTurn
+from ..parts import EngineParts
+from ..schedule.sequence import FinishReason, Session, SessionId, Tier, Token, TurnId, common_prefix
+from ..tiers.kv_image import KvChunk, from_token
+from ..turn_cost import Spent
 from .session_state import Offer, SessionState
-from .turn_cost import Spent
 
 _log = logging.getLogger(__name__)
 

@@ -16,17 +16,17 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from ...policies.accounting import TurnCost
-from ..api.v1 import peer_pb2 as pb
-from ..api.v1 import peer_pb2_grpc
-from . import peer_wire
-from .engine import Engine
-from .engine_thread import fail, on_engine, settle, threadsafe
-from .errors import STOPPING, EngineError, HandoverError
+from ....policies.accounting import TurnCost
+from ...api.v1 import peer_pb2 as pb
+from ...api.v1 import peer_pb2_grpc
+from ..engine import Engine
+from ..engine_thread import fail, on_engine, settle, threadsafe
+from ..errors import STOPPING, EngineError, HandoverError
+from ..live import LiveTurn, token_of
+from ..schedule.sequence import FinishReason, SessionId, finished
+from ..tiers.kv_image import KvChunk
+from . import wire as peer_wire
 from .giving import Giving
-from .kv_image import KvChunk
-from .live import LiveTurn, token_of
-from .sequence import FinishReason, SessionId, finished
 
 _log = logging.getLogger(__name__)
 

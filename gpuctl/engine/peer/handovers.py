@@ -11,10 +11,10 @@ engine that computes its last token, its start by the one that admitted it, unde
 
 from __future__ import annotations
 
-from .errors import HandoverError
+from ..errors import HandoverError
+from ..parts import EngineParts
+from ..schedule.sequence import SessionId, TurnId
 from .giving import Giver, Giving
-from .parts import EngineParts
-from .sequence import SessionId, TurnId
 from .session_state import Offer
 from .taking import Taker, Taking
 

@@ -15,13 +15,13 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from ..api.v1 import peer_pb2 as pb
-from ..api.v1 import peer_pb2_grpc
-from .engine import Engine
-from .errors import HandoverError, ListenError
-from .peer_giving import PeerGiver
-from .peer_taking import PeerTaker
-from .sequence import SessionId
+from ...api.v1 import peer_pb2 as pb
+from ...api.v1 import peer_pb2_grpc
+from ..engine import Engine
+from ..errors import HandoverError, ListenError
+from ..schedule.sequence import SessionId
+from .giving_rpc import PeerGiver
+from .taking_rpc import PeerTaker
 
 DEFAULT_TIMEOUT_MS = 30_000
 MAX_TIMEOUT_MS = 3_600_000

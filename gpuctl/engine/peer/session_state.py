@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .kv_image import KvFormat
-from .sequence import Session, SessionId, TenantId, Turn, TurnRequest
-from .turn_cost import Spent
+from ..schedule.sequence import Session, SessionId, TenantId, Turn, TurnRequest
+from ..tiers.kv_image import KvFormat
+from ..turn_cost import Spent
 
 
 @dataclass(frozen=True, slots=True)

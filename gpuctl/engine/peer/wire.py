@@ -10,14 +10,13 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from ...policies.accounting import SessionCost, Work
-from ..api.v1 import peer_pb2 as pb
-from ..reports import FINISH_REASON, FINISH_REASON_TO_PB, turn_cost_message, turn_cost_of
-from .constraint import Constraint
-from .errors import HandoverError, SwapError
-from .kv_image import Blob, KvChunk, KvFormat, compose, parse
-from .live import Sampled
-from .sequence import (
+from ....policies.accounting import SessionCost, Work
+from ...api.v1 import peer_pb2 as pb
+from ...messages import FINISH_REASON, FINISH_REASON_TO_PB, turn_cost_message, turn_cost_of
+from ..compute.constraint import Constraint
+from ..errors import HandoverError, SwapError
+from ..live import Sampled
+from ..schedule.sequence import (
     FinishReason,
     SamplingParams,
     Session,
@@ -30,8 +29,9 @@ from .sequence import (
     TurnId,
     TurnRequest,
 )
+from ..tiers.kv_image import Blob, KvChunk, KvFormat, compose, parse
+from ..turn_cost import Spent
 from .session_state import Offer, SessionState
-from .turn_cost import Spent
 
 Compiled = Callable[[str, str], Constraint]
 

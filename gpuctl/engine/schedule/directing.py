@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import assert_never
 
-from . import directives as ask
-from .directives import Directive, Outcome, OutcomeStatus
+from ... import directives as ask
+from ...directives import Directive, Outcome, OutcomeStatus
 from .placement import Reach
 from .scheduler import Scheduler
 from .sequence import Session, Tier

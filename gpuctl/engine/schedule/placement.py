@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from .ledger import Ledger
 from .plan import Discard, Move, MoveDown, MoveIn, MoveOut, Share
 from .sequence import Session, SessionId, Slot, Tier, common_prefix
-from .service import TokenService
+from .token_service import TokenService
 
 
 class Reach(enum.Enum):

@@ -29,15 +29,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ...reports import CostFigures
 from .admission import OutputLengths, peak_tokens
 from .ledger import Ledger
 from .placement import Donor, Placement, Reach
 from .plan import PreemptedTurn, Slice, StepPlan
 from .prefix_groups import PrefixGroups
-from .reports import CostFigures
 from .sequence import IdlePolicy, Session, SessionId, SessionPhase, TenantId, Tier, Turn
-from .service import TokenService
 from .slo import due_ns, prefill_seconds_allowed
+from .token_service import TokenService
 
 # Looking for sessions to forget goes through all of them, and nobody waits for it.
 _SWEEP_PERIOD_NS = 10**9

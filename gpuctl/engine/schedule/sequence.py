@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NewType
 
-from ...policies import model as core
-from ...policies.accounting import SessionCost, TurnCost
-from .errors import RequestError
+from ....policies import model as core
+from ....policies.accounting import SessionCost, TurnCost
+from ..errors import RequestError
 
 if TYPE_CHECKING:  # a name in annotations only: these words need no library
-    from .constraint import Constraint
+    from ..compute.constraint import Constraint
 
 SessionId = NewType("SessionId", str)
 TenantId = NewType("TenantId", str)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from .errors import SwapError
+from ..errors import SwapError
 
 Blob = npt.NDArray[np.uint8]
 _HEADER = struct.Struct("<III")

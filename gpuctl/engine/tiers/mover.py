@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import logging
 
-from .directives import Outcome, OutcomeStatus
-from .errors import SwapError
-from .plan import Discard, Move, MoveDown, MoveIn, MoveOut, Share
-from .reporter import Reporter
-from .reports import SessionMoved, Totals
-from .runner import Runner
-from .scheduler import Scheduler
-from .sequence import SessionId, Slot, Tier
+from ...directives import Outcome, OutcomeStatus
+from ...reports import SessionMoved, Totals
+from ..compute.runner import Runner
+from ..errors import SwapError
+from ..reporter import Reporter
+from ..schedule.plan import Discard, Move, MoveDown, MoveIn, MoveOut, Share
+from ..schedule.scheduler import Scheduler
+from ..schedule.sequence import SessionId, Slot, Tier
 from .swapper import Copied, Swapper
 
 _log = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-from equipoise.gpuctl.engine.language_model import LanguageModel
+from equipoise.gpuctl.engine.compute.language_model import LanguageModel
 from equipoise.tests.bench.engine_parts import servers
 from equipoise.tests.bench.report import Baseline, Row
 

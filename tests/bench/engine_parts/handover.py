@@ -21,7 +21,7 @@ import grpc
 import httpx
 from equipoise.gpuctl.api.v1 import peer_pb2 as pb
 from equipoise.gpuctl.api.v1 import peer_pb2_grpc
-from equipoise.gpuctl.engine.language_model import LanguageModel
+from equipoise.gpuctl.engine.compute.language_model import LanguageModel
 from equipoise.tests.bench.engine_parts import servers
 from equipoise.tests.bench.report import Baseline, Row
 

@@ -7,11 +7,11 @@ import time
 from dataclasses import dataclass
 from statistics import median
 
+from equipoise.gpuctl.engine.compute.language_model import LanguageModel
+from equipoise.gpuctl.engine.compute.runner import ContextMode, LlamaRunner
 from equipoise.gpuctl.engine.engine import Engine, EngineConfig
-from equipoise.gpuctl.engine.language_model import LanguageModel
-from equipoise.gpuctl.engine.runner import ContextMode, LlamaRunner
-from equipoise.gpuctl.engine.scheduler import SchedulerConfig
-from equipoise.gpuctl.engine.sequence import SessionId, Slo, TenantId, TurnEvent, TurnFinished, TurnRequest
+from equipoise.gpuctl.engine.schedule.scheduler import SchedulerConfig
+from equipoise.gpuctl.engine.schedule.sequence import SessionId, Slo, TenantId, TurnEvent, TurnFinished, TurnRequest
 from equipoise.tests.bench.report import Baseline, Row
 
 PROMPT_TOKENS = 4000

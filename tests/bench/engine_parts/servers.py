@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from equipoise.gpuctl.engine.model import resolve
+from equipoise.gpuctl.engine.compute.model import resolve
 
 # The peer serves until its parent closes its standard input; it must not outlive a bench that is killed.
 _PEER = """

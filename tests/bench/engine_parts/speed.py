@@ -16,11 +16,11 @@ from statistics import median
 
 import httpx
 import numpy as np
-from equipoise.gpuctl.engine import llama
+from equipoise.gpuctl.engine.compute import llama
+from equipoise.gpuctl.engine.compute.language_model import LanguageModel
+from equipoise.gpuctl.engine.compute.runner import ContextMode, LlamaRunner
 from equipoise.gpuctl.engine.engine import Engine, EngineConfig
-from equipoise.gpuctl.engine.language_model import LanguageModel
-from equipoise.gpuctl.engine.runner import ContextMode, LlamaRunner
-from equipoise.gpuctl.engine.sequence import SessionId, TenantId, TurnEvent, TurnFinished, TurnRequest
+from equipoise.gpuctl.engine.schedule.sequence import SessionId, TenantId, TurnEvent, TurnFinished, TurnRequest
 from equipoise.tests.bench.engine_parts import servers
 from equipoise.tests.bench.report import Baseline, Row
 

@@ -7,12 +7,20 @@ import queue
 import time
 from statistics import median
 
-from equipoise.gpuctl.engine.directives import Outcome, SwapIn, SwapOut
+from equipoise.gpuctl.directives import Outcome, SwapIn, SwapOut
+from equipoise.gpuctl.engine.compute.language_model import LanguageModel
+from equipoise.gpuctl.engine.compute.runner import ContextMode, LlamaRunner
 from equipoise.gpuctl.engine.engine import Engine, EngineConfig
-from equipoise.gpuctl.engine.language_model import LanguageModel
-from equipoise.gpuctl.engine.reports import Reported, SessionMoved
-from equipoise.gpuctl.engine.runner import ContextMode, LlamaRunner
-from equipoise.gpuctl.engine.sequence import SessionId, TenantId, TextDelta, Tier, TurnEvent, TurnFinished, TurnRequest
+from equipoise.gpuctl.engine.schedule.sequence import (
+    SessionId,
+    TenantId,
+    TextDelta,
+    Tier,
+    TurnEvent,
+    TurnFinished,
+    TurnRequest,
+)
+from equipoise.gpuctl.reports import Reported, SessionMoved
 from equipoise.tests.bench.report import Baseline, Row
 
 CONTEXT_TOKENS = 2048

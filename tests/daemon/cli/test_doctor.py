@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from equipoise.daemon import doctor, doctor_checks
-from equipoise.daemon.doctor import Row, Status, examine, fit
+from equipoise.daemon.cli import doctor, doctor_checks
+from equipoise.daemon.cli.doctor import Row, Status, examine, fit
 from equipoise.tests.fixtures.daemon_server import DaemonServer
 from rich.console import Console
 
-STANDIN = Path(__file__).parent.parent / "fixtures" / "nvml_standin.c"
+STANDIN = Path(__file__).parents[2] / "fixtures" / "nvml_standin.c"
 
 
 def only(rows):

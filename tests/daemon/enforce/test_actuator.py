@@ -10,12 +10,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from equipoise.daemon import processes
-from equipoise.daemon.actuators import LONGEST_HOLD_NS, UNANSWERED_NS, WAIT_GRACE_NS, Actuator
-from equipoise.daemon.cgroups import CgroupDriver
+from equipoise.daemon.enforce.actuator import LONGEST_HOLD_NS, UNANSWERED_NS, WAIT_GRACE_NS, Actuator
+from equipoise.daemon.enforce.holds import Hold, HoldCause, HoldKind, Holds
 from equipoise.daemon.errors import JournalError
-from equipoise.daemon.holds import Hold, HoldCause, HoldKind, Holds
-from equipoise.daemon.processes import ProcessRef
+from equipoise.daemon.sandboxes import processes
+from equipoise.daemon.sandboxes.cgroups import CgroupDriver
+from equipoise.daemon.sandboxes.processes import ProcessRef
 from equipoise.policies.actions import (
     Decision,
     Freeze,
@@ -34,7 +34,7 @@ from equipoise.policies.model import MIB, NS_PER_S, DecisionId, EngineId, Sessio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from .conftest import V2_FILES, FakeTree, Spawn, eventually
+from ..conftest import V2_FILES, FakeTree, Spawn, eventually
 
 CALL = ToolCallId(0x2A)
 OTHER_CALL = ToolCallId(0x2B)

@@ -6,17 +6,17 @@ import subprocess
 import time
 
 import pytest
-from equipoise.daemon import processes
-from equipoise.daemon.actuators import Actuator
-from equipoise.daemon.cgroups import CgroupDriver
-from equipoise.daemon.fallback_budget import TIER, FallbackBudget
-from equipoise.daemon.holds import HoldCause, HoldKind, Holds
-from equipoise.daemon.journal import Journal
+from equipoise.daemon.enforce.actuator import Actuator
+from equipoise.daemon.enforce.fallback_budget import TIER, FallbackBudget
+from equipoise.daemon.enforce.holds import HoldCause, HoldKind, Holds
+from equipoise.daemon.observe.journal import Journal
+from equipoise.daemon.sandboxes import processes
+from equipoise.daemon.sandboxes.cgroups import CgroupDriver
 from equipoise.policies.actions import Decision, Grant, Kill, OutcomeStatus, ToolCallAction
 from equipoise.policies.events import BudgetLevel, BudgetReached, Event, ProcessesGone, ToolCallMemoryStepped
 from equipoise.policies.model import MIB, DecisionId, TenantId, ToolCallId
 
-from .conftest import Spawn, eventually
+from ..conftest import Spawn, eventually
 
 CALL = ToolCallId(5)
 GROW = """

@@ -11,15 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from equipoise.daemon import processes
-from equipoise.daemon.cgroups import CgroupDriver, Limit
-from equipoise.daemon.guardian import Guardian, release
-from equipoise.daemon.holds import Hold, HoldCause, HoldKind
-from equipoise.daemon.journal import Journal, JournalReader
-from equipoise.daemon.processes import ProcessRef, boot_id
+from equipoise.daemon.enforce.guardian import Guardian, release
+from equipoise.daemon.enforce.holds import Hold, HoldCause, HoldKind
+from equipoise.daemon.observe.journal import Journal, JournalReader
+from equipoise.daemon.sandboxes import processes
+from equipoise.daemon.sandboxes.cgroups import CgroupDriver, Limit
+from equipoise.daemon.sandboxes.processes import ProcessRef, boot_id
 from equipoise.policies.model import TenantId, ToolCallId
 
-from .conftest import Spawn, eventually
+from ..conftest import Spawn, eventually
 
 SOON_NS = 60_000_000_000
 
@@ -130,7 +130,7 @@ def test_a_child_of_the_daemon_that_keeps_the_pipe_does_not_delay_the_release(
     driver: CgroupDriver, spawn: Spawn, tmp_path: Path
 ) -> None:
     child = spawn(
-        "import os, sys, time; from pathlib import Path; from equipoise.daemon.guardian import Guardian\n"
+        "import os, sys, time; from pathlib import Path; from equipoise.daemon.enforce.guardian import Guardian\n"
         f"g = Guardian.start(Path({str(tmp_path / 'j')!r}), base={driver.base!r})\n"
         "pid = os.fork()\n"
         "if pid == 0: time.sleep(600)\n"

@@ -11,11 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from equipoise.daemon.enforce.holds import Hold, HoldCause, HoldKind
 from equipoise.daemon.errors import JournalError
-from equipoise.daemon.holds import Hold, HoldCause, HoldKind
-from equipoise.daemon.journal import Journal, JournalReader, Loss, Sample, Series, Turn, lock_holder, schema
-from equipoise.daemon.journal import writer as writer_module
-from equipoise.daemon.processes import ProcessRef, boot_id
+from equipoise.daemon.observe.journal import Journal, JournalReader, Loss, Sample, Series, Turn, lock_holder, schema
+from equipoise.daemon.observe.journal import writer as writer_module
+from equipoise.daemon.sandboxes.processes import ProcessRef, boot_id
 from equipoise.policies.accounting import TurnCost
 from equipoise.policies.actions import (
     Action,

@@ -8,8 +8,8 @@ from urllib.request import urlopen
 
 import pytest
 from equipoise.daemon.errors import ListenError
-from equipoise.daemon.metrics import MetricsFacts, MetricsServer
-from equipoise.daemon.tallies import KINDS, OTHER, Counts, Tallies
+from equipoise.daemon.observe.metrics import MetricsFacts, MetricsServer
+from equipoise.daemon.observe.tallies import KINDS, OTHER, Counts, Tallies
 from equipoise.policies.actions import Decision, Kill, Outcome, OutcomeStatus
 from equipoise.policies.events import (
     BudgetLevel,
@@ -42,7 +42,7 @@ from equipoise.policies.model import (
     ToolCallSource,
 )
 from equipoise.policies.snapshot import Snapshot
-from equipoise.policies.state import State
+from equipoise.policies.state.state import State
 from prometheus_client.parser import text_string_to_metric_families
 
 GOLD = TenantId("gold")

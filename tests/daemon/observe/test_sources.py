@@ -7,14 +7,14 @@ from pathlib import Path
 
 import psutil
 import pytest
-from equipoise.daemon import sources
-from equipoise.daemon.cgroups import CgroupDriver
-from equipoise.daemon.sources import HostSampler, PressureTrigger, SandboxSampler, Source, read_meminfo
+from equipoise.daemon.observe import sources
+from equipoise.daemon.observe.sources import HostSampler, PressureTrigger, SandboxSampler, Source, read_meminfo
+from equipoise.daemon.sandboxes.cgroups import CgroupDriver
 from equipoise.policies.events import Event, HostSampled, SandboxSampled
 from equipoise.policies.model import CgroupId, Sandbox, SessionId, TenantId
 from equipoise.policies.snapshot import Snapshot
 
-from .conftest import V2_FILES, FakeTree
+from ..conftest import V2_FILES, FakeTree
 
 MEMINFO = "MemTotal:       1000 kB\nMemFree:         100 kB\nMemAvailable:    400 kB\n"
 PSI = "some avg10=12.50 avg60=0 avg300=0 total=5\nfull avg10=2.50 avg60=0 avg300=0 total=1\n"

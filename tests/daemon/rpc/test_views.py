@@ -6,10 +6,11 @@ from dataclasses import replace
 from io import StringIO
 
 import pytest
-from equipoise.daemon import printing, views, words
 from equipoise.daemon.api.v1 import policy_pb2 as pb
-from equipoise.daemon.history import History
-from equipoise.daemon.sandbox_server import notice
+from equipoise.daemon.cli import printing
+from equipoise.daemon.observe.history import History
+from equipoise.daemon.rpc import views, words
+from equipoise.daemon.rpc.sandbox_server import notice
 from equipoise.policies.accounting import TurnCost
 from equipoise.policies.actions import (
     Action,
@@ -38,7 +39,7 @@ from equipoise.policies.events import (
     TurnEnded,
 )
 from equipoise.policies.model import MIB, CgroupId, DecisionId, FinishReason, KvTier, TenantId, ToolCallId, Verdict
-from equipoise.policies.state import State
+from equipoise.policies.state.state import State
 from equipoise.tests.policies.facts import (
     ENGINE,
     call,
@@ -182,7 +183,7 @@ def test_ended_calls_are_remembered_after_the_state_has_forgotten_them():
 
 
 def test_memory_of_decisions_is_bounded(monkeypatch):
-    monkeypatch.setattr("equipoise.daemon.history.DECISIONS", 3)
+    monkeypatch.setattr("equipoise.daemon.observe.history.DECISIONS", 3)
     told = Told(*(decided(GRANT, n, f"d{n}") for n in range(5)))
     assert [t.decision.id for t in told.history.find(99)] == ["d4", "d3", "d2"]
 

@@ -6,11 +6,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from equipoise.daemon.cgroups import CgroupDriver, Effect, Limit
 from equipoise.daemon.errors import CgroupError
+from equipoise.daemon.sandboxes.cgroups import CgroupDriver, Effect, Limit
 from equipoise.policies.model import TenantId, ToolCallId
 
-from .conftest import V2_FILES, FakeTree, Spawn
+from ..conftest import V2_FILES, FakeTree, Spawn
 
 LEAF = "equipoise/gold/ada/tools/000000000000002a"
 V1_UNLIMITED = "9223372036854771712\n"

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from equipoise.daemon.cgroups import LayoutKind, detect
-from equipoise.daemon.cgroups.layout import current_path
-from equipoise.daemon.cgroups.tree import checked_path
 from equipoise.daemon.errors import CgroupError, LayoutError
+from equipoise.daemon.sandboxes.cgroups import LayoutKind, detect
+from equipoise.daemon.sandboxes.cgroups.layout import current_path
+from equipoise.daemon.sandboxes.cgroups.tree import checked_path
 
-from .conftest import FakeTree
+from ..conftest import FakeTree
 
 
 def test_one_cgroup2_mount_with_memory_is_v2(v2_tree: FakeTree) -> None:

@@ -8,12 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
-from equipoise.daemon.cgroups import CgroupDriver, Effect, LayoutKind, Limit
-from equipoise.daemon.cgroups.layout import current_path
 from equipoise.daemon.errors import CgroupError
+from equipoise.daemon.sandboxes.cgroups import CgroupDriver, Effect, LayoutKind, Limit
+from equipoise.daemon.sandboxes.cgroups.layout import current_path
 from equipoise.policies.model import MIB, TenantId, ToolCallId
 
-from .conftest import Spawn, eventually
+from ..conftest import Spawn, eventually
 
 pytestmark = pytest.mark.kernel
 
@@ -212,7 +212,7 @@ def test_without_permission_the_error_is_one_line_with_the_remedy(spawn: Spawn) 
     base = f"eqtest-{os.getpid()}-nobody"
     child = spawn(
         "import os, sys\n"
-        "from equipoise.daemon.cgroups import CgroupDriver\n"
+        "from equipoise.daemon.sandboxes.cgroups import CgroupDriver\n"
         "from equipoise.daemon.errors import CgroupError\n"
         "driver = CgroupDriver.open(base=sys.argv[1])\n"
         "os.setuid(65534)\n"

@@ -6,11 +6,11 @@ import os
 import signal
 from pathlib import Path
 
-from equipoise.daemon import processes
-from equipoise.daemon.cgroups import Effect
-from equipoise.daemon.processes import ProcessRef
+from equipoise.daemon.sandboxes import processes
+from equipoise.daemon.sandboxes.cgroups import Effect
+from equipoise.daemon.sandboxes.processes import ProcessRef
 
-from .conftest import Spawn, eventually
+from ..conftest import Spawn, eventually
 
 
 def test_a_signal_reaches_the_process_it_was_meant_for(spawn: Spawn) -> None:

@@ -6,10 +6,9 @@ import queue
 import time
 from typing import Any
 
-from equipoise.gpuctl.engine.directives import Directive, Outcome
+from equipoise.gpuctl.directives import Directive, Outcome
 from equipoise.gpuctl.engine.engine import Engine
-from equipoise.gpuctl.engine.reports import Reported
-from equipoise.gpuctl.engine.sequence import (
+from equipoise.gpuctl.engine.schedule.sequence import (
     SessionId,
     TenantId,
     TextDelta,
@@ -18,6 +17,7 @@ from equipoise.gpuctl.engine.sequence import (
     TurnRefused,
     TurnRequest,
 )
+from equipoise.gpuctl.reports import Reported
 
 TIMEOUT_S = 60.0
 

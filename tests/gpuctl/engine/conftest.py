@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from equipoise.gpuctl.engine.compute.language_model import LanguageModel
+from equipoise.gpuctl.engine.compute.model import resolve
+from equipoise.gpuctl.engine.compute.runner import ContextMode, LlamaRunner
 from equipoise.gpuctl.engine.engine import Engine, EngineConfig
 from equipoise.gpuctl.engine.errors import EngineError
-from equipoise.gpuctl.engine.language_model import LanguageModel
-from equipoise.gpuctl.engine.model import resolve
-from equipoise.gpuctl.engine.runner import ContextMode, LlamaRunner
-from equipoise.gpuctl.engine.scheduler import SchedulerConfig
+from equipoise.gpuctl.engine.schedule.scheduler import SchedulerConfig
 
 
 @pytest.fixture(scope="session")

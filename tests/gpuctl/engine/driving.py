@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from equipoise.gpuctl.directives import Outcome
 from equipoise.gpuctl.energy import EnergyMeter
-from equipoise.gpuctl.engine.directives import Outcome
 from equipoise.gpuctl.engine.engine import Engine, EngineConfig
-from equipoise.gpuctl.engine.reports import Reported
-from equipoise.gpuctl.engine.scheduler import SchedulerConfig
-from equipoise.gpuctl.engine.sequence import (
+from equipoise.gpuctl.engine.schedule.scheduler import SchedulerConfig
+from equipoise.gpuctl.engine.schedule.sequence import (
     FinishReason,
     SessionId,
     TenantId,
@@ -21,6 +20,7 @@ from equipoise.gpuctl.engine.sequence import (
     TurnRefused,
     TurnRequest,
 )
+from equipoise.gpuctl.reports import Reported
 from equipoise.policies.accounting import Gamma
 from equipoise.tests.gpuctl.engine.fakes import FakeModel, FakeRunner
 

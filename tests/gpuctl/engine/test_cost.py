@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 
 import pytest
+from equipoise.gpuctl.engine.compute.runner import BatchSlice, ContextMode
 from equipoise.gpuctl.engine.cost import _solve, fit, load_or_fit
-from equipoise.gpuctl.engine.reports import CostFigures
-from equipoise.gpuctl.engine.runner import BatchSlice, ContextMode
-from equipoise.gpuctl.engine.sequence import Slot
+from equipoise.gpuctl.engine.schedule.sequence import Slot
+from equipoise.gpuctl.reports import CostFigures
 from equipoise.gpuctl.tiers import disk_bytes_per_second, disk_free_bytes, host_available_bytes
 from equipoise.tests.gpuctl.engine.driving import Driven
 

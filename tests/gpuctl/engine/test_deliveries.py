@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 from equipoise.gpuctl.engine.engine_thread import Deliveries
-from equipoise.gpuctl.engine.sequence import SessionId, TenantId, TextDelta, TurnFinished, TurnRequest
+from equipoise.gpuctl.engine.schedule.sequence import SessionId, TenantId, TextDelta, TurnFinished, TurnRequest
 from equipoise.tests.gpuctl.engine.driving import Driven
 
 

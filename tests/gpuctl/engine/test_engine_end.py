@@ -7,7 +7,7 @@ import time
 
 import pytest
 from equipoise.gpuctl.engine.errors import FAILED, STOPPING, EngineError
-from equipoise.gpuctl.engine.sequence import FinishReason, TurnAccepted
+from equipoise.gpuctl.engine.schedule.sequence import FinishReason, TurnAccepted
 from equipoise.tests.gpuctl.engine.driving import Driven, Turn
 from equipoise.tests.gpuctl.engine.fakes import FakeRunner
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from equipoise.gpuctl.engine import directives as ask
-from equipoise.gpuctl.engine.directives import PreemptMode
-from equipoise.gpuctl.engine.reports import CostFigures
-from equipoise.gpuctl.engine.sequence import FinishReason, SessionId, Slo, Tier, TurnAccepted
+from equipoise.gpuctl import directives as ask
+from equipoise.gpuctl.directives import PreemptMode
+from equipoise.gpuctl.engine.schedule.sequence import FinishReason, SessionId, Slo, Tier, TurnAccepted
+from equipoise.gpuctl.reports import CostFigures
 from equipoise.tests.gpuctl.engine.driving import SECOND, Driven, Turn
 from equipoise.tests.gpuctl.engine.fakes import FakeRunner
 from hypothesis import HealthCheck, settings

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from equipoise.gpuctl.engine import directives as ask
-from equipoise.gpuctl.engine.directives import OutcomeStatus, PreemptMode
-from equipoise.gpuctl.engine.disk_tier import DiskTier
-from equipoise.gpuctl.engine.reports import SessionMoved, TurnEnded, TurnPreempted, TurnStarted
-from equipoise.gpuctl.engine.sequence import FinishReason, IdlePolicy, SessionId, SessionPhase, TenantId, Tier
+from equipoise.gpuctl import directives as ask
+from equipoise.gpuctl.directives import OutcomeStatus, PreemptMode
+from equipoise.gpuctl.engine.schedule.sequence import FinishReason, IdlePolicy, SessionId, SessionPhase, TenantId, Tier
+from equipoise.gpuctl.engine.tiers.disk_tier import DiskTier
+from equipoise.gpuctl.reports import SessionMoved, TurnEnded, TurnPreempted, TurnStarted
 from equipoise.tests.gpuctl.engine.driving import SECOND, Driven
 
 S = SessionId

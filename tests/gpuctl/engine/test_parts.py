@@ -5,15 +5,15 @@ from __future__ import annotations
 import stat
 
 import pytest
-from equipoise.gpuctl.engine.admission import OutputLengths, peak_tokens
-from equipoise.gpuctl.engine.disk_tier import DiskTier, _clear_abandoned
+from equipoise.gpuctl.engine.compute.template import ChatTemplate
+from equipoise.gpuctl.engine.compute.text import TextStream
 from equipoise.gpuctl.engine.errors import ModelError, RequestError, SwapError
-from equipoise.gpuctl.engine.kv_image import compose, cut_to, parse
-from equipoise.gpuctl.engine.ledger import Ledger
-from equipoise.gpuctl.engine.sequence import SessionId, Slot, TenantId, Tier
-from equipoise.gpuctl.engine.service import TokenService
-from equipoise.gpuctl.engine.template import ChatTemplate
-from equipoise.gpuctl.engine.text import TextStream
+from equipoise.gpuctl.engine.schedule.admission import OutputLengths, peak_tokens
+from equipoise.gpuctl.engine.schedule.ledger import Ledger
+from equipoise.gpuctl.engine.schedule.sequence import SessionId, Slot, TenantId, Tier
+from equipoise.gpuctl.engine.schedule.token_service import TokenService
+from equipoise.gpuctl.engine.tiers.disk_tier import DiskTier, _clear_abandoned
+from equipoise.gpuctl.engine.tiers.kv_image import compose, cut_to, parse
 from equipoise.tests.gpuctl.engine.fakes import FakeRunner
 from hypothesis import given
 from hypothesis import strategies as st

@@ -7,16 +7,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from equipoise.gpuctl import directives as ask
 from equipoise.gpuctl.energy import EnergyMeter
 from equipoise.gpuctl.engine import cost as cost_module
-from equipoise.gpuctl.engine import directives as ask
-from equipoise.gpuctl.engine import llama, wire
+from equipoise.gpuctl.engine.compute import llama
 from equipoise.gpuctl.engine.cost import fit, gamma_of_gpus
 from equipoise.gpuctl.engine.metrics import page
-from equipoise.gpuctl.engine.reports import CostFigures, TurnEnded
-from equipoise.gpuctl.engine.sequence import SessionId, TenantId, TurnFinished, TurnRequest
+from equipoise.gpuctl.engine.openai import wire
+from equipoise.gpuctl.engine.schedule.sequence import SessionId, TenantId, TurnFinished, TurnRequest
 from equipoise.gpuctl.engine.turn_cost import READING_PERIOD_NS
 from equipoise.gpuctl.nvml import NvmlAbsence
+from equipoise.gpuctl.reports import CostFigures, TurnEnded
 from equipoise.policies.accounting import Gamma, GammaSource, ModelShape, SessionCost
 from equipoise.tests.gpuctl.engine.asking import Asked
 from equipoise.tests.gpuctl.engine.driving import SECOND, Driven, Turn

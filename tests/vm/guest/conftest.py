@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from itertools import count
 
 import pytest
-from equipoise.daemon.cgroups import CgroupDriver, Effect, SandboxCgroup
+from equipoise.daemon.sandboxes.cgroups import CgroupDriver, Effect, SandboxCgroup
 from equipoise.policies.model import TenantId, ToolCallId
 from equipoise.tests.vm.plugin import GuestReporter, HostReplay, in_guest
 

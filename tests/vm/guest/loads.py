@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from equipoise.daemon.cgroups import CgroupDriver
+from equipoise.daemon.sandboxes.cgroups import CgroupDriver
 
 MIB = 1 << 20
 PATIENCE_S = 150.0

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from equipoise.daemon.cgroups import Effect, LayoutKind
+from equipoise.daemon.sandboxes.cgroups import Effect, LayoutKind
 from equipoise.tests.vm.guest.loads import (
     MIB,
     field,

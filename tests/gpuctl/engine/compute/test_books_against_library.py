@@ -6,14 +6,12 @@ import random
 from typing import Any
 
 import pytest
-from equipoise.gpuctl.engine import directives as ask
-from equipoise.gpuctl.engine.disk_tier import DiskTier
+from equipoise.gpuctl import directives as ask
+from equipoise.gpuctl.engine.compute.runner import BatchSlice, ContextMode, StepStatus
 from equipoise.gpuctl.engine.engine import Engine, EngineConfig
-from equipoise.gpuctl.engine.ledger import Ledger
-from equipoise.gpuctl.engine.reports import CostFigures
-from equipoise.gpuctl.engine.runner import BatchSlice, ContextMode, StepStatus
-from equipoise.gpuctl.engine.scheduler import SchedulerConfig
-from equipoise.gpuctl.engine.sequence import (
+from equipoise.gpuctl.engine.schedule.ledger import Ledger
+from equipoise.gpuctl.engine.schedule.scheduler import SchedulerConfig
+from equipoise.gpuctl.engine.schedule.sequence import (
     SessionId,
     Slo,
     Slot,
@@ -25,6 +23,8 @@ from equipoise.gpuctl.engine.sequence import (
     TurnFinished,
     TurnRequest,
 )
+from equipoise.gpuctl.engine.tiers.disk_tier import DiskTier
+from equipoise.gpuctl.reports import CostFigures
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from equipoise.gpuctl.engine.directives import Drop, OutcomeStatus, Preempt, PreemptMode, SwapOut
+from equipoise.gpuctl.directives import Drop, OutcomeStatus, Preempt, PreemptMode, SwapOut
+from equipoise.gpuctl.engine.compute.runner import BatchSlice, ContextMode
 from equipoise.gpuctl.engine.errors import ContextError, SwapError
-from equipoise.gpuctl.engine.runner import BatchSlice, ContextMode
-from equipoise.gpuctl.engine.scheduler import SchedulerConfig
-from equipoise.gpuctl.engine.sequence import SamplingParams, SessionId, Slot, Tier
+from equipoise.gpuctl.engine.schedule.scheduler import SchedulerConfig
+from equipoise.gpuctl.engine.schedule.sequence import SamplingParams, SessionId, Slot, Tier
 from equipoise.tests.gpuctl.engine.asking import Asked, Watch, soon
 
 pytestmark = pytest.mark.engine

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 
 import pytest
+from equipoise.gpuctl.engine.compute.runner import ContextMode
 from equipoise.gpuctl.engine.engine import Engine, EngineConfig
-from equipoise.gpuctl.engine.runner import ContextMode
-from equipoise.gpuctl.engine.scheduler import SchedulerConfig
-from equipoise.gpuctl.engine.sequence import SessionId, Slo
+from equipoise.gpuctl.engine.schedule.scheduler import SchedulerConfig
+from equipoise.gpuctl.engine.schedule.sequence import SessionId, Slo
 from equipoise.tests.gpuctl.engine.asking import Asked
 from equipoise.tests.gpuctl.engine.driving import SECOND, Driven
 

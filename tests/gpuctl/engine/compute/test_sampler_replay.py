@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from equipoise.gpuctl.engine.compute.runner import BatchSlice, LlamaRunner
+from equipoise.gpuctl.engine.compute.sampler import Sampler
 from equipoise.gpuctl.engine.errors import RequestError
-from equipoise.gpuctl.engine.runner import BatchSlice, LlamaRunner
-from equipoise.gpuctl.engine.sampler import Sampler
-from equipoise.gpuctl.engine.sequence import SamplingParams, Slot
+from equipoise.gpuctl.engine.schedule.sequence import SamplingParams, Slot
 
 pytestmark = pytest.mark.engine
 

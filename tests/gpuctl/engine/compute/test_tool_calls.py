@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from equipoise.gpuctl.engine.tool_calls import ToolCall, ToolCallStream, tool_calls_in
+from equipoise.gpuctl.engine.compute.tool_calls import ToolCall, ToolCallStream, tool_calls_in
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from equipoise.gpuctl.engine.compute.language_model import LanguageModel
+from equipoise.gpuctl.engine.compute.tool_calls import tool_calls_in
 from equipoise.gpuctl.engine.errors import ConstraintError, RequestError
-from equipoise.gpuctl.engine.language_model import LanguageModel
-from equipoise.gpuctl.engine.output_format import MAX_PARALLEL_CALLS, OutputFormat, output_format
-from equipoise.gpuctl.engine.sequence import FinishReason, SamplingParams
-from equipoise.gpuctl.engine.tool_calls import tool_calls_in
+from equipoise.gpuctl.engine.openai.output_format import MAX_PARALLEL_CALLS, OutputFormat, output_format
+from equipoise.gpuctl.engine.schedule.sequence import FinishReason, SamplingParams
 from equipoise.tests.gpuctl.engine.asking import Asked
 
 pytestmark = pytest.mark.engine

@@ -6,16 +6,15 @@ import dataclasses
 from typing import Any, NamedTuple, cast
 
 import pytest
+from equipoise.gpuctl import directives as ask
 from equipoise.gpuctl.api.v1 import peer_pb2 as pb
-from equipoise.gpuctl.engine import directives as ask
-from equipoise.gpuctl.engine import peer_wire
-from equipoise.gpuctl.engine.disk_tier import DiskTier
 from equipoise.gpuctl.engine.errors import HandoverError, RequestError
-from equipoise.gpuctl.engine.giving import Giving
-from equipoise.gpuctl.engine.kv_image import KvChunk, cut_to
 from equipoise.gpuctl.engine.live import Sampled, token_of
-from equipoise.gpuctl.engine.reports import Occupancy, TurnEnded, TurnStarted
-from equipoise.gpuctl.engine.sequence import (
+from equipoise.gpuctl.engine.peer import wire as peer_wire
+from equipoise.gpuctl.engine.peer.giving import Giving
+from equipoise.gpuctl.engine.peer.session_state import Offer, SessionState
+from equipoise.gpuctl.engine.peer.taking import Taking
+from equipoise.gpuctl.engine.schedule.sequence import (
     FinishReason,
     SamplingParams,
     Session,
@@ -28,10 +27,11 @@ from equipoise.gpuctl.engine.sequence import (
     TurnId,
     TurnRequest,
 )
-from equipoise.gpuctl.engine.sequence import Turn as EngineTurn
-from equipoise.gpuctl.engine.session_state import Offer, SessionState
-from equipoise.gpuctl.engine.taking import Taking
+from equipoise.gpuctl.engine.schedule.sequence import Turn as EngineTurn
+from equipoise.gpuctl.engine.tiers.disk_tier import DiskTier
+from equipoise.gpuctl.engine.tiers.kv_image import KvChunk, cut_to
 from equipoise.gpuctl.engine.turn_cost import Spent
+from equipoise.gpuctl.reports import Occupancy, TurnEnded, TurnStarted
 from equipoise.policies.accounting import Gamma, GammaSource, SessionCost, Work
 from equipoise.tests.gpuctl.engine.driving import Driven, Turn
 from equipoise.tests.gpuctl.engine.fakes import FakeRunner

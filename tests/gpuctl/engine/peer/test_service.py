@@ -16,15 +16,15 @@ import grpc.aio
 import pytest
 from equipoise.gpuctl.api.v1 import peer_pb2 as pb
 from equipoise.gpuctl.api.v1 import peer_pb2_grpc
-from equipoise.gpuctl.engine import peer_wire
+from equipoise.gpuctl.engine.compute.runner import BatchSlice, StepResult
 from equipoise.gpuctl.engine.engine import Engine, EngineConfig
 from equipoise.gpuctl.engine.engine_thread import Deliveries, on_engine
 from equipoise.gpuctl.engine.errors import HandoverError, ListenError
-from equipoise.gpuctl.engine.http import TurnStream
-from equipoise.gpuctl.engine.peer import PeerService
-from equipoise.gpuctl.engine.reports import Reported, TurnEnded
-from equipoise.gpuctl.engine.runner import BatchSlice, StepResult
-from equipoise.gpuctl.engine.sequence import (
+from equipoise.gpuctl.engine.openai.http import TurnStream
+from equipoise.gpuctl.engine.peer import wire as peer_wire
+from equipoise.gpuctl.engine.peer.service import PeerService
+from equipoise.gpuctl.engine.peer.session_state import Offer, SessionState
+from equipoise.gpuctl.engine.schedule.sequence import (
     FinishReason,
     SamplingParams,
     Session,
@@ -38,7 +38,7 @@ from equipoise.gpuctl.engine.sequence import (
     TurnId,
     TurnRequest,
 )
-from equipoise.gpuctl.engine.session_state import Offer, SessionState
+from equipoise.gpuctl.reports import Reported, TurnEnded
 from equipoise.tests.gpuctl.engine.fakes import FakeModel, FakeRunner
 
 PROMPT = "once upon a time there was a fox"

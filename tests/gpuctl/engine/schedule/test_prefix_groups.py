@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 
 import pytest
-from equipoise.gpuctl.engine import directives as ask
+from equipoise.gpuctl import directives as ask
+from equipoise.gpuctl.engine.compute.runner import ContextMode
 from equipoise.gpuctl.engine.engine import Engine, EngineConfig
-from equipoise.gpuctl.engine.ledger import Ledger
-from equipoise.gpuctl.engine.prefix_groups import PrefixGroups
-from equipoise.gpuctl.engine.runner import ContextMode
-from equipoise.gpuctl.engine.scheduler import Scheduler, SchedulerConfig
-from equipoise.gpuctl.engine.sequence import (
+from equipoise.gpuctl.engine.schedule.ledger import Ledger
+from equipoise.gpuctl.engine.schedule.prefix_groups import PrefixGroups
+from equipoise.gpuctl.engine.schedule.scheduler import Scheduler, SchedulerConfig
+from equipoise.gpuctl.engine.schedule.sequence import (
     Session,
     SessionId,
     Slo,

@@ -6,10 +6,10 @@ import itertools
 import time
 
 import pytest
-from equipoise.gpuctl.engine.ledger import Ledger
-from equipoise.gpuctl.engine.scheduler import Scheduler, SchedulerConfig
-from equipoise.gpuctl.engine.sequence import IdlePolicy, Session, SessionId, TenantId, Tier, TurnAccepted
-from equipoise.gpuctl.engine.session_index import SessionIndex
+from equipoise.gpuctl.engine.schedule.ledger import Ledger
+from equipoise.gpuctl.engine.schedule.scheduler import Scheduler, SchedulerConfig
+from equipoise.gpuctl.engine.schedule.sequence import IdlePolicy, Session, SessionId, TenantId, Tier, TurnAccepted
+from equipoise.gpuctl.engine.schedule.session_index import SessionIndex
 from equipoise.tests.gpuctl.engine.driving import SECOND, Driven, Turn
 from hypothesis import given
 from hypothesis import strategies as st

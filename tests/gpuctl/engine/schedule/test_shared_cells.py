@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from equipoise.gpuctl.engine.ledger import Ledger
-from equipoise.gpuctl.engine.sequence import SessionId
+from equipoise.gpuctl.engine.schedule.ledger import Ledger
+from equipoise.gpuctl.engine.schedule.sequence import SessionId
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule

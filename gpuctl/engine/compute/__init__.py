@@ -1,0 +1,5 @@
+"""llama.cpp: the binding, the model and its text, batches and samplers.
+
+Owns: every call into the library, and what turns text into tokens and back. Must not: choose what is computed
+(schedule/) or keep copies of KV (tiers/).
+"""
