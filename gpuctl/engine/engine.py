@@ -30,6 +30,7 @@ from ..reports import (
     turn_ended,
 )
 from .compute.conversation import joined
+from .compute.kv_image import KvFormat
 from .compute.language_model import LanguageModel
 from .compute.runner import Runner
 from .compute.tool_calls import tool_calls_in
@@ -47,7 +48,6 @@ from .schedule.sequence import FinishReason, SessionId, Sink, TenantId, TurnId, 
 from .schedule.session_index import SessionIndex
 from .stepper import Stepper
 from .tiers.disk_tier import DiskTier
-from .tiers.kv_image import KvFormat
 from .tiers.mover import Mover
 from .tiers.swapper import Swapper
 from .turn_cost import Accounts, AccountsNow

@@ -1,4 +1,4 @@
-"""llama.cpp: the binding, the model and its text, batches and samplers.
+"""llama.cpp: the binding, the model and its text, batches, samplers, and the saved form of a sequence's KV.
 
 Owns: every call into the library, and what turns text into tokens and back. Must not: choose what is computed
 (schedule/) or keep copies of KV (tiers/).

@@ -25,8 +25,8 @@ import numpy.typing as npt
 
 from ..errors import ConstraintError, ContextError, SwapError
 from ..schedule.sequence import SamplingParams, Slot, Token, TokenLogprob
-from ..tiers.kv_image import Blob, KvChunk, KvFormat, compose, parse
 from . import llama
+from .kv_image import Blob, KvChunk, KvFormat, compose, parse
 from .language_model import LanguageModel
 from .sampler import ChainSampler, Sampler
 

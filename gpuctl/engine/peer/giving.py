@@ -14,11 +14,11 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from ..compute.kv_image import KvChunk, from_token
 from ..errors import HandoverError, RequestError, SwapError
 from ..live import LiveTurn
 from ..parts import EngineParts
 from ..schedule.sequence import FinishReason, Session, SessionId, Tier, Token, TurnId, common_prefix
-from ..tiers.kv_image import KvChunk, from_token
 from ..turn_cost import Spent
 from .session_state import Offer, SessionState
 

@@ -19,12 +19,12 @@ import grpc.aio
 from ....policies.accounting import TurnCost
 from ...api.v1 import peer_pb2 as pb
 from ...api.v1 import peer_pb2_grpc
+from ..compute.kv_image import KvChunk
 from ..engine import Engine
 from ..engine_thread import fail, on_engine, settle, threadsafe
 from ..errors import STOPPING, EngineError, HandoverError
 from ..live import LiveTurn, token_of
 from ..schedule.sequence import FinishReason, SessionId, finished
-from ..tiers.kv_image import KvChunk
 from . import wire as peer_wire
 from .giving import Giving
 

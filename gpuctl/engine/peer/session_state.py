@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ..compute.kv_image import KvFormat
 from ..schedule.sequence import Session, SessionId, TenantId, Turn, TurnRequest
-from ..tiers.kv_image import KvFormat
 from ..turn_cost import Spent
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from ..compute.kv_image import KvChunk, cut_to
 from ..errors import HandoverError, RequestError
 from ..live import LiveTurn, Sampled
 from ..parts import EngineParts
 from ..schedule.sequence import Session, SessionId, Sink, Tier, Turn
-from ..tiers.kv_image import KvChunk, cut_to
 from .session_state import Offer, SessionState
 
 

@@ -15,11 +15,11 @@ import grpc
 import grpc.aio
 
 from ...api.v1 import peer_pb2 as pb
+from ..compute.kv_image import KvChunk, cut_to
 from ..engine import Engine
 from ..engine_thread import on_engine, threadsafe
 from ..errors import STOPPING, ConstraintError, HandoverError
 from ..schedule.sequence import TurnEvent, TurnFinished
-from ..tiers.kv_image import KvChunk, cut_to
 from . import wire as peer_wire
 from .session_state import SessionState
 from .taking import Taking

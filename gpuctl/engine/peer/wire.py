@@ -14,6 +14,7 @@ from ....policies.accounting import SessionCost, Work
 from ...api.v1 import peer_pb2 as pb
 from ...messages import FINISH_REASON, FINISH_REASON_TO_PB, turn_cost_message, turn_cost_of
 from ..compute.constraint import Constraint
+from ..compute.kv_image import Blob, KvChunk, KvFormat, compose, parse
 from ..errors import HandoverError, SwapError
 from ..live import Sampled
 from ..schedule.sequence import (
@@ -29,7 +30,6 @@ from ..schedule.sequence import (
     TurnId,
     TurnRequest,
 )
-from ..tiers.kv_image import Blob, KvChunk, KvFormat, compose, parse
 from ..turn_cost import Spent
 from .session_state import Offer, SessionState
 

@@ -24,9 +24,9 @@ from pathlib import Path
 
 import numpy as np
 
+from ..compute.kv_image import KvChunk, compose, cut_to, parse
 from ..errors import SwapError
 from ..schedule.sequence import SessionId
-from .kv_image import KvChunk, compose, cut_to, parse
 
 _MAGIC = b"EQKV"
 _FORMAT_VERSION = 1

@@ -9,12 +9,12 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from ..compute.kv_image import KvChunk, cut_to, from_token
 from ..compute.runner import Runner
 from ..errors import SwapError
 from ..schedule.plan import MoveDown, MoveIn, MoveOut
 from ..schedule.sequence import SessionId, Slot, Tier
 from .disk_tier import DiskTier
-from .kv_image import KvChunk, cut_to, from_token
 
 
 @dataclass(frozen=True, slots=True)

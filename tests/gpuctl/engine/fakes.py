@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from equipoise.gpuctl.engine.compute.kv_image import KvChunk, KvFormat, Plane, compose, parse
 from equipoise.gpuctl.engine.compute.runner import BatchSlice, StepResult, StepStatus
 from equipoise.gpuctl.engine.compute.template import ChatTemplate
 from equipoise.gpuctl.engine.errors import SwapError
 from equipoise.gpuctl.engine.schedule.sequence import SamplingParams, Slot
-from equipoise.gpuctl.engine.tiers.kv_image import KvChunk, KvFormat, Plane, compose, parse
 
 END = 0
 VOCABULARY = 50

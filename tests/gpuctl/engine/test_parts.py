@@ -5,6 +5,7 @@ from __future__ import annotations
 import stat
 
 import pytest
+from equipoise.gpuctl.engine.compute.kv_image import compose, cut_to, parse
 from equipoise.gpuctl.engine.compute.template import ChatTemplate
 from equipoise.gpuctl.engine.compute.text import TextStream
 from equipoise.gpuctl.engine.errors import ModelError, RequestError, SwapError
@@ -13,7 +14,6 @@ from equipoise.gpuctl.engine.schedule.ledger import Ledger
 from equipoise.gpuctl.engine.schedule.sequence import SessionId, Slot, TenantId, Tier
 from equipoise.gpuctl.engine.schedule.token_service import TokenService
 from equipoise.gpuctl.engine.tiers.disk_tier import DiskTier, _clear_abandoned
-from equipoise.gpuctl.engine.tiers.kv_image import compose, cut_to, parse
 from equipoise.tests.gpuctl.engine.fakes import FakeRunner
 from hypothesis import given
 from hypothesis import strategies as st

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, cast
 import pytest
 from equipoise.gpuctl import directives as ask
 from equipoise.gpuctl.api.v1 import peer_pb2 as pb
+from equipoise.gpuctl.engine.compute.kv_image import KvChunk, cut_to
 from equipoise.gpuctl.engine.errors import HandoverError, RequestError
 from equipoise.gpuctl.engine.live import Sampled, token_of
 from equipoise.gpuctl.engine.peer import wire as peer_wire
@@ -29,7 +30,6 @@ from equipoise.gpuctl.engine.schedule.sequence import (
 )
 from equipoise.gpuctl.engine.schedule.sequence import Turn as EngineTurn
 from equipoise.gpuctl.engine.tiers.disk_tier import DiskTier
-from equipoise.gpuctl.engine.tiers.kv_image import KvChunk, cut_to
 from equipoise.gpuctl.engine.turn_cost import Spent
 from equipoise.gpuctl.reports import Occupancy, TurnEnded, TurnStarted
 from equipoise.policies.accounting import Gamma, GammaSource, SessionCost, Work
