@@ -21,7 +21,7 @@ from equipoise.tests.fixtures.running_daemon import MIB, POLICY, RunningDaemon, 
 
 pytestmark = [pytest.mark.kernel, pytest.mark.slow]
 NOBODY = 65534
-_CHECK = "import equipoise.daemon.cli, subprocess, sys; subprocess.run([sys.executable, '-c', ''], check=True)"
+_CHECK = "import equipoise.daemon.cli.main, subprocess, sys; subprocess.run([sys.executable, '-c', ''], check=True)"
 
 
 class Unprivileged:

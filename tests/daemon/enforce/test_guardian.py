@@ -28,12 +28,12 @@ SOON_NS = 60_000_000_000
 DAEMON = """
 import sys, time
 from pathlib import Path
-from equipoise.daemon.actuators import Actuator
-from equipoise.daemon.cgroups import CgroupDriver
-from equipoise.daemon.guardian import Guardian
-from equipoise.daemon.holds import Holds
-from equipoise.daemon.journal import Journal
-from equipoise.daemon.processes import boot_id
+from equipoise.daemon.enforce.actuator import Actuator
+from equipoise.daemon.sandboxes.cgroups import CgroupDriver
+from equipoise.daemon.enforce.guardian import Guardian
+from equipoise.daemon.enforce.holds import Holds
+from equipoise.daemon.observe.journal import Journal
+from equipoise.daemon.sandboxes.processes import boot_id
 from equipoise.policies.actions import Decision, Freeze, Throttle
 from equipoise.policies.model import DecisionId, TenantId, ToolCallId
 

@@ -154,9 +154,9 @@ def test_a_hold_is_on_disk_before_take_returns_and_outlives_the_process(tmp_path
     code = f"""
 import os, signal
 from pathlib import Path
-from equipoise.daemon.journal import Journal
-from equipoise.daemon.holds import Hold, HoldKind, HoldCause
-from equipoise.daemon.processes import ProcessRef, boot_id
+from equipoise.daemon.observe.journal import Journal
+from equipoise.daemon.enforce.holds import Hold, HoldKind, HoldCause
+from equipoise.daemon.sandboxes.processes import ProcessRef, boot_id
 j = Journal.open(Path({str(path)!r}), boot_id=boot_id(), started_ns=1)
 j.take([Hold(HoldKind.STOP, HoldCause.FREEZE, 1, 100, process=ProcessRef(7, 8))])
 os.kill(os.getpid(), signal.SIGKILL)
@@ -277,7 +277,7 @@ def test_a_dead_daemons_journal_is_read_where_nothing_may_be_written() -> None:
         code = f"""
 import os
 from pathlib import Path
-from equipoise.daemon.journal import JournalReader
+from equipoise.daemon.observe.journal import JournalReader
 if os.geteuid() == 0:
     os.setuid(65534)
 print(len(JournalReader(Path({str(folder / "j")!r})).tool_calls()))

@@ -10,7 +10,7 @@ import pytest
 
 PARENT = """
 import subprocess, sys, time
-from equipoise.daemon.processes import tied_to_us
+from equipoise.daemon.sandboxes.processes import tied_to_us
 child = subprocess.Popen(tied_to_us(("sleep", "60")), stdout=subprocess.DEVNULL)
 print(child.pid, flush=True)
 time.sleep(60)

@@ -242,7 +242,7 @@ def test_a_socket_that_cannot_be_had_is_one_line_and_an_exit_code(model, tmp_pat
 
 
 def test_the_command_is_part_of_equipoise_engine(tmp_path):
-    command = [sys.executable, "-c", "from equipoise.daemon.cli import main; raise SystemExit(main())", "engine"]
+    command = [sys.executable, "-c", "from equipoise.daemon.cli.main import main; raise SystemExit(main())", "engine"]
     command += ["hand-over", "--peer", f"unix:{tmp_path}/none", "--session", "s", "--to", "unix:b"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
