@@ -47,6 +47,7 @@ class Loop:
     def __init__(
         self, state: State, act: Act, sinks: Sequence[Sink], now_ns: Callable[[], int], tick_s: float = 0.1
     ) -> None:
+        """`sinks` may still grow until the first turn."""
         self.state = state
         self.snapshot = state.snapshot(now_ns())
         """As of the last turn."""
@@ -54,7 +55,7 @@ class Loop:
         """Events thrown away because the queue was full."""
         self.turn_count = 0
         self._act = act
-        self._sinks = tuple(sinks)
+        self._sinks = sinks
         self._now_ns = now_ns
         self._tick_s = tick_s
         self._queue: deque[Event] = deque()

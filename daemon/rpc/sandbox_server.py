@@ -1,4 +1,4 @@
-"""SandboxService over the keeper. Owns the checking of requests; every refusal is one line with a remedy."""
+"""SandboxService over the keepers. Owns the checking of requests; every refusal is one line with a remedy."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ..api.v1 import sandbox_pb2_grpc
 from ..errors import CgroupError
 from ..observe.history import History
 from ..sandboxes.keeper import SandboxKeeper
+from ..sandboxes.tool_calls import ToolCallKeeper
 from .words import tool_call_hex
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"  # generic in the stubs only
@@ -27,14 +28,16 @@ class SandboxServer(sandbox_pb2_grpc.SandboxServiceServicer):
 
     def __init__(
         self,
-        keeper: SandboxKeeper,
+        sandboxes: SandboxKeeper,
+        calls: ToolCallKeeper,
         state: State,
         history: History,
         emit: Callable[[Event], None],
         settle: Callable[[], None],
         now_ns: Callable[[], int],
     ) -> None:
-        self._keeper = keeper
+        self._sandboxes = sandboxes
+        self._calls = calls
         self._state = state
         self._history = history
         self._emit = emit
@@ -51,7 +54,7 @@ class SandboxServer(sandbox_pb2_grpc.SandboxServiceServicer):
                 "add it under spec.tenants",
             )
         try:
-            sandbox = self._keeper.register(
+            sandbox = self._sandboxes.register(
                 TenantId(request.tenant_id),
                 request.name,
                 request.pid or None,
@@ -69,7 +72,7 @@ class SandboxServer(sandbox_pb2_grpc.SandboxServiceServicer):
 
     async def RemoveSandbox(self, request: pb.RemoveSandboxRequest, context: Context) -> pb.RemoveSandboxResponse:
         sandbox = await self._sandbox(request.tenant_id, request.name, 0, context)
-        if problem := self._keeper.remove(sandbox.cgroup_id):
+        if problem := self._sandboxes.remove(sandbox.cgroup_id):
             await _refuse(context, grpc.StatusCode.FAILED_PRECONDITION, f"forgotten, but its cgroup stays: {problem}")
         self._settle()
         return pb.RemoveSandboxResponse()
@@ -78,7 +81,7 @@ class SandboxServer(sandbox_pb2_grpc.SandboxServiceServicer):
         self._settle()  # the kernel may have seen the process already
         sandbox = await self._sandbox(request.tenant_id, request.name, request.wrapper_pid or request.pid, context)
         try:
-            call = self._keeper.begin(
+            call = self._calls.begin(
                 sandbox,
                 request.command,
                 request.pid or None,
@@ -102,7 +105,7 @@ class SandboxServer(sandbox_pb2_grpc.SandboxServiceServicer):
         call = await self._call_id(request, context)
         self._settle()
         exit_code = request.exit_code if request.HasField("exit_code") and not request.signal else None
-        self._keeper.end(call, exit_code, request.signal or None)
+        self._calls.end(call, exit_code, request.signal or None)
         self._settle()
         resolved = self._state.resolve(call)
         known = self._state.tool_calls.get(resolved) or self._history.ended_call(resolved)
@@ -137,10 +140,10 @@ class SandboxServer(sandbox_pb2_grpc.SandboxServiceServicer):
 
     async def _sandbox(self, tenant: str, name: str, pid: int, context: Context) -> Sandbox:
         if tenant or name:
-            sandbox = self._keeper.find(tenant, name)
+            sandbox = self._sandboxes.find(tenant, name)
             what = f"{tenant}/{name}"
         else:
-            sandbox = self._keeper.find_by_pid(pid) if pid else None
+            sandbox = self._sandboxes.find_by_pid(pid) if pid else None
             what = f"with process {pid}"
         if sandbox is None:
             await _refuse(
@@ -160,7 +163,7 @@ class SandboxServer(sandbox_pb2_grpc.SandboxServiceServicer):
                     grpc.StatusCode.INVALID_ARGUMENT,
                     f"tool call id {request.tool_call_id!r} is not 16 hex digits",
                 )
-        call = self._keeper.external_call(request.external_id) if request.external_id else None
+        call = self._calls.external_call(request.external_id) if request.external_id else None
         if call is None:
             await _refuse(
                 context, grpc.StatusCode.NOT_FOUND, f"no tool call was begun as {request.external_id or 'nothing'!r}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .base import sweep
 from .driver import CgroupDriver, Limit, MemoryEvents, Stall, parse_pressure
 from .files import Applied, Effect
 from .layout import Hierarchy, Layout, LayoutKind, detect
@@ -22,4 +23,5 @@ __all__ = [
     "Stall",
     "detect",
     "parse_pressure",
+    "sweep",
 ]

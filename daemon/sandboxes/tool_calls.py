@@ -1,0 +1,242 @@
+"""Tool calls as they begin and end: their tags, their leaves, the ids that callers use.
+
+Owns the bookkeeping between a call, its processes and whoever announced it. It applies no policy: budgets come from the
+policy in force, verdicts from decide(). Without eBPF a call's boundaries come from wrappers and hooks alone, its memory
+from its leaf's counter.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+
+from ...ebpf.errors import EbpfError
+from ...ebpf.tool_memory import ToolMemory
+from ...policies.events import (
+    BudgetChanged,
+    Event,
+    ProcessesGone,
+    SandboxRemoved,
+    ToolCallAttributed,
+    ToolCallEnded,
+    ToolCallMemoryStepped,
+    ToolCallMerged,
+    ToolCallStarted,
+)
+from ...policies.model import CgroupId, Sandbox, SessionId, ToolCall, ToolCallId, ToolCallSource
+from ...policies.state import State
+from .cgroups import CgroupDriver
+from .kept import Book
+from .leaves import Leaves
+from .watch import unwatch, watch
+
+WRAPPER_CONFIDENCE = 1.0
+HOOK_CONFIDENCE = 0.95
+"""A hook's boundaries are exact; which processes are meant is inferred from what is exec'd meanwhile."""
+REPORT_GRACE_S = 0.5
+"""Without probes: how long after its root process has exited a wrapper may say with which exit code."""
+
+
+class ToolCallKeeper:
+    """Begins, follows and ends. Also a sink of the loop: `keeper(event, state)`."""
+
+    def __init__(
+        self,
+        book: Book,
+        driver: CgroupDriver | None,
+        probes: ToolMemory | None,
+        state: State,
+        emit: Callable[[Event], None],
+        now_ns: Callable[[], int],
+    ) -> None:
+        self._book = book
+        self._probes = probes
+        self._state = state
+        self._emit = emit
+        self._now_ns = now_ns
+        self._leaves = Leaves(driver, probes.processes if probes is not None else lambda call: ())
+        self._roots: dict[ToolCallId, int] = {}
+        """Without probes: a pidfd of the root process of each call."""
+        self._external: dict[tuple[CgroupId, str], ToolCallId] = {}
+
+    def close(self) -> None:
+        """Watch nothing any more; what runs goes on."""
+        for pidfd in self._roots.values():
+            unwatch(pidfd)
+        self._roots.clear()
+
+    def begin(
+        self,
+        sandbox: Sandbox,
+        command: str,
+        pid: int | None,
+        wrapper_pid: int | None,
+        external: str | None,
+        session: SessionId | None,
+    ) -> ToolCallId:
+        """A wrapper or a hook says that a tool call begins. Raises ProcessLookupError, CgroupError, EbpfError."""
+        if external and (known := self._external.get((sandbox.cgroup_id, external))) is not None:
+            return self._state.resolve(known)
+        call = self._begin_process(sandbox, command, pid, wrapper_pid, session) if pid else None
+        if call is None:
+            call = self._announce(sandbox, command, session)
+        if external:
+            self._external[(sandbox.cgroup_id, external)] = call
+        return call
+
+    def _announce(self, sandbox: Sandbox, command: str, session: SessionId | None) -> ToolCallId:
+        call = self._new_id()
+        self._emit(
+            ToolCallStarted(
+                at_ns=self._now_ns(),
+                id=call,
+                sandbox=sandbox.cgroup_id,
+                command=command,
+                source=ToolCallSource.HOOK,
+                confidence=HOOK_CONFIDENCE,
+                session=session,
+            )
+        )
+        if kept := self._book.get(sandbox.cgroup_id):
+            kept.announced.append(call)
+        return call
+
+    def _begin_process(
+        self, sandbox: Sandbox, command: str, pid: int, wrapper_pid: int | None, session: SessionId | None
+    ) -> ToolCallId:
+        tag = self._probes.tag_of(pid) if self._probes else None
+        seen = self._state.tool_calls.get(self._state.resolve(tag)) if tag is not None else None
+        now_ns = self._now_ns()
+        if seen is not None and seen.running and seen.pid == pid:
+            self._emit(
+                ToolCallAttributed(now_ns, seen.id, ToolCallSource.WRAPPER, WRAPPER_CONFIDENCE, command, session)
+            )
+            return seen.id
+        if seen is not None and seen.running and seen.pid != wrapper_pid:
+            return seen.id  # a wrapper inside a tool call: the outer boundaries stand
+        budget = self._state.policy.memory.budget
+        call = self._new_id()
+        if self._probes is not None:
+            self._probes.begin_tool(
+                pid, sandbox.cgroup_id, tag=call, soft_bytes=budget.soft_bytes, hard_bytes=self._hard(budget.hard_bytes)
+            )
+        self._emit(
+            ToolCallStarted(
+                at_ns=now_ns,
+                id=call,
+                sandbox=sandbox.cgroup_id,
+                command=command,
+                source=ToolCallSource.WRAPPER,
+                confidence=WRAPPER_CONFIDENCE,
+                pid=pid,
+                session=session,
+                soft_bytes=budget.soft_bytes,
+                hard_bytes=self._hard(budget.hard_bytes),
+            )
+        )
+        if seen is not None and seen.running:
+            self._emit(ToolCallMerged(now_ns, seen.id, call))
+        return call
+
+    def end(self, call: ToolCallId, exit_code: int | None = None, signal: int | None = None) -> None:
+        """A wrapper or a hook says that a tool call has ended. One that has ended already stays as it is."""
+        known = self._state.tool_calls.get(self._state.resolve(call))
+        if known is None or not known.running:
+            return
+        peak = self._charged_peak(known.id)
+        left = len(self.processes(known.id))
+        self._emit(ToolCallEnded(self._now_ns(), known.id, exit_code, signal, escaped_count=left, peak_bytes=peak))
+        if kept := self._book.get(known.sandbox):
+            kept.announced = [c for c in kept.announced if c != call]
+
+    def external_call(self, external: str) -> ToolCallId | None:
+        return next((call for (_, name), call in self._external.items() if name == external), None)
+
+    def processes(self, call: ToolCallId) -> tuple[int, ...]:
+        """Living processes of a tool call, escapees included."""
+        if self._probes is not None and (pids := self._probes.processes(call)):
+            return pids
+        return self._leaves.processes(call)
+
+    def _charged_peak(self, call: ToolCallId) -> int | None:
+        """Without probes: the most that its leaf was charged, since polling misses what is short."""
+        return self._leaves.charged_peak(call) if self._probes is None else None
+
+    def leaf(self, call: ToolCallId) -> str | None:
+        """The tool call's own cgroup; None where it has none."""
+        return self._leaves.path(call)
+
+    def _new_id(self) -> ToolCallId:
+        if self._probes is not None:
+            return self._probes.new_tag()
+        return ToolCallId(int.from_bytes(os.urandom(8)) >> 1 | 1)
+
+    def _hard(self, hard_bytes: int) -> int:
+        """The hard budget to set: none where the policy only observes, since nobody would answer the call."""
+        return hard_bytes if self._state.policy.enforce else 0
+
+    # -- as a sink of the loop
+
+    def __call__(self, event: Event, state: State) -> None:
+        match event:
+            case ToolCallStarted():
+                if event.id in state.tool_calls:
+                    self._on_started(event, state)
+            case ToolCallEnded():
+                self._on_ended(event.id, state)
+            case ProcessesGone():
+                # By its own id: a wrapper that was merged into its call takes its own leaf along, not the call's.
+                self._drop_leaf(event.id)
+            case SandboxRemoved():
+                self._leaves.forget(event.cgroup_id)
+                self._external = {key: call for key, call in self._external.items() if key[0] != event.cgroup_id}
+            case _:
+                pass
+
+    def _on_started(self, event: ToolCallStarted, state: State) -> None:
+        kept = self._book.get(event.sandbox)
+        if kept is None:
+            return
+        call = state.tool_calls[event.id]
+        if event.source is ToolCallSource.LINEAGE and kept.announced:
+            self._emit(ToolCallMerged(event.at_ns, kept.announced.pop(0), event.id))
+        if event.pid is not None:
+            self._leaves.make(event.id, event.pid, kept.cgroup, event.sandbox)
+        if event.pid is not None and self._probes is None:
+            self._watch_root(event.id, event.pid)
+        self._set_kind_budget(call, state)
+
+    def _watch_root(self, call: ToolCallId, pid: int) -> None:
+        """Without probes: nothing else tells that a call has ended whose wrapper was killed."""
+        pidfd = watch(pid, lambda: self._root_gone(call))
+        if pidfd is not None:
+            self._roots[call] = pidfd
+
+    def _root_gone(self, call: ToolCallId) -> None:
+        unwatch(self._roots.pop(call, None))
+        # Its wrapper knows the exit code and says it within milliseconds; then the call has ended already.
+        asyncio.get_running_loop().call_later(REPORT_GRACE_S, self.end, call)
+
+    def _set_kind_budget(self, call: ToolCall, state: State) -> None:
+        budget = state.policy.memory.budget_for(call.kind)
+        hard = self._hard(max(budget.hard_bytes, min(call.expected_bytes or 0, state.policy.memory.max_bytes)))
+        if call.pid is None or (budget.soft_bytes, hard) == (call.soft_bytes, call.hard_bytes):
+            return
+        if self._probes is not None:
+            try:
+                self._probes.set_budget(call.id, soft_bytes=budget.soft_bytes, hard_bytes=hard)
+            except EbpfError:
+                return  # it has ended meanwhile
+        self._emit(BudgetChanged(self._now_ns(), call.id, budget.soft_bytes, hard))
+
+    def _on_ended(self, call: ToolCallId, state: State) -> None:
+        known = state.tool_calls.get(call)
+        if known is not None and known.gone_ns is not None:
+            self._drop_leaf(call)
+
+    def _drop_leaf(self, call: ToolCallId) -> None:
+        peak = self._charged_peak(call)
+        if peak is not None:
+            self._emit(ToolCallMemoryStepped(self._now_ns(), call, 0, peak))
+        self._leaves.drop(call)
