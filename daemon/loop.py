@@ -17,7 +17,7 @@ from ..policies.events import DecisionMade, Event, OutcomeObserved
 from ..policies.model import NS_PER_S
 from ..policies.policy import Policy
 from ..policies.snapshot import Snapshot
-from ..policies.state.state import State
+from ..policies.state import State
 from . import log
 
 COOL_DOWN_NS = NS_PER_S

@@ -1,8 +1,14 @@
-"""The import law: imports point inwards. Read from the sources, so that a lazy import counts as well."""
+"""The import law: imports point inwards, and only what a wing exports is imported from outside it.
+
+Read from the sources, so that a lazy import counts as well. A wing is a package inside a folder; the line "Seen from
+outside:" of its docstring names what others may import: names, or modules of it.
+"""
 
 from __future__ import annotations
 
 import ast
+import graphlib
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +27,48 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "tui": ("tui", "policies", *GENERATED_APIS),
     "integrations": ("integrations", "policies", *GENERATED_APIS),
 }
-LAZILY = {"daemon/cli.py": ("tui", "integrations")}
+WINGS: dict[str, tuple[str, ...]] = {
+    "policies.state": ("policies",),
+    "gpuctl.engine.schedule": ("gpuctl.reports", "gpuctl.directives", "gpuctl.engine.errors"),
+    "gpuctl.engine.compute": ("gpuctl.engine.schedule", "gpuctl.engine.errors"),
+    "gpuctl.engine.tiers": (
+        "gpuctl.reports", "gpuctl.directives", "gpuctl.engine.schedule", "gpuctl.engine.compute",
+        "gpuctl.engine.reporter", "gpuctl.engine.errors",
+    ),
+    "gpuctl.engine.openai": ("gpuctl", "gpuctl.engine", "gpuctl.engine.schedule", "gpuctl.engine.compute"),
+    "gpuctl.engine.peer": (
+        "gpuctl", "gpuctl.api", "gpuctl.engine", "gpuctl.engine.schedule", "gpuctl.engine.compute",
+    ),
+    "gpuctl.engine": (
+        "gpuctl", "gpuctl.api", "gpuctl.engine.schedule", "gpuctl.engine.compute", "gpuctl.engine.tiers",
+        "gpuctl.engine.openai", "gpuctl.engine.peer",
+    ),
+    "gpuctl": ("gpuctl.api",),
+    "daemon.sandboxes.cgroups": ("daemon.errors",),
+    "daemon.sandboxes": ("daemon.sandboxes.cgroups", "daemon.errors", "daemon.log"),
+    "daemon.observe.journal": ("daemon.sandboxes", "daemon.errors", "daemon.log"),
+    "daemon.observe": (
+        "daemon.observe.journal", "daemon.sandboxes", "daemon.sandboxes.cgroups", "daemon.errors", "daemon.log",
+    ),
+    "daemon.enforce": (
+        "daemon.observe.journal", "daemon.sandboxes", "daemon.sandboxes.cgroups", "daemon.errors", "daemon.log",
+    ),
+    "daemon.rpc": ("daemon.observe", "daemon.sandboxes", "daemon.loop", "daemon.errors", "daemon.api"),
+    "daemon.demo": (
+        "daemon.rpc", "daemon.sandboxes", "daemon.sandboxes.cgroups", "daemon.errors", "daemon.api",
+    ),
+    "daemon.cli": (
+        "daemon", "daemon.rpc", "daemon.enforce", "daemon.demo", "daemon.sandboxes", "daemon.sandboxes.cgroups",
+        "daemon.api",
+    ),
+    "daemon": (
+        "daemon.rpc", "daemon.enforce", "daemon.observe", "daemon.observe.journal", "daemon.sandboxes",
+        "daemon.sandboxes.cgroups", "daemon.api",
+    ),
+}  # fmt: skip
+"""Which wing may see which others of its own folder; a module of no other wing belongs to its folder's own line.
+A wing sees itself. "daemon" alone means its own modules (daemon.loop), not its wings."""
+LAZILY = {"daemon/cli/main.py": ("tui", "integrations")}
 """The command line hands over to the parts that are clients of the daemon, inside the function that needs them."""
 PURE = sys.stdlib_module_names - {
     "asyncio", "concurrent", "ctypes", "datetime", "fcntl", "glob", "http", "importlib", "io", "locale", "logging",
@@ -43,6 +90,8 @@ class Import:
     lazy: bool
     """Inside a function."""
     relative: bool
+    annotations_only: bool
+    """Under `if TYPE_CHECKING:`: no dependency when it runs."""
 
 
 def imports(source: str, package: str) -> Iterator[Import]:
@@ -50,16 +99,21 @@ def imports(source: str, package: str) -> Iterator[Import]:
     tree = ast.parse(source)
     functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
     in_functions = {id(inner) for function in functions for inner in ast.walk(function)}
+    typing = {id(inner) for node in ast.walk(tree) if _asks_for_types(node) for inner in ast.walk(node)}
     for node in ast.walk(tree):
         lazy = id(node) in in_functions
         if isinstance(node, ast.Import):
             for alias in node.names:
-                yield Import(alias.name, frozenset(), node.lineno, lazy, relative=False)
+                yield Import(alias.name, frozenset(), node.lineno, lazy, False, id(node) in typing)
         elif isinstance(node, ast.ImportFrom):
             base = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
             module = ".".join([*base, *([node.module] if node.module else [])])
             names = frozenset(alias.name for alias in node.names)
-            yield Import(module, names, node.lineno, lazy, relative=bool(node.level))
+            yield Import(module, names, node.lineno, lazy, bool(node.level), id(node) in typing)
+
+
+def _asks_for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
 def targets(found: Import) -> list[str]:
@@ -75,6 +129,48 @@ def within(target: str, allowed: tuple[str, ...]) -> bool:
     return any(target == each or target.startswith(each + ".") for each in allowed)
 
 
+def wing_of(module: str) -> str | None:
+    """The longest entry of WINGS that a module ("daemon.rpc.views") is in."""
+    names = module.split(".")
+    prefixes = (".".join(names[:length]) for length in range(len(names), 0, -1))
+    return next((prefix for prefix in prefixes if prefix in WINGS), None)
+
+
+def is_package(module: str) -> bool:
+    return (ROOT / module.replace(".", "/")).is_dir()
+
+
+def exported(wing: str) -> frozenset[str]:
+    """What the wing's docstring lets be seen from outside."""
+    source = (ROOT / wing.replace(".", "/") / "__init__.py").read_text()
+    found = re.search(r"Seen from outside: ([^.]+)\.", ast.get_docstring(ast.parse(source)) or "")
+    return frozenset(found[1].replace("\n", " ").replace("`", "").split(", ")) if found else frozenset()
+
+
+def wing_breaches(path: str, found: Import) -> Iterator[str]:
+    """What an import of the module at `path` reaches in another wing against the law."""
+    own = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    home = wing_of(own)
+    base = found.module.removeprefix("equipoise.")
+    if not found.module.startswith("equipoise."):
+        return
+    for name in found.names:
+        reached = f"{base}.{name}" if is_package(base) else base
+        wing = wing_of(reached)
+        if wing is None or wing == home or (found.annotations_only and wing == "gpuctl.engine.compute"):
+            continue
+        same_folder = home is not None and wing.split(".")[0] == home.split(".")[0]
+        if same_folder and wing not in WINGS[home or ""] and not within(reached, _single_modules(home or "")):
+            yield f"{home} must not see {reached}"
+        inside = reached.removeprefix(f"{wing}.") if reached != wing else name
+        if wing.count(".") and inside not in exported(wing) and not within(home or "", (wing,)):
+            yield f"{inside} is inside {wing}: not among what its docstring lets be seen"
+
+
+def _single_modules(wing: str) -> tuple[str, ...]:
+    return tuple(each for each in WINGS[wing] if each not in WINGS)
+
+
 def breaches(path: str, source: str) -> list[str]:
     """What the module at `path` (relative to the root) imports against the law."""
     folder = path.split("/", maxsplit=1)[0]
@@ -87,6 +183,7 @@ def breaches(path: str, source: str) -> list[str]:
         for target in targets(each):
             if not within(target, ALLOWED[folder]) and not (each.lazy and within(target, LAZILY.get(path, ()))):
                 found.append(f"{where} ({folder} must not import {target})")
+        found += [f"{where} ({why})" for why in wing_breaches(path, each)]
         if folder == "policies" and not each.relative and not _pure(each):
             found.append(f"{where} (the pure core has no I/O, clock, chance or threads)")
     return found
@@ -128,7 +225,15 @@ def test_the_pure_core_calls_nothing_that_touches_the_world(path: str) -> None:
         ("gpuctl/engine/x.py", "from ...ebpf import abi"),
         ("gpuctl/x.py", "from .. import daemon"),
         ("daemon/loop.py", "def f():\n    from ..tui.app import App"),
-        ("daemon/cli.py", "from ..tui.app import App"),
+        ("daemon/cli/main.py", "from ...tui.app import App"),
+        ("daemon/rpc/x.py", "from ..enforce.holds import Holds"),
+        ("daemon/sandboxes/x.py", "from ..observe.history import History"),
+        ("daemon/x.py", "from .cli.printing import table"),
+        ("daemon/x.py", "from .sandboxes.leaves import Leaves"),
+        ("daemon/x.py", "from .sandboxes import leaves"),
+        ("gpuctl/client.py", "from .engine.engine import Engine"),
+        ("gpuctl/engine/schedule/x.py", "from ..compute.llama import library"),
+        ("gpuctl/engine/x.py", "def f():\n    from .peer.giving import Giver"),
         ("tui/x.py", "from ..daemon.loop import tick"),
         ("integrations/vllm/x.py", "from ...gpuctl.client import Client"),
         ("daemon/x.py", "from equipoise.policies import model"),
@@ -144,11 +249,42 @@ def test_the_law_refuses(path: str, source: str) -> None:
     [
         ("policies/x.py", "from pathlib import PurePosixPath\nimport math\nfrom .model import Sandbox"),
         ("policies/builtin/x.py", "from ..model import Sandbox"),
-        ("daemon/cli.py", "def f():\n    from ..tui.app import App"),
-        ("daemon/cgroups/x.py", "from ...policies.model import Sandbox\nfrom ..errors import CgroupError"),
+        ("daemon/cli/main.py", "def f():\n    from ...tui.app import App"),
+        ("daemon/sandboxes/x.py", "from ...policies.model import Sandbox\nfrom ..errors import CgroupError"),
+        ("daemon/x.py", "from .sandboxes.keeper import SandboxKeeper\nfrom .observe.journal import Journal"),
         ("tui/x.py", "from ..daemon.api.v1 import policy_pb2\nfrom .. import __version__"),
         ("gpuctl/engine/x.py", "import numpy\nfrom ..api.v1 import engine_pb2"),
     ],
 )
 def test_the_law_allows(path: str, source: str) -> None:
     assert breaches(path, source) == []
+
+
+@pytest.mark.parametrize("wing", [wing for wing in WINGS if "." in wing])
+def test_a_wing_says_what_it_owns_and_what_is_seen_of_it(wing: str) -> None:
+    folder = ROOT / wing.replace(".", "/")
+    words = " ".join((ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or "").split())
+    assert "Must not: " in words, "its docstring says what it must not do"
+    for name in exported(wing):
+        there = (folder / f"{name}.py").exists() or (folder / name).is_dir()
+        assert there or name in (folder / "__init__.py").read_text().split('"""', 2)[2], f"{name}: there is none"
+    readme = next(path / "README.md" for path in (folder, *folder.parents) if (path / "README.md").exists())
+    assert f"{folder.name}/" in readme.read_text() or readme.parent == folder, f"{readme} has no line about it"
+
+
+def test_no_module_imports_itself_round_a_circle() -> None:
+    known = {path.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for path in modules()}
+    graph: dict[str, set[str]] = {}
+    for path in modules():
+        package = ".".join(("equipoise", *path.split("/")[:-1]))
+        name = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        reached = set()
+        for each in imports((ROOT / path).read_text(), package):
+            base = each.module.removeprefix("equipoise.")
+            if not each.annotations_only and base in known:
+                reached |= {f"{base}.{n}" if f"{base}.{n}" in known else base for n in each.names}
+        graph[name] = reached - {name}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))

@@ -9,9 +9,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
-from enum import StrEnum
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -21,33 +20,12 @@ from rich.table import Table
 
 from ... import __version__
 from ..rpc import client
+from .finding import Check, Row, Status
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]  # the type of what add_subparsers() answers
 
 _WIDTH_WITHOUT_TERMINAL = 150
-
-
-class Status(StrEnum):
-    OK = "ok"
-    DEGRADED = "degraded"
-    """It works, with less than it could."""
-    ABSENT = "absent"
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One finding. `remedy` is empty where nothing needs to be done."""
-
-    name: str
-    status: Status
-    detail: str
-    remedy: str = ""
-    required: bool = False
-    """The daemon does not run without it."""
-
-
-Check = Callable[[], Iterable[Row]]
 
 
 def examine(checks: Sequence[tuple[str, Check]]) -> tuple[Row, ...]:

@@ -19,9 +19,8 @@ from pathlib import Path
 
 from ..errors import CommandError, LayoutError
 from ..rpc import client
-from ..sandboxes.cgroups.driver import CgroupDriver
-from ..sandboxes.cgroups.layout import Hierarchy, LayoutKind
-from .doctor import Check, Row, Status
+from ..sandboxes.cgroups import CgroupDriver, Hierarchy, LayoutKind
+from .finding import Check, Row, Status
 
 PSI_TRIGGER = b"some 150000 2000000\0"
 """Windows that are multiples of 2 s are the ones that need no CAP_SYS_RESOURCE."""

@@ -340,7 +340,7 @@ def _add_release(commands: Commands) -> None:
 
 
 def _release(arguments: argparse.Namespace) -> int:
-    from ..enforce import release
+    from . import release
 
     for line in release.release(arguments.socket, arguments.state_dir, arguments.cgroup_base):
         print(line)

@@ -6,16 +6,23 @@ Owns the agent's few calls. Every one is short and fails open: an agent works on
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import grpc
 
 from ..api.v1 import policy_pb2, policy_pb2_grpc, sandbox_pb2, sandbox_pb2_grpc
 
-if TYPE_CHECKING:
-    from .toolcall import Identity
-
 _TIMEOUT_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who the agent is for the daemon. `socket` None: there is no daemon to ask."""
+
+    tenant: str
+    name: str
+    session: str
+    socket: str | None
 
 
 def _channel(socket: str) -> grpc.Channel:

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...policies.model import ToolCallSource
+from . import hearsay
+from .hearsay import Identity
 from .plan import Step
 from .sample import git_environment
 
@@ -47,16 +49,6 @@ class ToolResult:
         if self.signal is not None:
             return f"killed by {signal.Signals(self.signal).name}"
         return f"exit code {self.exit_code}"
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """Who the agent is for the daemon. `socket` None: there is no daemon to ask."""
-
-    tenant: str
-    name: str
-    session: str
-    socket: str | None
 
 
 class ToolRunner:
@@ -119,7 +111,6 @@ class ToolRunner:
         """Tell the daemon that a call begins; its id, or None where nobody listens (the call runs all the same)."""
         if self._identity.socket is None:
             return None
-        from . import hearsay
 
         command = " ".join(step.command)
         return hearsay.begin(self._identity.socket, self._identity, command, f"{os.getpid()}-{self._count}")
@@ -128,7 +119,6 @@ class ToolRunner:
         """Tell the daemon that an announced call ended, or ask about one that nobody announced: its notice."""
         if self._identity.socket is None:
             return ""
-        from . import hearsay
 
         if announced is not None:
             return hearsay.end(self._identity.socket, announced, exit_code)

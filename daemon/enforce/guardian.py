@@ -23,8 +23,7 @@ from pathlib import Path
 
 from .. import log
 from ..errors import CgroupError, GuardianError, JournalError
-from ..observe.journal.reader import JournalReader
-from ..observe.journal.writer import clear_holds, lock_holder
+from ..observe.journal import JournalReader, clear_holds, lock_holder
 from ..sandboxes.cgroups import CgroupDriver, Effect, Limit
 from ..sandboxes.processes import PROC, boot_id, identify
 from .holds import LIMITS, Hold, continue_stopped, undo

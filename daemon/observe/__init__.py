@@ -1,4 +1,6 @@
 """What is seen and remembered: samplers, counts, recent history, Prometheus, the journal.
 
-Must not: change anything in the world; sources only emit events.
+Owns: how often to look, and what is kept of it. Must not: change anything in the world; sources only emit events.
+
+Seen from outside: `history`, `journal`, `kernel`, `metrics`, `recording`, `sources`, `tallies`.
 """

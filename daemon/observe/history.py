@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ...policies.actions import Decision, Outcome, OutcomeStatus, SetTenantWeight
 from ...policies.events import DecisionMade, Event, OutcomeObserved, ProcessesGone, SandboxRegistered, ToolCallEnded
 from ...policies.model import CgroupId, DecisionId, SessionId, TenantId, ToolCall, ToolCallId
-from ...policies.state.state import State
+from ...policies.state import State
 
 DECISIONS = 10_000
 TOOL_CALLS = 10_000

@@ -21,7 +21,7 @@ from ...policies.events import (
     ToolCallStarted,
 )
 from ...policies.model import NS_PER_S, DecisionId
-from ...policies.state.state import State
+from ...policies.state import State
 
 OTHER = "other"
 KINDS = 32

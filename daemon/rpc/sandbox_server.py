@@ -11,7 +11,7 @@ from ...ebpf.errors import EbpfError
 from ...policies.actions import Grant, Kill, OutcomeStatus, Throttle, Wait
 from ...policies.events import Event, IntentDeclared
 from ...policies.model import MIB, NS_PER_S, Sandbox, SessionId, TenantId, ToolCall, ToolCallId
-from ...policies.state.state import State
+from ...policies.state import State
 from ..api.v1 import sandbox_pb2 as pb
 from ..api.v1 import sandbox_pb2_grpc
 from ..errors import CgroupError

@@ -1,4 +1,6 @@
 """Sandboxes and the tool calls in them: processes, cgroups, tags.
 
 Owns: who is in which cgroup under which tag. Must not: apply policy, or hold anything back (enforce/).
+
+Seen from outside: `cgroups`, `keeper`, `processes`, `tool_calls`.
 """

@@ -12,7 +12,7 @@ from equipoise.policies.actions import Decision, Grant, Outcome, OutcomeStatus, 
 from equipoise.policies.events import Event, OutcomeObserved, SandboxRegistered
 from equipoise.policies.model import MIB, ToolCallPhase
 from equipoise.policies.policy import Policy
-from equipoise.policies.state.state import State
+from equipoise.policies.state import State
 from equipoise.tests.policies.facts import host_sampled, ns, policy, reached, sandbox, started, stepped, the_call
 
 

@@ -46,7 +46,7 @@ from equipoise.policies.model import (
 )
 from equipoise.policies.policy import Budget, MemoryPolicy, Policy
 from equipoise.policies.snapshot import Snapshot
-from equipoise.policies.state.state import State
+from equipoise.policies.state import State
 
 EVERY_DIRECTIVE = frozenset({"set_tenant_weight", "swap_out", "swap_in", "retain", "drop", "set_host_tier_capacity"})
 ENGINE = EngineId("e1")

@@ -1,9 +1,15 @@
-"""The journal: SQLite in WAL mode, one writer (the daemon), any number of readers."""
+"""The journal: SQLite in WAL mode, one writer (the daemon), any number of readers.
+
+Owns: the file, its tables and the facts as they lie there. Must not: undo a hold (enforce/ does).
+
+Seen from outside: `Hold`, `HoldCause`, `HoldKind`, `Journal`, `JournalReader`, `Sample`, `Series`, `clear_holds`,
+`lock_holder`.
+"""
 
 from __future__ import annotations
 
 from .reader import JournalReader
 from .records import Loss, Run, Sample, Series, Turn
-from .writer import Journal, lock_holder
+from .writer import Journal, clear_holds, lock_holder
 
-__all__ = ["Journal", "JournalReader", "Loss", "Run", "Sample", "Series", "Turn", "lock_holder"]
+__all__ = ["Journal", "JournalReader", "Loss", "Run", "Sample", "Series", "Turn", "clear_holds", "lock_holder"]

@@ -1,4 +1,10 @@
-"""Cgroups of either layout: detect, make, limit, freeze, kill, measure. `CgroupDriver.open()` is the way in."""
+"""Cgroups of either layout: detect, make, limit, freeze, kill, measure. `CgroupDriver.open()` is the way in.
+
+Owns: the paths and files of each hierarchy. Must not: know what a tool call is worth, or record what it does.
+
+Seen from outside: `Applied`, `CgroupDriver`, `Effect`, `Hierarchy`, `LayoutKind`, `Limit`, `SandboxCgroup`, `files`,
+`parse_pressure`, `sweep`.
+"""
 
 from __future__ import annotations
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 from equipoise.daemon.cli import doctor, doctor_checks
-from equipoise.daemon.cli.doctor import Row, Status, examine, fit
+from equipoise.daemon.cli.doctor import examine, fit
+from equipoise.daemon.cli.finding import Row, Status
 from equipoise.tests.fixtures.daemon_server import DaemonServer
 from rich.console import Console
 

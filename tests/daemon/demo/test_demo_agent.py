@@ -15,8 +15,9 @@ from equipoise.daemon.api.v1 import policy_pb2, sandbox_pb2
 from equipoise.daemon.demo import agent as agent_module
 from equipoise.daemon.demo.agent import AgentLog, Conversation, observation, run_plan
 from equipoise.daemon.demo.chat import ChatError, Message, ask
+from equipoise.daemon.demo.hearsay import Identity
 from equipoise.daemon.demo.plan import PLANS, Plan, Step, plan_named
-from equipoise.daemon.demo.toolcall import Identity, ToolResult, ToolRunner
+from equipoise.daemon.demo.toolcall import ToolResult, ToolRunner
 from equipoise.policies.model import ToolCallSource
 from equipoise.tests.fixtures.daemon_server import DaemonServer
 

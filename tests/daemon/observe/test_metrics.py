@@ -42,7 +42,7 @@ from equipoise.policies.model import (
     ToolCallSource,
 )
 from equipoise.policies.snapshot import Snapshot
-from equipoise.policies.state.state import State
+from equipoise.policies.state import State
 from prometheus_client.parser import text_string_to_metric_families
 
 GOLD = TenantId("gold")

@@ -39,7 +39,7 @@ from equipoise.policies.events import (
     TurnEnded,
 )
 from equipoise.policies.model import MIB, CgroupId, DecisionId, FinishReason, KvTier, TenantId, ToolCallId, Verdict
-from equipoise.policies.state.state import State
+from equipoise.policies.state import State
 from equipoise.tests.policies.facts import (
     ENGINE,
     call,

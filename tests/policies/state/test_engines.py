@@ -36,7 +36,7 @@ from equipoise.policies.model import (
     TenantId,
     Verdict,
 )
-from equipoise.policies.state.state import State
+from equipoise.policies.state import State
 from equipoise.tests.policies.facts import (
     ENGINE,
     came_of_it,

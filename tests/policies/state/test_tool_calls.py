@@ -28,7 +28,7 @@ from equipoise.policies.model import (
     ToolCallPhase,
     ToolCallSource,
 )
-from equipoise.policies.state.state import REMEMBER_NS, State
+from equipoise.policies.state import REMEMBER_NS, State
 from equipoise.tests.policies.facts import (
     came_of_it,
     carry_out,

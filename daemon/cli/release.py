@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from ..enforce.guardian import Release
+from ..enforce.guardian import release as undo_all
 from ..errors import CgroupError, CommandError
 from ..rpc import client
 from ..sandboxes.cgroups import CgroupDriver
-from .guardian import Release
-from .guardian import release as undo_all
 
 JOURNAL_NAME = "journal.sqlite"
 
