@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import IO
 
 from .chat import ChatError, Message, Turn, ask
+from .hearsay import Identity
 from .plan import Plan, Step, plan_named
-from .toolcall import Identity, ToolResult, ToolRunner
+from .toolcall import ToolResult, ToolRunner
 
 MAX_OUTPUT_TOKENS = 24
 _OUTPUT_CHARS = 340
