@@ -53,12 +53,13 @@ from .enforce import fallback_budget
 from .enforce.actuator import Actuator, Budgets
 from .enforce.fallback_budget import FallbackBudget
 from .enforce.guardian import Guardian, release
-from .enforce.holds import HoldCause, HoldKind, Holds
+from .enforce.holds import Holds
 from .engine_process import EngineConfig, EngineProcess
 from .errors import CgroupError, GuardianError, ListenError
 from .loop import Loop
 from .observe.history import History
 from .observe.journal import Journal
+from .observe.journal.hold import HoldCause, HoldKind
 from .observe.metrics import MetricsFacts, MetricsServer
 from .observe.samples import samples_of
 from .observe.sources import HostSampler, SandboxSampler, Source

@@ -31,10 +31,11 @@ from ...policies.events import BudgetLevel, BudgetReached
 from ...policies.model import MIB, NS_PER_S, DecisionId, ToolCallId
 from .. import log
 from ..errors import JournalError
+from ..observe.journal.hold import Hold, HoldCause, HoldKind
 from ..sandboxes import processes
 from ..sandboxes.cgroups import Applied, CgroupDriver, Effect, Limit
 from ..sandboxes.processes import PROC, SIGNAL_TIER, ProcessRef
-from .holds import Hold, HoldCause, HoldKind, Holds, undo
+from .holds import Holds, undo
 
 LONGEST_HOLD_NS = 120 * NS_PER_S
 """No hold lasts longer, whatever an action says: memory.high below a working set stalls for good without swap."""

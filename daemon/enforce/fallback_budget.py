@@ -19,11 +19,12 @@ from ...policies.events import BudgetLevel, BudgetReached, Event, ProcessesGone,
 from ...policies.model import MIB, ToolCallId
 from .. import log
 from ..errors import JournalError
+from ..observe.journal.hold import Hold, HoldCause, HoldKind
 from ..sandboxes import processes
 from ..sandboxes.cgroups import CgroupDriver, Effect
 from ..sandboxes.processes import PROC, ProcessRef
 from .actuator import UNANSWERED_NS
-from .holds import Hold, HoldCause, HoldKind, Holds
+from .holds import Holds
 
 TIER = "user-space poll"
 INTERVAL_S = 0.05

@@ -23,11 +23,12 @@ from pathlib import Path
 
 from .. import log
 from ..errors import CgroupError, GuardianError, JournalError
+from ..observe.journal.hold import LIMITS, Hold
 from ..observe.journal.reader import JournalReader
 from ..observe.journal.writer import clear_holds, lock_holder
 from ..sandboxes.cgroups import CgroupDriver, Effect, Limit
 from ..sandboxes.processes import PROC, boot_id, identify
-from .holds import LIMITS, Hold, continue_stopped, undo
+from .holds import continue_stopped, undo
 
 _READY = b"ready\n"
 _START_TIMEOUT_S = 30.0

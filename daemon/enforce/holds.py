@@ -1,6 +1,6 @@
 """What is being held back, and how to undo it from the record alone.
 
-Owns the fact `Hold`, `undo`, and the list of what is held now. A hold is written to the journal before anything is
+Owns `undo` and the list of what is held now. A hold is written to the journal before anything is
 done, so that whoever comes after a `kill -9` of the daemon (the guardian, the next start, `equipoise release`) can
 undo it without knowing why it was.
 """
@@ -9,78 +9,16 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Protocol
 
-from ...policies.model import DecisionId, ToolCallId
+from ...policies.model import ToolCallId
 from .. import log
 from ..errors import JournalError
+from ..observe.journal.hold import LIMITS, Hold, HoldCause, HoldKind
 from ..sandboxes import processes
-from ..sandboxes.cgroups import Applied, CgroupDriver, Effect, Limit
+from ..sandboxes.cgroups import Applied, CgroupDriver, Effect
 from ..sandboxes.processes import PROC, SIGNAL_TIER, ProcessRef
-
-
-class HoldKind(Enum):
-    MEMORY_HIGH = "memory.high"
-    CPU_QUOTA = "cpu quota"
-    FREEZE = "freeze"
-    """A frozen cgroup."""
-    STOP = "stop"
-    """A process stopped by SIGSTOP."""
-    ARMED = "armed"
-    """The kernel may stop processes of this cgroup at a budget. Holds nothing back by itself, so it never expires;
-    undoing it continues whatever is stopped there."""
-
-
-class HoldCause(Enum):
-    THROTTLE = "throttle"
-    FREEZE = "freeze"
-    BUDGET = "budget"
-    """Stopped at its hard budget: until a grant, a kill, or the end of its wait."""
-
-
-LIMITS = {HoldKind.MEMORY_HIGH: Limit.MEMORY_HIGH, HoldKind.CPU_QUOTA: Limit.CPU_QUOTA}
-"""The kinds of hold that are limits."""
-
-
-@dataclass(frozen=True, slots=True)
-class Hold:
-    """One thing that is held back.
-
-    Invariants: everything but ARMED expires; STOP names a process, the others a cgroup; a limit knows its old text.
-    """
-
-    kind: HoldKind
-    cause: HoldCause
-    at_ns: int
-    expires_ns: int | None
-    tool_call: ToolCallId | None = None
-    decision: DecisionId | None = None
-    path: str | None = None
-    """Of the cgroup, relative to the hierarchy's root."""
-    process: ProcessRef | None = None
-    restore: str | None = None
-    """The limit as it was."""
-    id: int | None = None
-    """Given by the journal; None: not written yet."""
-
-    def __post_init__(self) -> None:
-        if (self.expires_ns is None) != (self.kind is HoldKind.ARMED):
-            raise ValueError(f"a hold of kind {self.kind.value} with expires_ns={self.expires_ns}")
-        if (self.process is None) == (self.kind is HoldKind.STOP) or (self.path is None) != (self.process is not None):
-            raise ValueError(f"a hold of kind {self.kind.value} on path={self.path} process={self.process}")
-        if (self.restore is None) == (self.kind in LIMITS):
-            raise ValueError(f"a hold of kind {self.kind.value} with restore={self.restore}")
-
-    @property
-    def target(self) -> str:
-        return self.path if self.path is not None else f"pid {self.process.pid if self.process else '?'}"
-
-    def same_target(self, other: Hold) -> bool:
-        """Whether undoing one would undo the other."""
-        return self.kind is other.kind and self.path == other.path and self.process == other.process
 
 
 def undo(hold: Hold, driver: CgroupDriver | None, proc_root: Path = PROC) -> Applied:

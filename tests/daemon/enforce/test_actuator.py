@@ -11,8 +11,9 @@ from tempfile import TemporaryDirectory
 
 import pytest
 from equipoise.daemon.enforce.actuator import LONGEST_HOLD_NS, UNANSWERED_NS, WAIT_GRACE_NS, Actuator
-from equipoise.daemon.enforce.holds import Hold, HoldCause, HoldKind, Holds
+from equipoise.daemon.enforce.holds import Holds
 from equipoise.daemon.errors import JournalError
+from equipoise.daemon.observe.journal.hold import Hold, HoldCause, HoldKind
 from equipoise.daemon.sandboxes import processes
 from equipoise.daemon.sandboxes.cgroups import CgroupDriver
 from equipoise.daemon.sandboxes.processes import ProcessRef

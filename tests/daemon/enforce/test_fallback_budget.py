@@ -8,8 +8,9 @@ import time
 import pytest
 from equipoise.daemon.enforce.actuator import Actuator
 from equipoise.daemon.enforce.fallback_budget import TIER, FallbackBudget
-from equipoise.daemon.enforce.holds import HoldCause, HoldKind, Holds
+from equipoise.daemon.enforce.holds import Holds
 from equipoise.daemon.observe.journal import Journal
+from equipoise.daemon.observe.journal.hold import HoldCause, HoldKind
 from equipoise.daemon.sandboxes import processes
 from equipoise.daemon.sandboxes.cgroups import CgroupDriver
 from equipoise.policies.actions import Decision, Grant, Kill, OutcomeStatus, ToolCallAction

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 from equipoise.daemon.enforce.guardian import Guardian, release
-from equipoise.daemon.enforce.holds import Hold, HoldCause, HoldKind
 from equipoise.daemon.observe.journal import Journal, JournalReader
+from equipoise.daemon.observe.journal.hold import Hold, HoldCause, HoldKind
 from equipoise.daemon.sandboxes import processes
 from equipoise.daemon.sandboxes.cgroups import CgroupDriver, Limit
 from equipoise.daemon.sandboxes.processes import ProcessRef, boot_id

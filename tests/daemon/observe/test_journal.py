@@ -11,10 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from equipoise.daemon.enforce.holds import Hold, HoldCause, HoldKind
 from equipoise.daemon.errors import JournalError
 from equipoise.daemon.observe.journal import Journal, JournalReader, Loss, Sample, Series, Turn, lock_holder, schema
 from equipoise.daemon.observe.journal import writer as writer_module
+from equipoise.daemon.observe.journal.hold import Hold, HoldCause, HoldKind
 from equipoise.daemon.sandboxes.processes import ProcessRef, boot_id
 from equipoise.policies.accounting import TurnCost
 from equipoise.policies.actions import (
@@ -155,7 +155,7 @@ def test_a_hold_is_on_disk_before_take_returns_and_outlives_the_process(tmp_path
 import os, signal
 from pathlib import Path
 from equipoise.daemon.observe.journal import Journal
-from equipoise.daemon.enforce.holds import Hold, HoldKind, HoldCause
+from equipoise.daemon.observe.journal.hold import Hold, HoldKind, HoldCause
 from equipoise.daemon.sandboxes.processes import ProcessRef, boot_id
 j = Journal.open(Path({str(path)!r}), boot_id=boot_id(), started_ns=1)
 j.take([Hold(HoldKind.STOP, HoldCause.FREEZE, 1, 100, process=ProcessRef(7, 8))])
