@@ -50,10 +50,11 @@ from ..policies.state.state import State
 from . import log, notify, policy_file
 from .api.v1 import policy_pb2, policy_pb2_grpc, sandbox_pb2, sandbox_pb2_grpc
 from .enforce import fallback_budget
-from .enforce.actuator import Actuator, Budgets
+from .enforce.actuator import Actuator
 from .enforce.fallback_budget import FallbackBudget
 from .enforce.guardian import Guardian, release
 from .enforce.holds import Holds
+from .enforce.targets import Budgets
 from .engine_process import EngineConfig, EngineProcess
 from .errors import CgroupError, GuardianError, ListenError
 from .loop import Loop

@@ -1,13 +1,12 @@
-"""What is being held back, and how to undo it from the record alone.
+"""What is being held back by this daemon.
 
-Owns `undo` and the list of what is held now. A hold is written to the journal before anything is
+Owns the list of what is held now, and the seam to where it is written down. A hold is written down before anything is
 done, so that whoever comes after a `kill -9` of the daemon (the guardian, the next start, `equipoise release`) can
-undo it without knowing why it was.
+undo it without knowing why it was. Must not: know how a kind of hold is undone (rungs.py).
 """
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -15,40 +14,10 @@ from typing import Protocol
 from ...policies.model import ToolCallId
 from .. import log
 from ..errors import JournalError
-from ..observe.journal.hold import LIMITS, Hold, HoldCause, HoldKind
-from ..sandboxes import processes
+from ..observe.journal.hold import Hold, HoldCause
 from ..sandboxes.cgroups import Applied, CgroupDriver, Effect
-from ..sandboxes.processes import PROC, SIGNAL_TIER, ProcessRef
-
-
-def undo(hold: Hold, driver: CgroupDriver | None, proc_root: Path = PROC) -> Applied:
-    """Take one hold back. Idempotent; GONE where its cgroup or process is. Never raises OSError."""
-    if hold.kind is HoldKind.STOP:
-        assert hold.process is not None
-        return processes.send(hold.process, signal.SIGCONT, proc_root)
-    assert hold.path is not None
-    if driver is None:
-        return Applied(Effect.FAILED, hold.kind.value, f"{hold.path}: no cgroups can be reached from here")
-    match hold.kind:
-        case HoldKind.MEMORY_HIGH | HoldKind.CPU_QUOTA:
-            return driver.restore(hold.path, LIMITS[hold.kind], hold.restore or "max")
-        case HoldKind.FREEZE:
-            return driver.thaw(hold.path)
-        case HoldKind.ARMED:
-            return continue_stopped(driver.processes(hold.path), proc_root)
-
-
-def continue_stopped(pids: tuple[int, ...], proc_root: Path = PROC) -> Applied:
-    """SIGCONT to those that are stopped. `count` is how many were."""
-    continued, failed = 0, ""
-    for pid in pids:
-        found = processes.stat(pid, proc_root)
-        if found is None or not found.stopped:
-            continue
-        result = processes.send(ProcessRef(pid, found.start_ticks), signal.SIGCONT, proc_root)
-        continued += result.count
-        failed = failed or (result.detail if result.effect is Effect.FAILED else "")
-    return Applied(Effect.FAILED if failed else Effect.DONE, SIGNAL_TIER, failed, continued)
+from ..sandboxes.processes import PROC
+from . import rungs
 
 
 class HoldBook(Protocol):
@@ -107,7 +76,7 @@ class Holds:
         undone = []
         for hold in holds:
             others = [h for h in self._held.values() if h.id != hold.id and h.same_target(hold)]
-            result = Applied(Effect.DONE, "", "held on") if others else undo(hold, self._driver, self._proc_root)
+            result = Applied(Effect.DONE, "", "held on") if others else rungs.undo(hold, self._driver, self._proc_root)
             if result.effect is not Effect.FAILED:
                 self._held.pop(_id(hold), None)
             undone.append((hold, result))
