@@ -54,8 +54,8 @@ def test_a_record_that_no_rung_here_can_read_is_a_failure_and_the_others_are_und
     child = spawn()
     ref = processes.identify(child.pid)
     assert ref is not None
-    later = HoldKind("pin", Needs())
-    journal.take([Hold(later, HoldCause("pin"), 1, SOON_NS, path="a/b")])
+    later = HoldKind("of 2049", Needs())
+    journal.take([Hold(later, HoldCause("of 2049"), 1, SOON_NS, path="a/b")])
     journal.take([Hold(HoldKind("stop"), freeze.CAUSE, 1, SOON_NS, path="names no process")])
     journal.take([Hold(stop.STOP, freeze.CAUSE, 1, SOON_NS, process=ref)])
     os.kill(child.pid, signal.SIGSTOP)
@@ -63,7 +63,7 @@ def test_a_record_that_no_rung_here_can_read_is_a_failure_and_the_others_are_und
     result = release(journal.path, None)
     assert result.undone_count == 1 and eventually(lambda: not stopped(ref))
     assert result.failed == (
-        "a/b: no rung here undoes 'pin'",
+        "a/b: no rung here undoes 'of 2049'",
         "a hold of kind stop on path=names no process process=None",
     )
     assert [h.kind for h in journal.held()] == [later, "stop"]
