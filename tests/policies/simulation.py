@@ -66,7 +66,7 @@ from equipoise.policies.model import (
     ToolCallSource,
 )
 from equipoise.policies.policy import Policy
-from equipoise.policies.state.state import State
+from equipoise.policies.state import State
 from equipoise.tests.policies.laws import decide_lawfully
 
 TICK_NS = NS_PER_S // 10

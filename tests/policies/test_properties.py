@@ -51,7 +51,7 @@ from equipoise.policies.model import (
     ToolCallSource,
 )
 from equipoise.policies.policy import Budget, MemoryPolicy, Policy
-from equipoise.policies.state.state import State
+from equipoise.policies.state import State
 from equipoise.tests.policies.facts import engine, observed, policy, sandbox, session, started, stepped
 from equipoise.tests.policies.laws import decide_lawfully
 from hypothesis import given, settings
