@@ -16,21 +16,19 @@ from collections.abc import Callable
 import grpc
 import grpc.aio
 
+from ..policies.model import CostModel, EngineTotals, KvTier, SessionId, TenantId
 from . import directives as ask
 from .api.v1 import engine_pb2 as pb
 from .api.v1 import engine_pb2_grpc
 from .directives import Directive, Outcome, OutcomeStatus, PreemptMode
 from .engine.engine import Engine
-from .engine.schedule.sequence import SessionId, TenantId, Tier
 from .messages import FINISH_REASON_TO_PB, KV_TIER, KV_TIER_TO_PB, SESSION_PHASE_TO_PB, turn_cost_message
 from .reports import (
-    CostFigures,
     EngineFacts,
     Occupancy,
     Reported,
     SessionKv,
     SessionMoved,
-    Totals,
     TurnEnded,
     TurnPreempted,
     TurnStarted,
@@ -143,7 +141,7 @@ def directive_from(message: pb.EngineDirective, now_ns: int) -> Directive | None
             mode = PreemptMode.SWAP if swap else PreemptMode.RECOMPUTE
             return ask.Preempt(directive_id=name, deadline_ns=deadline_ns, session_id=session_id, mode=mode)
         case "swap_out":
-            tier = KV_TIER.get(body.tier, Tier.HOST)
+            tier = KV_TIER.get(body.tier, KvTier.HOST)
             return ask.SwapOut(directive_id=name, deadline_ns=deadline_ns, session_id=session_id, tier=tier)
         case "swap_in":
             return ask.SwapIn(directive_id=name, deadline_ns=deadline_ns, session_id=session_id)
@@ -269,7 +267,7 @@ def _session(session: SessionKv) -> pb.SessionKv:
     )
 
 
-def _totals(totals: Totals) -> pb.EngineTotals:
+def _totals(totals: EngineTotals) -> pb.EngineTotals:
     return pb.EngineTotals(
         prefill_tokens=totals.prefill_tokens,
         decode_tokens=totals.decode_tokens,
@@ -285,7 +283,7 @@ def _totals(totals: Totals) -> pb.EngineTotals:
     )
 
 
-def _cost(cost: CostFigures) -> pb.CostModel:
+def _cost(cost: CostModel) -> pb.CostModel:
     return pb.CostModel(
         prefill_seconds_per_token=cost.prefill_seconds_per_token,
         prefill_seconds_per_token2=cost.prefill_seconds_per_token2,

@@ -29,8 +29,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ...reports import CostFigures
 from .admission import OutputLengths, peak_tokens
+from .cost_figures import CostFigures
 from .ledger import Ledger
 from .placement import Donor, Placement, Reach
 from .plan import PreemptedTurn, Slice, StepPlan

@@ -7,8 +7,8 @@ import time
 import pytest
 from equipoise.gpuctl.engine.compute.runner import BatchSlice, ContextMode
 from equipoise.gpuctl.engine.cost import _solve, fit, load_or_fit
+from equipoise.gpuctl.engine.schedule.cost_figures import CostFigures
 from equipoise.gpuctl.engine.schedule.sequence import Slot
-from equipoise.gpuctl.reports import CostFigures
 from equipoise.gpuctl.tiers import disk_bytes_per_second, disk_free_bytes, host_available_bytes
 from equipoise.tests.gpuctl.engine.driving import Driven
 

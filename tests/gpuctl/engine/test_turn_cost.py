@@ -14,10 +14,11 @@ from equipoise.gpuctl.engine.compute import llama
 from equipoise.gpuctl.engine.cost import fit, gamma_of_gpus
 from equipoise.gpuctl.engine.metrics import page
 from equipoise.gpuctl.engine.openai import wire
+from equipoise.gpuctl.engine.schedule.cost_figures import CostFigures
 from equipoise.gpuctl.engine.schedule.sequence import SessionId, TenantId, TurnFinished, TurnRequest
 from equipoise.gpuctl.engine.turn_cost import READING_PERIOD_NS
 from equipoise.gpuctl.nvml import NvmlAbsence
-from equipoise.gpuctl.reports import CostFigures, TurnEnded
+from equipoise.gpuctl.reports import TurnEnded
 from equipoise.policies.accounting import Gamma, GammaSource, ModelShape, SessionCost
 from equipoise.tests.gpuctl.engine.asking import Asked
 from equipoise.tests.gpuctl.engine.driving import SECOND, Driven, Turn
