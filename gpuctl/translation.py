@@ -70,20 +70,26 @@ class Enumeration(Generic[E]):
         """
         self.kind = kind
         self.descriptor = enum.DESCRIPTOR
-        self._unknown = unknown
         prefix = self.descriptor.values_by_number[0].name.removesuffix("UNSPECIFIED")
         theirs = {value.name.removeprefix(prefix): value.number for value in self.descriptor.values if value.number}
         ours = {member.name: member for member in kind if member not in set(here)}
         if odd := sorted(theirs.keys() ^ ours.keys()):
             raise TypeError(f"{kind.__name__} and {self.descriptor.full_name}: only one of them has {', '.join(odd)}")
-        self.number: dict[E, int] = {member: theirs[name] for name, member in ours.items()}
-        self._member = {number: member for member, number in self.number.items()}
+        numbers = {member: theirs[name] for name, member in ours.items()}
+        members = _OrElse({number: member for member, number in numbers.items()}, unknown)
+        self.encode: Callable[[E], int] = numbers.__getitem__
+        self.decode: Callable[[int], E] = members.__getitem__
 
-    def encode(self, member: E) -> int:
-        return self.number[member]
 
-    def decode(self, number: int) -> E:
-        return self._member.get(number, self._unknown)
+class _OrElse(dict[int, Any]):
+    """A dict that answers one value for every key it lacks, and none of it in Python for those it has."""
+
+    def __init__(self, known: dict[int, Any], otherwise: object) -> None:
+        super().__init__(known)
+        self._otherwise = otherwise
+
+    def __missing__(self, key: int) -> object:
+        return self._otherwise
 
 
 class Translation(Generic[T, M]):
@@ -107,11 +113,9 @@ class Translation(Generic[T, M]):
         self.kind = kind
         self.message = message
         self.descriptor = cast(Descriptor, message.DESCRIPTOR)
-        pairs = self._pairs(renamed, frozenset(here), None if there is None else frozenset(there))
+        pairs = self._paired(renamed, frozenset(here), None if there is None else frozenset(there))
         self.there = frozenset(pairs.values())
-        self._message_names = tuple(pairs.values())
-        self._read_ours, self._read_theirs = _reader(tuple(pairs)), _reader(self._message_names)
-        self._names = tuple(pairs)
+        self._names = tuple(pairs.items())
         self._encoders: list[tuple[str, _Convert]] = []
         self._decoders: list[tuple[str, str | None, _Convert | None]] = []
         crossings = {(each.kind, each.descriptor.full_name): each for each in using}
@@ -127,7 +131,7 @@ class Translation(Generic[T, M]):
             if presence or decode is not None:
                 self._decoders.append((ours, theirs if presence else None, decode))
 
-    def _pairs(self, renamed: Mapping[str, str], here: frozenset[str], there: frozenset[str] | None) -> dict[str, str]:
+    def _paired(self, renamed: Mapping[str, str], here: frozenset[str], there: frozenset[str] | None) -> dict[str, str]:
         """Message names by dataclass name."""
         name, full_name = self.kind.__name__, self.descriptor.full_name
         ours = [field.name for field in dataclasses.fields(self.kind)]  # type: ignore[arg-type]  # T is a dataclass
@@ -148,14 +152,15 @@ class Translation(Generic[T, M]):
 
     def encode(self, value: T, **beside: Any) -> M:
         """The message; `beside` are fields that only it has."""
-        fields = dict(zip(self._message_names, self._read_ours(value), strict=True))
+        fields = {theirs: getattr(value, ours) for ours, theirs in self._names}
         for name, encode in self._encoders:
             fields[name] = encode(fields[name])
-        return self.message(**fields, **beside)
+        fields.update(beside)
+        return self.message(**fields)
 
     def decode(self, message: M, **given: Any) -> T:
         """The value; `given` are fields that only it has, and those that are to be other than the message says."""
-        fields = dict(zip(self._names, self._read_theirs(message), strict=True))
+        fields = {ours: getattr(message, theirs) for ours, theirs in self._names}
         for name, presence, decode in self._decoders:
             if presence is not None and not message.HasField(presence):
                 fields[name] = None
@@ -316,10 +321,3 @@ def _hints(kind: type, names: Iterable[str]) -> dict[str, Any]:
         holder = types.SimpleNamespace(__annotations__=told)
         hints |= get_type_hints(holder, globalns=vars(sys.modules[base.__module__]))
     return hints
-
-
-def _reader(names: tuple[str, ...]) -> Callable[[Any], tuple[Any, ...]]:
-    """All these attributes at once; a plain attrgetter of one name answers no tuple."""
-    if len(names) > 1:
-        return attrgetter(*names)
-    return lambda value: tuple(getattr(value, name) for name in names)
