@@ -2,7 +2,11 @@
 
 Owns: the thread, how a turn ends, and what becomes of all turns when the loop does. Everything that touches the
 scheduler, the books or llama.cpp happens on this thread at a step border. Must not: choose (scheduler.py) or speak HTTP
-or gRPC (http.py, client.py); both reach it through `submit`, `cancel`, `direct` and `listen`, safe from any thread.
+or gRPC (openai/http.py, ../client.py); both reach it through `submit`, `cancel`, `direct` and `listen`, safe from any
+thread.
+
+Longer than most: more than half of it puts the parts together and is the doors from other threads, short but many; what
+a step does is in the parts (stepper.py, intake.py, tiers/mover.py, peer/).
 """
 
 from __future__ import annotations

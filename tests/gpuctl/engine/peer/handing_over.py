@@ -39,7 +39,7 @@ def over_the_wire(chunk: KvChunk, driven: Driven) -> KvChunk:
 
 
 class HandingOver:
-    """One hand-over between two driven engines, stage by stage, as peer.py makes them."""
+    """One hand-over between two driven engines, stage by stage, as the rpc ends make them."""
 
     def __init__(self, giver: Driven, taker: Driven, session: str) -> None:
         self.a, self.b = giver, taker
@@ -99,7 +99,7 @@ class HandingOver:
         self.check()
 
     def relay(self) -> None:
-        """What peer.py does with the tokens that have come."""
+        """What giving_rpc.py does with the tokens that have come."""
         live, session = self.giving.live, self.giving.session
         assert live is not None
         assert session is not None
