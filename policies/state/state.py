@@ -35,6 +35,7 @@ from ..events import (
     BudgetChanged,
     BudgetLevel,
     BudgetReached,
+    ConnectionOpened,
     DecisionMade,
     EngineAttached,
     EngineDetached,
@@ -144,6 +145,8 @@ class State:
                 self._host_sampled(event)
             case ToolCallStarted():
                 self._tool_call_started(event)
+            case ConnectionOpened():
+                pass  # taken in without effect
             case ToolCallAttributed():
                 self._attributed(event)
             case ToolCallMerged():
