@@ -5,13 +5,14 @@ tests/ebpf/test_abi.py compares every struct with the compiled object's BTF. Tim
 
 from __future__ import annotations
 
-from ctypes import Structure, c_char, c_int64, c_uint32, c_uint64
+from ctypes import Structure, c_char, c_int64, c_uint8, c_uint16, c_uint32, c_uint64
 from enum import IntEnum
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 COMM_BYTES = 16
 FILENAME_BYTES = 128
-ARGV_BYTES = 256
+ARGV_BYTES = 1024
+ADDRESS_BYTES = 16
 TOOL_OWN_MEMCG = 1
 
 
@@ -28,9 +29,10 @@ class EventKind(IntEnum):
     HARD_BUDGET = 5
     TOOL_EXIT = 6
     TOOL_GONE = 7
+    CONNECTION = 8
 
 
-EVENT_KIND_COUNT = 8
+EVENT_KIND_COUNT = 9
 
 
 class UntrackedReason(IntEnum):
@@ -66,6 +68,8 @@ class ExecEvent(Structure):
         ("filename_bytes", c_uint32),
         ("argv_bytes", c_uint32),
         ("argv_total_bytes", c_uint32),
+        ("session_id", c_uint32),
+        ("group_id", c_uint32),
         ("padding", c_uint32),
         ("filename", c_char * FILENAME_BYTES),
         ("argv", c_char * ARGV_BYTES),
@@ -97,6 +101,19 @@ class ExitEvent(Structure):
         ("exit_code", c_uint32),
         ("exit_signal", c_uint32),
         ("processes", c_uint32),
+        ("padding", c_uint32),
+    ]
+
+
+class ConnectionEvent(Structure):
+    _fields_ = [
+        ("header", EventHeader),
+        ("family", c_uint32),
+        ("network_namespace", c_uint32),
+        ("local_address", c_uint8 * ADDRESS_BYTES),
+        ("remote_address", c_uint8 * ADDRESS_BYTES),
+        ("local_port", c_uint16),
+        ("remote_port", c_uint16),
         ("padding", c_uint32),
     ]
 
@@ -208,6 +225,7 @@ MIRRORED = {
     "exec_event": ExecEvent,
     "memory_event": MemoryEvent,
     "exit_event": ExitEvent,
+    "connection_event": ConnectionEvent,
     "tool_record": ToolRecord,
     "task_tag": TaskTag,
     "process_record": ProcessRecord,

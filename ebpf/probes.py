@@ -20,7 +20,7 @@ from .libbpf import BpfLink, BpfObject, library
 MIB = 1 << 20
 BTF_PATH = Path("/sys/kernel/btf/vmlinux")
 REQUIRED = ("on_fork", "on_exec", "on_exit", "retag_process")
-"""Without these no tool call can be found or tagged; on_rss_stat alone is optional (lineage without memory)."""
+"""Without these no tool call can be found or tagged. Optional: on_rss_stat (memory), on_connect (who connects)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Tuning:
     """A heartbeat older than this stops nobody."""
     report_child_execs: bool = False
     """Also report the execs inside a tool call."""
-    ring_bytes: int = MIB
+    ring_bytes: int = 4 * MIB
     """Size of the ring buffer: a power of two, at least a page."""
     tool_slots: int = 2048
     """Most tool calls and agents alive at once."""
@@ -68,7 +68,14 @@ class ProbeReport:
 
     @property
     def counts_memory(self) -> bool:
-        return any(p.name == "on_rss_stat" and p.state is ProgramState.ATTACHED for p in self.programs)
+        return self._runs("on_rss_stat")
+
+    @property
+    def sees_connections(self) -> bool:
+        return self._runs("on_connect")
+
+    def _runs(self, name: str) -> bool:
+        return any(p.name == name and p.state is ProgramState.ATTACHED for p in self.programs)
 
 
 def require_kernel() -> None:

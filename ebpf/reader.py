@@ -9,11 +9,13 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
+from ipaddress import IPv6Address
 from typing import TypeVar
 
 from ..policies.events import (
     BudgetLevel,
     BudgetReached,
+    ConnectionOpened,
     Event,
     EventsLost,
     ProcessesGone,
@@ -22,7 +24,7 @@ from ..policies.events import (
     ToolCallStarted,
 )
 from ..policies.model import CgroupId, ToolCallId, ToolCallSource
-from .abi import EventHeader, EventKind, ExecEvent, ExitEvent, MemoryEvent, Role, ToolRecord
+from .abi import ConnectionEvent, EventHeader, EventKind, ExecEvent, ExitEvent, MemoryEvent, Role, ToolRecord
 from .libbpf import BpfMap, RingBuffer, monotonic_ns
 
 LINEAGE_CONFIDENCE = 0.9
@@ -90,6 +92,9 @@ class EventReader:
         if kind is EventKind.TOOL_GONE:
             # Even for an agent: its record can be given to another.
             self._on_gone(header.tag, header.slot)
+        if kind is EventKind.CONNECTION:
+            # Of an agent too: its runtime is what talks to the engine.
+            self._events.append(_connection(_read(ConnectionEvent, data), is_agent=not is_tool))
         if not is_tool:
             return  # what becomes of an agent is seen by whoever registered it
         match kind:
@@ -119,6 +124,8 @@ class EventReader:
                 )
             case EventKind.TOOL_EXIT:
                 self._events.append(_ended(_read(ExitEvent, data)))
+            case EventKind.CONNECTION:
+                pass  # reported above
             case EventKind.TOOL_GONE:
                 self._events.append(ProcessesGone(header.time_ns, ToolCallId(header.tag)))
 
@@ -136,7 +143,32 @@ class EventReader:
             pid=header.tgid,
             soft_bytes=record.soft_bytes if known else 0,
             hard_bytes=record.hard_bytes if known else 0,
+            agent=ToolCallId(header.agent_tag) if header.agent_tag else None,
+            session_leader=event.session_id == header.tgid,
+            group_leader=event.group_id == header.tgid,
         )
+
+
+def _connection(event: ConnectionEvent, *, is_agent: bool) -> ConnectionOpened:
+    header = event.header
+    return ConnectionOpened(
+        at_ns=header.time_ns,
+        sandbox=CgroupId(header.sandbox_id),
+        id=ToolCallId(header.tag),
+        pid=header.tgid,
+        is_agent=is_agent,
+        local_address=address_text(bytes(event.local_address)),
+        local_port=event.local_port,
+        remote_address=address_text(bytes(event.remote_address)),
+        remote_port=event.remote_port,
+        network_namespace=event.network_namespace,
+    )
+
+
+def address_text(packed: bytes) -> str:
+    """16 bytes as people write them: an IPv4 address in dotted form, also where a socket of both families holds it."""
+    address = IPv6Address(packed)
+    return str(address.ipv4_mapped or address)
 
 
 def _ended(event: ExitEvent) -> ToolCallEnded:

@@ -383,6 +383,7 @@ def _found(record: abi.ToolRecord) -> ToolCallStarted:
         pid=record.root_tgid,
         soft_bytes=record.soft_bytes,
         hard_bytes=record.hard_bytes,
+        agent=ToolCallId(record.agent_tag) if record.agent_tag else None,
     )
 
 

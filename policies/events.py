@@ -19,6 +19,7 @@ from .model import (
     EngineTotals,
     FinishReason,
     KvTier,
+    ProcessRole,
     Sandbox,
     Session,
     SessionId,
@@ -87,6 +88,43 @@ class ToolCallStarted:
     """None: the sandbox's own."""
     soft_bytes: int = 0
     hard_bytes: int = 0
+    session_leader: bool = False
+    """It led a terminal session of its own (setsid) when it began."""
+    group_leader: bool = False
+    """Likewise a process group (setpgid)."""
+    agent: ToolCallId | None = None
+    """The kernel's record of the process that forked it: the agent's runtime, its first program, a shell of it."""
+    call_id: str | None = None
+    """By which the conversation, and the agent's own log, know the call."""
+    exempt: bool = False
+    """No budget may stop it: it could be the agent."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionOpened:
+    """A TCP connection that a sandbox's agent or one of its tool calls opened is established."""
+
+    at_ns: int
+    sandbox: CgroupId
+    id: ToolCallId
+    """The tool call whose process called connect(), or the agent's own tag."""
+    pid: int
+    is_agent: bool
+    local_address: str
+    """As the other end sees it, unless something between them translates: "10.0.0.2", "::1"."""
+    local_port: int
+    remote_address: str
+    remote_port: int
+    network_namespace: int
+    """Inode, as in /proc/PID/ns/net: the same address and port can exist in each."""
+
+
+@dataclass(frozen=True, slots=True)
+class RoleObserved:
+    """A process below an agent is taken for something else than a tool call, or is gone."""
+
+    at_ns: int
+    process: ProcessRole
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,6 +329,8 @@ Event = (
     | SandboxSampled
     | HostSampled
     | ToolCallStarted
+    | ConnectionOpened
+    | RoleObserved
     | ToolCallAttributed
     | ToolCallMerged
     | PolicyApplied

@@ -131,6 +131,46 @@ static __always_inline u32 wait_status(struct task_struct *task)
 }
 
 /*
+ * Session and process group, as numbers of the first pid namespace. "signal: Use the same pids array for a process's ids"
+ * (2c4704756cab, 4.19) moved them from the task to its signal_struct; older kernels have no task storage anyway.
+ */
+static __always_inline u32 session_of(struct task_struct *task)
+{
+	return BPF_CORE_READ(task, signal, pids[PIDTYPE_SID], numbers[0].nr);
+}
+
+static __always_inline u32 group_of(struct task_struct *task)
+{
+	return BPF_CORE_READ(task, signal, pids[PIDTYPE_PGID], numbers[0].nr);
+}
+
+/* Inode of the socket's network namespace; 0 where the kernel has no such namespaces. */
+static __always_inline u32 network_namespace_of(const struct sock *sk)
+{
+	if (!bpf_core_field_exists(sk->__sk_common.skc_net.net))
+		return 0;
+	return BPF_CORE_READ(sk, __sk_common.skc_net.net, ns.inum);
+}
+
+/* One end of a socket as an IPv6 address; without CONFIG_IPV6 there are no such fields, and no socket that needs them. */
+static __always_inline void read_address(u8 *to, const struct sock *sk, bool remote)
+{
+	u32 v4;
+
+	if (bpf_core_field_exists(sk->__sk_common.skc_v6_daddr) && BPF_CORE_READ(sk, __sk_common.skc_family) == AF_INET6) {
+		if (remote)
+			BPF_CORE_READ_INTO((u8(*)[16])to, sk, __sk_common.skc_v6_daddr.in6_u.u6_addr8);
+		else
+			BPF_CORE_READ_INTO((u8(*)[16])to, sk, __sk_common.skc_v6_rcv_saddr.in6_u.u6_addr8);
+		return;
+	}
+	v4 = remote ? BPF_CORE_READ(sk, __sk_common.skc_daddr) : BPF_CORE_READ(sk, __sk_common.skc_rcv_saddr);
+	__builtin_memset(to, 0, 10);
+	to[10] = to[11] = 0xff;
+	__builtin_memcpy(to + 12, &v4, sizeof(v4));
+}
+
+/*
  * The task's memory cgroup counter (v1 and v2 alike), or NULL. memory_cgrp_id depends on which controllers the kernel
  * was built with, hence an enum relocation; struct cgroup_subsys_state is the first member of struct mem_cgroup.
  */

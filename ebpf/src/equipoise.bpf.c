@@ -12,6 +12,7 @@
 #include "charge.bpf.h"
 #include "lineage.bpf.c"
 #include "memory.bpf.c"
+#include "connections.bpf.c"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
@@ -20,6 +21,7 @@ union abi {
 	struct exec_event exec;
 	struct memory_event memory;
 	struct exit_event exit;
+	struct connection_event connection;
 	enum event_kind kind;
 	enum role role;
 	enum untracked_reason reason;

@@ -10,10 +10,11 @@
 #ifndef EQUIPOISE_EVENTS_H
 #define EQUIPOISE_EVENTS_H
 
-#define ABI_VERSION 1
+#define ABI_VERSION 2
 #define COMM_BYTES 16
 #define FILENAME_BYTES 128
-#define ARGV_BYTES 256
+#define ARGV_BYTES 1024
+#define ADDRESS_BYTES 16
 
 enum role {
 	ROLE_AGENT = 1, /* the sandbox's runtime: the registered process, its threads, its forks that have not exec'd */
@@ -28,7 +29,8 @@ enum event_kind {
 	EVENT_HARD_BUDGET = 5, /* usage rose above hard_bytes; the charging process was stopped where `enforced` is 1 */
 	EVENT_TOOL_EXIT = 6,   /* the root process of the tag exited; processes may have escaped */
 	EVENT_TOOL_GONE = 7,   /* the last process of the tag exited */
-	EVENT_KIND_COUNT = 8,
+	EVENT_CONNECTION = 8,  /* a TCP connection that an agent or a tool call opened is established */
+	EVENT_KIND_COUNT = 9,
 };
 
 /* Why a process or a tool call could not be followed; index into control.untracked */
@@ -61,11 +63,13 @@ struct exec_event {
 	__u32 filename_bytes;   /* copied, without the terminating zero */
 	__u32 argv_bytes;       /* copied: arguments separated by zeros */
 	__u32 argv_total_bytes; /* what the process has; larger than argv_bytes when cut off */
+	__u32 session_id;       /* sid and pgid in the first pid namespace, like tgid: equal to it where the process leads */
+	__u32 group_id;
 	__u32 padding;
 	char filename[FILENAME_BYTES];
 	char argv[ARGV_BYTES];
 };
-_Static_assert(sizeof(struct exec_event) == 480, "exec_event");
+_Static_assert(sizeof(struct exec_event) == 1256, "exec_event");
 
 struct memory_event {
 	struct event_header header;
@@ -93,6 +97,19 @@ struct exit_event {
 	__u32 padding;
 };
 _Static_assert(sizeof(struct exit_event) == 144, "exit_event");
+
+/* The header tells of the task that called connect(), as it was then; time_ns is when the other side had answered. */
+struct connection_event {
+	struct event_header header;
+	__u32 family;            /* of the socket: AF_INET or AF_INET6 */
+	__u32 network_namespace; /* its inode, as in /proc/PID/ns/net */
+	__u8 local_address[ADDRESS_BYTES]; /* network order; an IPv4 address as ::ffff:a.b.c.d */
+	__u8 remote_address[ADDRESS_BYTES];
+	__u16 local_port; /* host order, both */
+	__u16 remote_port;
+	__u32 padding;
+};
+_Static_assert(sizeof(struct connection_event) == 128, "connection_event");
 
 /* Flags of tool_record.flags, written by user space */
 #define TOOL_OWN_MEMCG 1u /* its processes, and no others, are in one memory cgroup: report that counter too */
@@ -177,7 +194,7 @@ struct control {
 	__u64 stops_withheld;    /* charges above a hard budget while the heartbeat was stale */
 	__u64 cpu_offsets_known; /* CPUs whose per-CPU offset was learned; 0: counters are approximate */
 };
-_Static_assert(sizeof(struct control) == 128, "control");
+_Static_assert(sizeof(struct control) == 136, "control");
 
 /* Element 0 of `retag_request`: the argument of the retag iterator */
 struct retag_request {

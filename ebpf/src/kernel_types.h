@@ -19,6 +19,8 @@ typedef long long __s64;
 typedef __u16 __be16;
 typedef __u32 __be32;
 typedef __u32 __wsum;
+typedef __u8 u8;
+typedef __u16 u16;
 typedef __u64 u64;
 typedef __s64 s64;
 typedef __u32 u32;
@@ -34,6 +36,7 @@ enum {
 	BPF_MAP_TYPE_HASH = 1,
 	BPF_MAP_TYPE_ARRAY = 2,
 	BPF_MAP_TYPE_PERCPU_ARRAY = 6,
+	BPF_MAP_TYPE_LRU_HASH = 9,
 	BPF_MAP_TYPE_QUEUE = 22,
 	BPF_MAP_TYPE_RINGBUF = 27,
 	BPF_MAP_TYPE_TASK_STORAGE = 29,
@@ -51,6 +54,10 @@ enum { MM_FILEPAGES = 0, MM_ANONPAGES = 1, MM_SWAPENTS = 2, MM_SHMEMPAGES = 3, N
 enum { SIGNAL_GROUP_EXIT = 0x4 }; /* linux/sched/signal.h */
 enum { SIGKILL = 9, SIGSTOP = 19 }; /* asm-generic/signal.h */
 enum { PF_KTHREAD = 0x00200000 }; /* linux/sched.h: task_struct.flags */
+
+enum { PIDTYPE_PGID = 2, PIDTYPE_SID = 3, PIDTYPE_MAX = 4 }; /* linux/pid_types.h; the same numbers since 4.19 */
+enum { AF_INET = 2, AF_INET6 = 10, IPPROTO_TCP = 6 }; /* linux/socket.h, linux/in.h */
+enum { TCP_ESTABLISHED = 1, TCP_SYN_SENT = 2, TCP_SYN_RECV = 3, TCP_CLOSE = 7 }; /* net/tcp_states.h */
 
 enum cgroup_subsys_id { memory_cgrp_id = 4 }; /* relocated: the number depends on the kernel's configuration */
 
@@ -73,8 +80,17 @@ struct mm_struct {
 	struct percpu_counter rss_stat[NR_MM_COUNTERS]; /* see core_fixes.bpf.h for kernels before 6.2 */
 } CORE;
 
+struct upid {
+	int nr;
+} CORE;
+
+struct pid {
+	struct upid numbers[1]; /* an array of open length in the kernel; [0] is the first pid namespace */
+} CORE;
+
 struct signal_struct {
 	atomic_t live;
+	struct pid *pids[PIDTYPE_MAX];
 	int group_exit_code;
 	unsigned int flags;
 } CORE;
@@ -114,6 +130,40 @@ struct bpf_array {
 
 struct linux_binprm {
 	const char *filename;
+} CORE;
+
+struct ns_common {
+	unsigned int inum;
+} CORE;
+
+struct net {
+	struct ns_common ns;
+} CORE;
+
+typedef struct {
+	struct net *net;
+} CORE possible_net_t;
+
+struct in6_addr {
+	union {
+		__u8 u6_addr8[16];
+	} in6_u;
+} CORE;
+
+struct sock_common {
+	__be32 skc_daddr;
+	__be32 skc_rcv_saddr;
+	__be16 skc_dport;
+	__u16 skc_num;
+	unsigned short skc_family;
+	possible_net_t skc_net;
+	struct in6_addr skc_v6_daddr;
+	struct in6_addr skc_v6_rcv_saddr;
+} CORE;
+
+struct sock {
+	struct sock_common __sk_common;
+	__u16 sk_protocol;
 } CORE;
 
 struct bpf_iter__task {

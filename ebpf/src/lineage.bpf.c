@@ -122,6 +122,8 @@ static __always_inline void emit_exec(u32 kind, struct tool_record *tool, u32 sl
 	if (!event)
 		return;
 	fill_header(&event->header, kind, sizeof(*event), tool, slot, task);
+	event->session_id = session_of(task);
+	event->group_id = group_of(task);
 	event->padding = 0;
 	copied = bpf_probe_read_kernel_str(event->filename, sizeof(event->filename), bprm->filename);
 	event->filename_bytes = copied > 0 ? copied - 1 : 0;

@@ -9,7 +9,7 @@ const volatile struct tunables tunables = { .abi_version = ABI_VERSION };
 
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
-	__uint(max_entries, 1 << 20);
+	__uint(max_entries, 1 << 22);
 } events SEC(".maps");
 
 /* An array, not a hash: found by the slot in the task's tag without hashing, and mapped by user space. */
@@ -102,7 +102,7 @@ static __always_inline void *event_reserve(u32 kind, u64 size)
 }
 
 /*
- * Memory steps are many and none is urgent: they wake nobody until a quarter of the ring is used. What a person or the
+ * Memory steps are many and none is urgent: they wake nobody until 256 KiB wait. What a person or the
  * policy waits for (a tool call began, reached its budget, ended) wakes the reader at once.
  */
 static __always_inline void event_submit(void *event, bool urgent)

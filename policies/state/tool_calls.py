@@ -59,6 +59,9 @@ def _started(picture: Picture, event: ToolCallStarted) -> None:
             phase_since_ns=event.at_ns,
             soft_bytes=event.soft_bytes,
             hard_bytes=event.hard_bytes,
+            agent=event.agent,
+            call_id=event.call_id,
+            exempt=event.exempt,
             expected_bytes=intent.expected_bytes if intent else None,
             expected_ns=intent.expected_ns if intent else None,
         )

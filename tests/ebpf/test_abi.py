@@ -45,7 +45,9 @@ def test_every_enum_has_the_same_names_and_numbers(compiled, name, prefix, mirro
     assert in_c == {member.name: member.value for member in mirror}
 
 
-@pytest.mark.parametrize("name", ["ABI_VERSION", "COMM_BYTES", "FILENAME_BYTES", "ARGV_BYTES", "TOOL_OWN_MEMCG"])
+@pytest.mark.parametrize(
+    "name", ["ABI_VERSION", "COMM_BYTES", "FILENAME_BYTES", "ARGV_BYTES", "ADDRESS_BYTES", "TOOL_OWN_MEMCG"]
+)
 def test_every_constant_has_the_same_value(name):
     header = (build.SOURCES / "events.h").read_text()
     value = re.search(rf"#define {name} (\d+)u?\b", header)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from equipoise.ebpf import build
+from equipoise.ebpf.abi import ABI_VERSION
 from equipoise.ebpf.capabilities import CapabilityState, probe_program_kinds
 from equipoise.ebpf.errors import ProbesUnavailable
 from equipoise.ebpf.probes import ProgramState, Tuning
@@ -30,10 +31,12 @@ def program_descriptors():
 def test_every_program_of_the_object_loads_and_attaches(bench):
     report = bench.tools.report
     names = {"on_fork", "on_exec", "on_exit", "on_rss_stat", "retag_process", "learn_cpus"}
+    names |= {"on_connect", "on_connect_again"}
     names |= {"on_fork_again", "on_exec_again", "on_exit_again", "bury_process"}
     assert {p.name for p in report.programs if p.state is ProgramState.ATTACHED} == names
     assert len(report.programs) == len(names)
     assert report.counts_memory
+    assert report.sees_connections
     assert report.exact_counters
 
 
@@ -59,11 +62,11 @@ def test_an_object_of_another_abi_is_refused_with_the_remedy(bench, tmp_path, mo
     sources = tmp_path / "src"
     sources.mkdir()
     for path in build.SOURCES.glob("*.[ch]"):
-        text = path.read_text().replace("#define ABI_VERSION 1", "#define ABI_VERSION 999")
+        text = path.read_text().replace(f"#define ABI_VERSION {ABI_VERSION}", "#define ABI_VERSION 999")
         (sources / path.name).write_text(text)
     monkeypatch.setattr(build, "SOURCES", sources)
     monkeypatch.setattr(build, "OBJECTS", tmp_path / "objects")
-    with pytest.raises(ProbesUnavailable, match=r"ABI 999, expected 1; rebuild it with `make ebpf`"):
+    with pytest.raises(ProbesUnavailable, match=r"ABI 999, expected \d+; rebuild it with `make ebpf`"):
         type(bench)(Tuning())
 
 
