@@ -46,8 +46,8 @@ class AskedCall:
     """None: no result came back."""
     result: str = ""
     peer_port: int = 0
-    peer_pid: int | None = None
-    """Who held the other end of the connection; None: not found out."""
+    peer_pids: tuple[int, ...] = ()
+    """Who held the other end of the connection, then its ancestors; () where it was not found out."""
 
     def as_json(self) -> Json:
         return {
@@ -59,7 +59,7 @@ class AskedCall:
             "asked_ns": self.asked_ns,
             "answered_ns": self.answered_ns,
             "peer_port": self.peer_port,
-            "peer_pid": self.peer_pid,
+            "peer_pids": self.peer_pids,
             "result": self.result,
         }
 
@@ -91,7 +91,7 @@ class Conversation:
 @dataclass(frozen=True, slots=True)
 class _Peer:
     port: int
-    pid: int | None
+    pids: tuple[int, ...]
 
 
 class Book:
@@ -161,7 +161,7 @@ class Book:
         for command in conversation.script.turns[turn]:
             number = len(conversation.calls)
             call = AskedCall(f"call_eq{conversation.number}_{number}", number, turn, command, now)
-            call.peer_port, call.peer_pid = peer.port, peer.pid
+            call.peer_port, call.peer_pids = peer.port, peer.pids
             conversation.calls.append(call)
             self._note({"event": "asked", "conversation": conversation.number, **call.as_json()})
         new = [call for call in conversation.calls if call.turn == turn]
@@ -255,7 +255,7 @@ class _Handler(BaseHTTPRequestHandler):
             "method": self.command,
             "path": self.path,
             "peer_port": self.peer.port,
-            "peer_pid": self.peer.pid,
+            "peer_pids": self.peer.pids,
             "headers": dict(self.headers),
             "keys": sorted(body) if isinstance(body, dict) else None,
         })  # fmt: skip
@@ -334,13 +334,13 @@ class ScriptedModel:
                 self._log.flush()
 
 
-def _owner(port: int) -> int | None:
-    """The process that holds the local port `port` of an established connection; None where there is none to see."""
+def _owner(port: int) -> tuple[int, ...]:
+    """The process that holds the local port `port` of an established connection, then its ancestors."""
     with contextlib.suppress(psutil.Error, OSError):
         for connection in psutil.net_connections("tcp4"):
             if connection.laddr and connection.laddr.port == port and connection.pid:
-                return int(connection.pid)
-    return None
+                return (connection.pid, *(parent.pid for parent in psutil.Process(connection.pid).parents()))
+    return ()
 
 
 def main() -> None:

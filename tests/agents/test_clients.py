@@ -47,4 +47,4 @@ def test_the_conversation_of_ten_calls_completes(name, model, tmp_path):
     assert "one two three" in results["echo"] and "314572800" in results["allocate"]
     assert "it failed" in results["failing"] and 'IT\'S "HERE" $HOME \\N' in results["quotes"]
     assert "README.md" in results["git-status"] and "part 3" in results["slow"]
-    assert all(call.peer_pid for call in conversation.calls)
+    assert all(call.peer_pids for call in conversation.calls)

@@ -187,7 +187,7 @@ def test_the_same_words_in_two_sessions_are_two_conversations(model):
 def test_a_call_knows_the_process_that_asked(model):
     Agent(model, "do it").step()
     [call] = model.conversations[0].calls
-    assert call.peer_pid == os.getpid() and call.peer_port
+    assert call.peer_pids[0] == os.getpid() and call.peer_port
 
 
 def test_tokens_are_counted_and_the_root_is_there(model):
