@@ -128,6 +128,17 @@ class RoleObserved:
 
 
 @dataclass(frozen=True, slots=True)
+class ProcessExeced:
+    """A process of a tool call became another program: its root (`env X=1 pytest`), or any where that is asked for."""
+
+    at_ns: int
+    id: ToolCallId
+    pid: int
+    command: str
+    """As ToolCallStarted's."""
+
+
+@dataclass(frozen=True, slots=True)
 class ToolCallAttributed:
     """A known tool call is told more exactly what it is (a wrapper or a hook speaks after the kernel did)."""
 
@@ -137,6 +148,7 @@ class ToolCallAttributed:
     confidence: float
     command: str | None = None
     session: SessionId | None = None
+    call_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,6 +343,7 @@ Event = (
     | ToolCallStarted
     | ConnectionOpened
     | RoleObserved
+    | ProcessExeced
     | ToolCallAttributed
     | ToolCallMerged
     | PolicyApplied

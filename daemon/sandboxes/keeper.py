@@ -152,6 +152,7 @@ class SandboxKeeper:
                 cgroup.cgroup_id,
                 soft_bytes=budget.soft_bytes if budget else 0,
                 hard_bytes=budget.hard_bytes if budget else 0,
+                starting=not kept.direct,
             )
             kept.runtimes = {kept.agent_tag: pid} if kept.direct else {}
         kept.agent_pid = pid

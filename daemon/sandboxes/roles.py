@@ -19,8 +19,10 @@ from ...policies.events import (
     ConnectionOpened,
     Event,
     ProcessesGone,
+    ProcessExeced,
     RoleObserved,
     SandboxRemoved,
+    ToolCallAttributed,
     ToolCallEnded,
     ToolCallMemoryStepped,
     ToolCallStarted,
@@ -80,6 +82,8 @@ class RoleKeeper:
                 return tuple(self._started(event, self._book[event.sandbox]))
             case ConnectionOpened() if event.sandbox in self._book:
                 return (*self._connected(event.pid, event.id, event.is_agent, self._book[event.sandbox]), event)
+            case ProcessExeced():
+                return tuple(self._execed(event))
             case ToolCallEnded() | ToolCallMemoryStepped() | BudgetReached() | ProcessesGone():
                 helper = self._helpers.get(event.id)
                 if helper is None:
@@ -128,8 +132,12 @@ class RoleKeeper:
         if pid is None or self._probes is None:
             yield event
             return
-        shell = event.agent is not None and event.agent in kept.shells
-        runtime = kept.runtimes.get(event.agent) if event.agent is not None else None
+        parent = self._state.resolve(event.agent) if event.agent is not None else None
+        if parent is not None and parent in self._state.tool_calls:
+            yield from self._join(event, parent, "forked by it before it was known for a call")
+            return
+        shell = parent is not None and parent in kept.shells
+        runtime = self._runtime_of(parent, kept)
         first = kept.agent_pid
         full = evidence.command_line(pid)
         seen = Exec(
@@ -140,7 +148,7 @@ class RoleKeeper:
             shares_output=bool(first) and _same(evidence.output_of(pid), evidence.output_of(first or 0)),
         )
         if shell and (line := self._line_of(event)) is not None:
-            yield from self._join_line(event, line)
+            yield from self._join(event, line, "of the same command line")
             return
         runtime_command = evidence.command_line(runtime) if runtime is not None else ""
         asked = self._asked.get(event.sandbox, [])
@@ -150,6 +158,8 @@ class RoleKeeper:
         log.debug("role", pid=pid, role=ruling.role.value, why=ruling.why, command=seen.command[:80])
         if ruling.call_id is not None:
             self._asked[event.sandbox] = [a for a in asked if a.id != ruling.call_id]
+        if ruling.role is not Role.START_UP:
+            self._settled(event.id)
         if ruling.role is Role.TOOL_CALL:
             if not ruling.budgeted:
                 self._exempt(event.id)
@@ -187,19 +197,42 @@ class RoleKeeper:
                 return call.id
         return None
 
-    def _join_line(self, event: ToolCallStarted, line: ToolCallId) -> Iterator[Event]:
+    def _join(self, event: ToolCallStarted, call: ToolCallId, why: str) -> Iterator[Event]:
+        """The process belongs to a call that is known already."""
         assert self._probes is not None and event.pid is not None
+        fact = ProcessRole(event.id, event.sandbox, event.pid, event.command, Role.TOOL_CALL, 0.9, why, event.at_ns)
+        self._helpers[event.id] = _Helper(fact, event.agent)
         try:
-            self._probes.adopt(event.pid, line)
+            self._probes.adopt(event.pid, call)
         except (LookupError, ProcessLookupError, EbpfError):
-            yield event  # its head has ended meanwhile, or it has: it stands for itself
+            # The call has ended, or the process has: it stays outside, with the budget of nobody.
+            self._exempt(event.id)
+        yield from ()
+
+    def _runtime_of(self, parent: ToolCallId | None, kept: Kept) -> int | None:
+        """The runtime's process, where the record that forked is a runtime's, or was before it spoke to a model."""
+        if parent is None:
+            return None
+        helper = self._helpers.get(parent)
+        if helper is not None and helper.fact.pid in kept.runtimes.values():
+            return helper.fact.pid
+        return kept.runtimes.get(parent)
+
+    def _execed(self, event: ProcessExeced) -> Iterator[Event]:
+        """A call's first process became another program: some agents say only then what was asked for."""
+        call = self._state.tool_calls.get(event.id)
+        kept = self._book.get(call.sandbox) if call is not None else None
+        if call is None or kept is None or kept.profile is None or call.pid != event.pid:
             return
-        self._helpers[event.id] = _Helper(
-            ProcessRole(
-                event.id, event.sandbox, event.pid, event.command, Role.TOOL_CALL, 0.9, "same line", event.at_ns
-            ),
-            event.agent,
-        )
+        profile = kept.profile
+        command = event.command
+        if event.command.endswith("…"):
+            command = evidence.command_line(event.pid) or command
+        text = roles.asked_text(command, profile)
+        named = evidence.environment(event.pid).get(profile.call_key) if profile.call_key else None
+        if text != command or named:
+            told = text if text != command else None
+            yield ToolCallAttributed(event.at_ns, call.id, call.source, call.confidence, told, call_id=named)
 
     # -- a connection
 
@@ -213,6 +246,7 @@ class RoleKeeper:
         helper = self._helpers.get(tag)
         if is_agent and tag == kept.agent_tag and pid == kept.agent_pid:
             kept.runtimes[tag] = pid
+            self._settled(tag)
             self._give_budgets(tag)
         elif helper is not None and helper.fact.role is Role.START_UP:
             try:
@@ -260,6 +294,14 @@ class RoleKeeper:
                 self._probes.set_child_budget(agent, soft_bytes=budget.soft_bytes, hard_bytes=budget.hard_bytes)
             except LookupError:
                 pass  # it has gone
+
+    def _settled(self, tag: ToolCallId) -> None:
+        """It is known what it is: what its processes exec belongs to it from now on."""
+        assert self._probes is not None
+        try:
+            self._probes.set_starting(tag, False)
+        except LookupError:
+            pass  # it has ended meanwhile
 
     # -- those that are no tool calls
 

@@ -5,7 +5,7 @@ They take no part in any decision: they are here to be shown, and so that nobody
 
 from __future__ import annotations
 
-from ..events import ConnectionOpened, RoleObserved
+from ..events import ConnectionOpened, ProcessExeced, RoleObserved
 from .picture import Picture, arm
 
 
@@ -21,7 +21,12 @@ def _connection_opened(picture: Picture, event: ConnectionOpened) -> None:
     """Whose it is was said to whoever asks (sandboxes/roles.py): the picture keeps no connections."""
 
 
+def _process_execed(picture: Picture, event: ProcessExeced) -> None:
+    """What it means is said by a ToolCallAttributed, where it means anything."""
+
+
 ARMS = (
     arm(RoleObserved, _role_observed),
     arm(ConnectionOpened, _connection_opened),
+    arm(ProcessExeced, _process_execed),
 )

@@ -81,6 +81,7 @@ def _attributed(picture: Picture, event: ToolCallAttributed) -> None:
             command=command,
             kind=command_kind(command),
             session=event.session or call.session,
+            call_id=event.call_id or call.call_id,
         )
     )
 
