@@ -18,6 +18,11 @@ from typing import TypeAlias
 from ... import __version__
 from ..errors import DaemonError
 
+if sys.argv[1:2] == ["engine"] and "hand-over" not in sys.argv:  # as in the engine's own __main__
+    from ...gpuctl.engine.ending import ending
+
+    ending()
+
 if sys.argv[1:2] == ["daemon"]:
     # Read by gRPC when it is imported: engine and guardian are forked beside its threads and exec at once, so its fork
     # handlers only complain. Not for other commands: an agent would inherit it.
