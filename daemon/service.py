@@ -161,7 +161,9 @@ class Core:
         self.kernel = KernelEvents(probes, emit, now_ns)
         self.hook = EngineHook(emit, now_ns)
         self.sandboxes = SandboxKeeper(driver, probes, self.state, emit, self.settle, now_ns)
-        self.calls = ToolCallKeeper(self.sandboxes.book, driver, probes, self.state, emit, now_ns)
+        self.calls = ToolCallKeeper(
+            self.sandboxes.book, driver, probes, self.state, emit, now_ns, self.sandboxes.find_by_pid
+        )
         self.holds = Holds(journal, driver)
         self.polling: FallbackBudget | None = None
         """Stands in for the probes."""

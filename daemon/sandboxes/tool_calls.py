@@ -26,6 +26,8 @@ from ...policies.events import (
 )
 from ...policies.model import CgroupId, Sandbox, SessionId, ToolCall, ToolCallId, ToolCallSource
 from ...policies.state import State
+from ..errors import Refusal, RegistrationRefused
+from . import registering
 from .cgroups import CgroupDriver
 from .kept import Book
 from .leaves import Leaves
@@ -49,7 +51,10 @@ class ToolCallKeeper:
         state: State,
         emit: Callable[[Event], None],
         now_ns: Callable[[], int],
+        sandbox_of: Callable[[int], Sandbox | None],
     ) -> None:
+        """`sandbox_of(pid)` is the one that a process is in."""
+        self._sandbox_of = sandbox_of
         self._book = book
         self._probes = probes
         self._state = state
@@ -75,15 +80,29 @@ class ToolCallKeeper:
         external: str | None,
         session: SessionId | None,
     ) -> ToolCallId:
-        """A wrapper or a hook says that a tool call begins. Raises ProcessLookupError, CgroupError, EbpfError."""
+        """A wrapper or a hook says that a tool call begins.
+
+        Raises RegistrationRefused, ProcessLookupError, CgroupError, EbpfError; then none has begun.
+        """
         if external and (known := self._external.get((sandbox.cgroup_id, external))) is not None:
             return self._state.resolve(known)
+        if pid is not None:
+            self._check(sandbox, pid)
         call = self._begin_process(sandbox, command, pid, wrapper_pid, session) if pid else None
         if call is None:
             call = self._announce(sandbox, command, session)
         if external:
             self._external[(sandbox.cgroup_id, external)] = call
         return call
+
+    def _check(self, sandbox: Sandbox, pid: int) -> None:
+        root = registering.check_process(pid)
+        kept = self._book.get(sandbox.cgroup_id)
+        if kept is not None and root == kept.agent:
+            raise RegistrationRefused(
+                Refusal.FORBIDDEN, f"pid {pid} is the agent of {sandbox.label}: give the process that it started"
+            )
+        registering.check_free(pid, self._sandbox_of(pid), sandbox.label)
 
     def _announce(self, sandbox: Sandbox, command: str, session: SessionId | None) -> ToolCallId:
         call = self._new_id()

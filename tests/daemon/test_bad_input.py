@@ -296,13 +296,13 @@ def test_a_tool_call_of_a_pid_that_is_gone_is_refused(daemon):
         (
             "RegisterSandbox",
             sandbox_pb2.RegisterSandboxRequest(tenant_id="gold", name="n", cgroup_path="no/such/cgroup"),
-            "FAILED_PRECONDITION",
+            "NOT_FOUND",
             "no such cgroup",
         ),
         (
             "RegisterSandbox",
             sandbox_pb2.RegisterSandboxRequest(tenant_id="gold", name="n", cgroup_path="../../etc"),
-            "FAILED_PRECONDITION",
+            "INVALID_ARGUMENT",
             "without '..'",
         ),
     ],
