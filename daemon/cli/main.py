@@ -242,7 +242,7 @@ def _add_ps(commands: Commands) -> None:
         "equipoise ps --all --json",
         "equipoise ps --sessions",
     )
-    parser.add_argument("--all", action="store_true", help="finished ones too")
+    parser.add_argument("--all", action="store_true", help="finished ones too, whose processes are all gone")
     parser.add_argument("--sessions", action="store_true", help="the engines' sessions instead, and what they cost")
     parser.add_argument("--tenant", default="", help="of one tenant only")
     parser.add_argument("--json", action="store_true", help="one JSON array")
@@ -259,7 +259,8 @@ def _ps(arguments: argparse.Namespace) -> int:
             printing.sessions(sessions)
         return 0
     calls = client.list_tool_calls(arguments.socket, arguments.tenant)
-    shown = [c for c in calls if arguments.all or not c.end_ns]
+    # What has outlived its call is no less there while it holds memory.
+    shown = [c for c in calls if arguments.all or not c.end_ns or c.used_bytes]
     if arguments.json:
         print(json.dumps([printing.as_dict(c) for c in shown], indent=1))
     else:

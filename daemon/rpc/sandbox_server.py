@@ -104,9 +104,9 @@ class SandboxServer(sandbox_pb2_grpc.SandboxServiceServicer):
         except (CgroupError, EbpfError) as error:
             await _refuse(context, grpc.StatusCode.FAILED_PRECONDITION, str(error))
         self._settle()
-        known = self._state.tool_calls.get(self._state.resolve(call))
+        known = self._state.tool_calls.get(self._state.resolve(call)) if call is not None else None
         return pb.BeginToolCallResponse(
-            tool_call_id=tool_call_hex(call),
+            tool_call_id=tool_call_hex(call) if call is not None else "",
             soft_bytes=known.soft_bytes if known else 0,
             hard_bytes=known.hard_bytes if known else 0,
         )

@@ -198,7 +198,8 @@ class SandboxKeeper:
         self._remove_unless_used(cgroup_id)
 
     def _remove_unless_used(self, cgroup_id: CgroupId) -> None:
-        if not any(c.sandbox == cgroup_id and c.gone_ns is None for c in self._state.tool_calls.values()):
+        calls = (c for c in self._state.tool_calls.values() if c.sandbox == cgroup_id and c.gone_ns is None)
+        if not any(call.pid is not None for call in calls):  # a call without a process ends with its agent
             self.remove(cgroup_id)
 
     def remove(self, cgroup_id: CgroupId) -> str:
