@@ -152,6 +152,8 @@ class Sandbox:
     """The session its agent uses unless it says otherwise."""
     agent_pid: int | None
     registered_ns: int
+    agent_start_ticks: int | None = None
+    """With its pid the agent's identity for one boot: field 22 of /proc/<pid>/stat. None: no agent, or not known."""
     memory_bytes: int = 0
     """Charged to the whole cgroup at the last sample."""
     peak_bytes: int = 0
