@@ -2,8 +2,8 @@
 
 Owns: the paths and files of each hierarchy. Must not: know what a tool call is worth, or record what it does.
 
-Seen from outside: `Applied`, `CgroupDriver`, `Effect`, `Hierarchy`, `LayoutKind`, `Limit`, `SandboxCgroup`, `checked_path`, `current_path`,
-`files`, `parse_pressure`, `sweep`.
+Seen from outside: `Applied`, `CgroupDriver`, `Effect`, `Hierarchy`, `LayoutKind`, `Limit`, `SandboxCgroup`,
+`checked_path`, `current_path`, `files`, `parse_pressure`, `sweep`.
 """
 
 from __future__ import annotations

@@ -202,9 +202,8 @@ def test_a_persistent_shell_is_part_of_the_agent_and_each_line_in_it_is_a_call_t
     ada.do("sh = subprocess.Popen(['bash', '--norc'], stdin=-1, stdout=-1, text=True, bufsize=1)")
     eventually(lambda: ada.roles().get("bash --norc") == "shell")
     ada.do("sh.stdin.write('cd /tmp; MARK=kept\\nexpr 3 + 3\\n'); assert sh.stdout.readline() == '6\\n'")
-    ada.do(
-        "time.sleep(0.2); sh.stdin.write('sleep 0.3 | cat | wc -l; echo $?\\n'); sh.stdout.readline(); sh.stdout.readline()"
-    )
+    ada.do("time.sleep(0.2); sh.stdin.write('sleep 0.3 | cat | wc -l; echo $?\\n')")
+    ada.do("sh.stdout.readline(); sh.stdout.readline()")
     line = f'{sys.executable} -S -c "{GROW.format(mib=160, seconds=20)}"; echo rc=$?\n'
     ada.do(f"time.sleep(0.2); sh.stdin.write({line!r})")
     ada.do("line = sh.stdout.readline(); assert line == 'rc=137\\n', line")
