@@ -1,1 +1,1 @@
-"""Everything about the model's side: NVML facts, the engine hook (both ends), the embedded engine."""
+"""Everything about the model's side: facts of GPUs and memory, the engine hook (both ends), the engines."""

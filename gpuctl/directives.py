@@ -1,14 +1,15 @@
-"""What a daemon may ask of the engine, and what the engine answers: the engine hook without its wire format.
+"""What a daemon may ask of an engine, and what the engine answers: the engine hook without its wire format.
 
-Owns: the closed set of directives and outcomes. Must not: import gRPC (client.py translates) or act (scheduler.py).
+Owns: the closed set of directives and outcomes. Must not: import gRPC (client.py translates), or act (the engine does).
 """
 
 from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import get_args
 
-from .engine.schedule.sequence import SessionId, TenantId, Tier
+from ..policies.model import KvTier, SessionId, TenantId
 
 
 class OutcomeStatus(enum.Enum):
@@ -69,7 +70,7 @@ class Preempt(DirectiveBase):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SwapOut(DirectiveBase):
     session_id: SessionId
-    tier: Tier
+    tier: KvTier
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,3 +103,4 @@ class SetHostTierCapacity(DirectiveBase):
 Directive = (
     SetTenantWeight | Hold | Release | Preempt | SwapOut | SwapIn | Retain | Drop | SetCapacity | SetHostTierCapacity
 )
+DIRECTIVES: frozenset[type[DirectiveBase]] = frozenset(get_args(Directive))

@@ -10,33 +10,29 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import grpc
+from google.protobuf.message import Message
 
+from ..policies import actions
 from ..policies.actions import Decision, EngineAction, Outcome, OutcomeStatus
-from ..policies.actions import Drop as DropAction
-from ..policies.actions import Retain as RetainAction
-from ..policies.actions import SetHostTierCapacity as SetHostTierCapacityAction
-from ..policies.actions import SetTenantWeight as SetTenantWeightAction
-from ..policies.actions import SwapIn as SwapInAction
-from ..policies.actions import SwapOut as SwapOutAction
 from ..policies.events import EngineAttached, EngineDetached, Event, OutcomeObserved
 from ..policies.model import DecisionId, EngineId
 from .api.v1 import engine_pb2 as pb
 from .api.v1 import engine_pb2_grpc
-from .messages import KV_TIER_TO_PB, engine_of, event_of
+from .messages import SHARED, engine_of, event_of
+from .translation import Enumeration, OneOf, Translation
 
 QUEUE_LENGTH = 1024
 """Directives that may wait for a slow engine; past it they are rejected."""
 
-_STATUS = {
-    pb.DIRECTIVE_STATUS_ACCEPTED: OutcomeStatus.ACCEPTED,
-    pb.DIRECTIVE_STATUS_CLIPPED: OutcomeStatus.CLIPPED,
-    pb.DIRECTIVE_STATUS_DEFERRED: OutcomeStatus.DEFERRED,
-    pb.DIRECTIVE_STATUS_REJECTED: OutcomeStatus.REJECTED,
-    pb.DIRECTIVE_STATUS_COMPLETED: OutcomeStatus.COMPLETED,
-    pb.DIRECTIVE_STATUS_EXPIRED: OutcomeStatus.EXPIRED,
-}
+_STATUSES = Enumeration(
+    OutcomeStatus,
+    pb.DirectiveStatus,
+    unknown=OutcomeStatus.FAILED,
+    here=(OutcomeStatus.GONE, OutcomeStatus.FAILED, OutcomeStatus.DRY_RUN),
+)
 _FINAL = {OutcomeStatus.CLIPPED, OutcomeStatus.REJECTED, OutcomeStatus.COMPLETED, OutcomeStatus.EXPIRED}
 
 
@@ -103,7 +99,7 @@ class EngineHook(engine_pb2_grpc.EngineServiceServicer):
 
     def _outcome(self, stream: _Stream, report: pb.EngineReport) -> None:
         told = report.directive_outcome
-        status = _STATUS.get(told.status, OutcomeStatus.FAILED)
+        status = _STATUSES.decode(told.status)
         decision = DecisionId(told.directive_id)
         sent_ns = stream.open.get(decision)
         if sent_ns is None:
@@ -148,24 +144,27 @@ class EngineHook(engine_pb2_grpc.EngineServiceServicer):
         return None
 
 
+def _asks(action: type[EngineAction], message: type[Message], *renamed: str) -> Translation[Any, Any]:
+    names = {each: f"{each}_id" for each in renamed}
+    return Translation(action, message, renamed=names, here=("engine", "expires_ns"), using=SHARED)
+
+
+_DIRECTIVES: OneOf[EngineAction, pb.EngineDirective] = OneOf(
+    pb.EngineDirective,
+    "directive",
+    (
+        _asks(actions.SwapOut, pb.SwapOut, "session"),
+        _asks(actions.SwapIn, pb.SwapIn, "session"),
+        _asks(actions.Retain, pb.Retain, "session"),
+        _asks(actions.Drop, pb.Drop, "session"),
+        _asks(actions.SetTenantWeight, pb.SetTenantWeight, "tenant"),
+        _asks(actions.SetHostTierCapacity, pb.SetHostTierCapacity),
+    ),
+    there=("hold", "release", "preempt", "set_capacity"),
+)
+"""What no action stands for, nobody has asked yet."""
+
+
 def directive_of(decision: Decision, action: EngineAction) -> pb.EngineDirective:
     """The directive that asks for an action, under the decision's id."""
-    directive = pb.EngineDirective(directive_id=decision.id, deadline_ns=action.expires_ns)
-    match action:
-        case SwapOutAction(session=session, tier=tier):
-            directive.swap_out.session_id = session
-            directive.swap_out.tier = KV_TIER_TO_PB[tier]
-        case SwapInAction(session=session):
-            directive.swap_in.session_id = session
-        case RetainAction(session=session, ttl_ns=ttl_ns):
-            directive.retain.session_id = session
-            directive.retain.ttl_ns = ttl_ns
-        case DropAction(session=session, from_token=from_token):
-            directive.drop.session_id = session
-            directive.drop.from_token = from_token
-        case SetTenantWeightAction(tenant=tenant, weight=weight):
-            directive.set_tenant_weight.tenant_id = tenant
-            directive.set_tenant_weight.weight = weight
-        case SetHostTierCapacityAction(host_bytes=host_bytes):
-            directive.set_host_tier_capacity.host_bytes = host_bytes
-    return directive
+    return _DIRECTIVES.encode(action, directive_id=decision.id, deadline_ns=action.expires_ns)

@@ -18,6 +18,7 @@ CgroupId = NewType("CgroupId", int)
 ToolCallId = NewType("ToolCallId", int)
 """64 bits, the tag the kernel carries in task storage; 0 is never a tool call."""
 SessionId = NewType("SessionId", str)
+TurnId = NewType("TurnId", str)
 EngineId = NewType("EngineId", str)
 DecisionId = NewType("DecisionId", str)
 
@@ -201,9 +202,10 @@ class CostModel:
     host_bytes_per_second: float = 0.0
     disk_bytes_per_second: float = 0.0
 
-    def prefill_seconds(self, tokens: int) -> float:
-        """Seconds to compute `tokens` prompt tokens alone."""
-        return tokens * self.prefill_seconds_per_token + tokens * tokens * self.prefill_seconds_per_token2
+    def prefill_seconds(self, tokens: int, held_tokens: int = 0) -> float:
+        """Seconds to compute, alone, a prompt of `tokens` of which the first `held_tokens` are held."""
+        pairs = tokens * tokens - held_tokens * held_tokens
+        return self.prefill_seconds_per_token * (tokens - held_tokens) + self.prefill_seconds_per_token2 * pairs
 
 
 @dataclass(frozen=True, slots=True)

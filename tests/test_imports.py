@@ -205,6 +205,29 @@ def test_imports_point_inwards(path: str) -> None:
     assert breaches(path, (ROOT / path).read_text()) == []
 
 
+def engines_reached(source: str) -> list[str]:
+    """Packages of gpuctl that a module of gpuctl/ itself imports: engines, all but the generated API."""
+    reached = []
+    for each in imports(source, "equipoise.gpuctl"):
+        names = each.names if each.module == "equipoise.gpuctl" else {each.module.removeprefix("equipoise.gpuctl.")}
+        inside = each.module == "equipoise.gpuctl" or each.module.startswith("equipoise.gpuctl.")
+        packages = {name.split(".")[0] for name in names if inside}
+        reached += sorted(name for name in packages - {"api"} if (ROOT / "gpuctl" / name).is_dir())
+    return reached
+
+
+@pytest.mark.parametrize("path", [path for path in modules() if path.startswith("gpuctl/") and path.count("/") == 1])
+def test_what_engine_adapters_share_knows_no_engine(path: str) -> None:
+    assert engines_reached((ROOT / path).read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "source", ["from .engine.engine import Engine", "from . import engine", "def f():\n    from .engine import live"]
+)
+def test_an_engine_among_what_adapters_share_is_found(source: str) -> None:
+    assert engines_reached(source) == ["engine"]
+
+
 @pytest.mark.parametrize("path", [path for path in modules() if path.startswith("policies/")])
 def test_the_pure_core_calls_nothing_that_touches_the_world(path: str) -> None:
     calls = [n for n in ast.walk(ast.parse((ROOT / path).read_text())) if isinstance(n, ast.Call)]

@@ -1,10 +1,16 @@
-"""Facts as the messages of policy.proto. Owns the translation and nothing else."""
+"""Facts as the messages of policy.proto. Owns the translation and nothing else.
+
+Views that are plain copies of a fact are paired with it by name (translation.py); those that are mostly words and sums
+are spelled out.
+"""
 
 from __future__ import annotations
 
+from ...gpuctl.translation import Translation, check_parts
+from ...policies.actions import Candidate
 from ...policies.correlate import held_bytes
 from ...policies.fairness import shares
-from ...policies.model import CgroupId, Engine, Sandbox, Session, ToolCall
+from ...policies.model import CgroupId, Engine, EngineTotals, Sandbox, Session, ToolCall
 from ...policies.policy import Policy
 from ...policies.snapshot import Snapshot
 from ..api.v1 import policy_pb2 as pb
@@ -12,6 +18,23 @@ from ..observe.history import History, Told
 from . import words
 
 DECISIONS_SHOWN = 20
+
+_SANDBOX = Translation(
+    Sandbox,
+    pb.SandboxView,
+    renamed={"tenant": "tenant_id", "path": "cgroup_path", "session": "session_id"},
+    here=("registered_ns", "cpu_ns"),
+)
+_ENGINE = Translation(
+    Engine,
+    pb.EngineView,
+    renamed={"id": "engine_id"},
+    here=("pid", "disk_capacity_bytes", "cost", "supported_directives", "totals", "observed_ns"),
+    there=None,
+)
+_TOTALS = Translation(EngineTotals, pb.EngineView, there=None)
+check_parts(pb.EngineView, (_ENGINE, _TOTALS))
+_CANDIDATE = Translation(Candidate, pb.CandidateView)
 
 
 def watch_response(snapshot: Snapshot, policy: Policy, history: History) -> pb.WatchResponse:
@@ -58,16 +81,7 @@ def tenant_views(snapshot: Snapshot, policy: Policy) -> list[pb.TenantView]:
 
 
 def sandbox_view(sandbox: Sandbox) -> pb.SandboxView:
-    return pb.SandboxView(
-        tenant_id=sandbox.tenant,
-        name=sandbox.name,
-        cgroup_id=sandbox.cgroup_id,
-        cgroup_path=sandbox.path,
-        session_id=sandbox.session,
-        memory_bytes=sandbox.memory_bytes,
-        peak_bytes=sandbox.peak_bytes,
-        agent_pid=sandbox.agent_pid or 0,
-    )
+    return _SANDBOX.encode(sandbox)
 
 
 def tool_call_view(call: ToolCall, names: dict[CgroupId, str], history: History) -> pb.ToolCallView:
@@ -124,32 +138,9 @@ def session_view(session: Session, snapshot: Snapshot) -> pb.SessionView:
 
 
 def engine_view(engine: Engine) -> pb.EngineView:
-    totals = engine.totals
-    return pb.EngineView(
-        engine_id=engine.id,
-        kind=engine.kind,
-        model=engine.model,
-        attached=engine.attached,
-        bytes_per_token=engine.bytes_per_token,
-        device_used_tokens=engine.device_used_tokens,
-        device_capacity_tokens=engine.device_capacity_tokens,
-        host_used_bytes=engine.host_used_bytes,
-        host_capacity_bytes=engine.host_capacity_bytes,
-        disk_used_bytes=engine.disk_used_bytes,
-        running_count=engine.running_count,
-        waiting_count=engine.waiting_count,
-        prefill_tokens=totals.prefill_tokens,
-        decode_tokens=totals.decode_tokens,
-        cached_tokens=totals.cached_tokens,
-        recomputed_tokens=totals.recomputed_tokens,
-        swap_out_count=totals.swap_out_count,
-        swap_out_bytes=totals.swap_out_bytes,
-        swap_out_ns=totals.swap_out_ns,
-        swap_in_count=totals.swap_in_count,
-        swap_in_bytes=totals.swap_in_bytes,
-        swap_in_ns=totals.swap_in_ns,
-        preempted_count=totals.preempted_count,
-    )
+    view = _ENGINE.encode(engine)
+    view.MergeFrom(_TOTALS.encode(engine.totals))
+    return view
 
 
 def decision_view(told: Told) -> pb.DecisionView:
@@ -169,5 +160,5 @@ def decision_view(told: Told) -> pb.DecisionView:
         latency_ms=latency_ns / 1e6 if latency_ns is not None else None,
         tool_call_id=words.tool_call_hex(told.tool_call) if told.tool_call is not None else "",
         session_id=told.session or "",
-        candidates=[pb.CandidateView(name=c.name, cost=c.cost) for c in decision.candidates],
+        candidates=[_CANDIDATE.encode(c) for c in decision.candidates],
     )

@@ -20,11 +20,11 @@ from pathlib import Path
 
 from ...policies.accounting import Gamma, gamma_from_table
 from ..nvml import NvmlAbsence, open_nvml
-from ..reports import CostFigures
 from ..tiers import disk_bytes_per_second
 from .compute import llama
 from .compute.language_model import LanguageModel
 from .compute.runner import BatchSlice, Runner
+from .schedule.cost_figures import CostFigures
 from .schedule.sequence import SamplingParams, Slot
 
 _CHUNK_TOKENS = 96

@@ -2,7 +2,11 @@
 
 Owns: the thread, how a turn ends, and what becomes of all turns when the loop does. Everything that touches the
 scheduler, the books or llama.cpp happens on this thread at a step border. Must not: choose (scheduler.py) or speak HTTP
-or gRPC (http.py, client.py); both reach it through `submit`, `cancel`, `direct` and `listen`, safe from any thread.
+or gRPC (openai/http.py, ../client.py); both reach it through `submit`, `cancel`, `direct` and `listen`, safe from any
+thread.
+
+Longer than most: more than half of it puts the parts together and is the doors from other threads, short but many; what
+a step does is in the parts (stepper.py, intake.py, tiers/mover.py, peer/).
 """
 
 from __future__ import annotations
@@ -18,16 +22,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ...policies.accounting import Gamma, SessionCost, TurnCost
-from ..directives import Directive, Outcome, OutcomeStatus
+from ..directives import DIRECTIVES, Directive, Outcome, OutcomeStatus
 from ..energy import EnergyMeter
 from ..reports import (
-    CostFigures,
     EngineFacts,
+    Listener,
     Occupancy,
-    Totals,
     TurnPreempted,
     TurnStarted,
-    turn_ended,
 )
 from .compute.conversation import joined
 from .compute.kv_image import KvFormat
@@ -39,7 +41,8 @@ from .intake import Intake, Submitted
 from .live import LiveTurn
 from .parts import EngineParts, Limits
 from .peer.handovers import Handovers
-from .reporter import OCCUPANCY_PERIOD_NS, Listener, Reporter
+from .reporter import OCCUPANCY_PERIOD_NS, Reporter, turn_ended
+from .schedule.cost_figures import CostFigures
 from .schedule.directing import Director
 from .schedule.ledger import Ledger
 from .schedule.plan import StepPlan
@@ -50,7 +53,7 @@ from .stepper import Stepper
 from .tiers.disk_tier import DiskTier
 from .tiers.mover import Mover
 from .tiers.swapper import Swapper
-from .turn_cost import Accounts, AccountsNow
+from .turn_cost import Accounts, AccountsNow, Totals
 
 _log = logging.getLogger(__name__)
 
@@ -235,6 +238,7 @@ class Engine:
     def facts(self) -> EngineFacts:
         return EngineFacts(
             engine_id=self.engine_id,
+            kind="embedded",
             model=self.model.name,
             pid=os.getpid(),
             bytes_per_token=self._ledger.bytes_per_token,
@@ -242,6 +246,7 @@ class Engine:
             host_capacity_bytes=self._ledger.host_capacity_bytes,
             disk_capacity_bytes=self._ledger.disk_capacity_bytes,
             cost=self.cost,
+            directives=DIRECTIVES,
         )
 
     @property
@@ -445,7 +450,7 @@ class Engine:
     # Directives and reports
 
     def _direct(self, directive: Directive) -> None:
-        known = self._reporter.outcome_of(directive.directive_id)
+        known = self._reporter.outcomes.of(directive.directive_id)
         self._reporter.settle(known or self._director.apply(directive, self._clock()))
 
     def _report_started(self, session_id: SessionId) -> None:

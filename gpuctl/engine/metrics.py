@@ -25,7 +25,7 @@ class _Page(Collector):
         self._accounts = accounts
 
     def collect(self) -> Iterable[Metric]:
-        now, totals = self._occupancy, self._occupancy.totals
+        now, totals = self._occupancy, self._accounts.totals
         counters: dict[str, tuple[float, str]] = {
             "prefill_tokens": (totals.prefill_tokens, "Prompt tokens computed."),
             "decode_tokens": (totals.decode_tokens, "Output tokens sampled."),

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..reports import Totals
 from .compute.language_model import LanguageModel
 from .compute.runner import Runner
 from .live import LiveTurn
@@ -19,7 +18,7 @@ from .schedule.sequence import FinishReason, SessionId, TurnId
 from .schedule.session_index import SessionIndex
 from .tiers.mover import Mover
 from .tiers.swapper import Swapper
-from .turn_cost import Accounts
+from .turn_cost import Accounts, Totals
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,23 +1,22 @@
-"""Tells whoever listens what happened, and remembers how directives ended.
+"""Tells whoever listens what happened.
 
-Owns: the listeners, the outcomes (so that a repeated directive is answered, not applied again), and the pace of the
-occupancy reports. Must not: change the books it reads. On the engine's thread only.
+Owns: the listeners, the outcomes told (outcomes.py), and the pace of the occupancy reports. Must not: change the books
+it reads. On the engine's thread only.
 """
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Callable
-from dataclasses import replace
 
 from ..directives import Outcome
-from ..reports import CostFigures, Occupancy, Report, Reported, SessionKv, Totals
+from ..outcomes import Outcomes
+from ..reports import Listener, Occupancy, Report, Reported, SessionKv, TurnEnded
+from .schedule.cost_figures import CostFigures
 from .schedule.scheduler import Scheduler
+from .schedule.sequence import FinishReason, Turn, TurnFinished
+from .turn_cost import Totals
 
 OCCUPANCY_PERIOD_NS = 200_000_000
-_REMEMBERED_OUTCOMES = 4096
-
-Listener = Callable[[Reported], None]
 
 
 class Reporter:
@@ -29,7 +28,7 @@ class Reporter:
         self._totals = totals
         self._clock = clock
         self._listeners: list[Listener] = []
-        self._outcomes: collections.OrderedDict[str, Outcome] = collections.OrderedDict()
+        self.outcomes = Outcomes()
         self._occupancy_sent_ns = 0
 
     def add(self, listener: Listener) -> None:
@@ -48,15 +47,9 @@ class Reporter:
 
     def settle(self, outcome: Outcome) -> None:
         """Remember and report an outcome; the newest of a directive answers its repetition."""
-        self._outcomes[outcome.directive_id] = outcome
-        if len(self._outcomes) > _REMEMBERED_OUTCOMES:
-            self._outcomes.popitem(last=False)
+        self.outcomes.note(outcome)
         self.occupancy_due = True
         self.report(outcome)
-
-    def outcome_of(self, directive_id: str) -> Outcome | None:
-        """What became of a directive seen before; None for a new one."""
-        return self._outcomes.get(directive_id)
 
     def report_occupancy(self, *, at_once: bool = False) -> None:
         """Report the books if they changed, or turns run, and the last report is a period old; or `at_once`."""
@@ -100,6 +93,23 @@ class Reporter:
             waiting_count=len(scheduler.waiting),
             device_capacity_tokens=ledger.device_capacity_tokens,
             host_capacity_bytes=ledger.host_capacity_bytes,
-            totals=replace(self._totals),
+            totals=self._totals.told(),
             cost=self.cost,
         )
+
+
+def turn_ended(turn: Turn, end: TurnFinished, reason: FinishReason) -> TurnEnded:
+    """The report of what the turn's client was told; `reason` may be plainer to the daemon than to the client."""
+    return TurnEnded(
+        session_id=turn.session_id,
+        tenant_id=turn.tenant_id,
+        turn_id=turn.id,
+        finish_reason=reason,
+        prompt_tokens=end.prompt_tokens,
+        cached_tokens=end.cached_tokens,
+        recomputed_tokens=end.recomputed_tokens,
+        output_tokens=end.output_tokens,
+        ttft_ns=end.ttft_ns,
+        queued_ns=end.queued_ns,
+        cost=end.cost,
+    )

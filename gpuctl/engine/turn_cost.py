@@ -1,23 +1,54 @@
 """What turns cost, counted as they are computed: prefill-token equivalents, energy, and time against the ideal.
 
-Owns: the books of the turns under way, the sums per tenant (a session's stand in the Session) and the totals of tokens
-computed. What the figures mean is policies/accounting.py's to say. Must not: decide anything. On the engine's thread
-only.
+Owns: the books of the turns under way, the sums per tenant (a session's stand in the Session) and the engine's totals,
+in which other parts count what they do. What the figures mean is policies/accounting.py's to say. Must not: decide
+anything. On the engine's thread only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 from ...policies.accounting import Gamma, TurnCost, Work, gamma_from_times, pte, work_of
+from ...policies.model import EngineTotals
 from ..energy import EnergyMeter
-from ..reports import CostFigures, Totals
+from .schedule.cost_figures import CostFigures
 from .schedule.plan import Slice
 from .schedule.sequence import Session, TenantId, Turn, TurnId
 
 READING_PERIOD_NS = 100_000_000
 """Counters are read no more often while turns run on: GPUs renew theirs every 20 to 100 ms, and reading costs 1 ms."""
+
+
+@dataclass(slots=True)
+class Totals:
+    """Running totals since the engine started: those every engine tells (EngineTotals), and this one's own."""
+
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    cached_tokens: int = 0
+    recomputed_tokens: int = 0
+    swap_out_count: int = 0
+    swap_out_bytes: int = 0
+    swap_out_ns: int = 0
+    swap_in_count: int = 0
+    swap_in_bytes: int = 0
+    swap_in_ns: int = 0
+    preempted_count: int = 0
+
+    steps: int = 0
+    turns_finished: int = 0
+    swap_failures: int = 0
+    interrupted_steps: int = 0
+    shared_tokens: int = 0
+
+    def told(self) -> EngineTotals:
+        """What the daemon is told of them."""
+        return EngineTotals(**{name: getattr(self, name) for name in _TOLD})
+
+
+_TOLD = tuple(field.name for field in fields(EngineTotals))
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +66,7 @@ class AccountsNow:
     """The accounts at one step border."""
 
     tenants: dict[TenantId, TenantCost]
+    totals: Totals
     gamma: Gamma | None
     energy_counters: tuple[str, ...]
     """What is measured: "gpu", "cpu"; empty: nothing."""
@@ -133,7 +165,7 @@ class Accounts:
         return self._tabled or gamma_from_times(cost.decode_seconds_per_context_token, cost.prefill_seconds_per_token)
 
     def now(self) -> AccountsNow:
-        return AccountsNow(dict(self._tenants), self.gamma, self._energy_counters)
+        return AccountsNow(dict(self._tenants), replace(self._totals), self.gamma, self._energy_counters)
 
     def begin_step(self) -> None:
         if self._energy is not None:

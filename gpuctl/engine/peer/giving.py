@@ -1,7 +1,7 @@
 """Gives a session to another engine: live copies of its KV while its turn goes on, then a pause, the rest, and goodbye.
 
 Owns: the sessions on their way out, and the turns that another engine computes for a client of ours. Must not: speak
-gRPC (peer_giving.py). On the engine's thread only, but for a released `Giving`: its caller's until it is taken back.
+gRPC (giving_rpc.py). On the engine's thread only, but for a released `Giving`: its caller's until it is taken back.
 
 A session is ours until `departed`: whatever fails before, `take_back` resumes its turn from the KV kept on the host;
 afterwards from its tokens, computed again.

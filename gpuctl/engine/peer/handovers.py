@@ -1,7 +1,7 @@
 """Hands sessions to other engines of the host and takes theirs: what the step loop and the peer service see of it.
 
-Owns: that giving (giving.py) and taking (taking.py) of one session exclude each other. Must not: speak gRPC (peer.py).
-On the engine's thread only.
+Owns: that giving (giving.py) and taking (taking.py) of one session exclude each other. Must not: speak gRPC
+(service.py). On the engine's thread only.
 
 Who owns the session is never in doubt for long, and never twice: the giver's until it is told that the taker has
 everything; then it forgets it, confirms, and is only the way its client's tokens take. A daemon hears of it from its

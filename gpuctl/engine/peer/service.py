@@ -1,6 +1,6 @@
 """The peer service of an engine: sessions to and from other engines of the host, over unix sockets.
 
-Owns: the socket and the hand-overs under way. Must not: know how a session goes (peer_giving.py, peer_taking.py).
+Owns: the socket and the hand-overs under way. Must not: know how a session goes (giving_rpc.py, taking_rpc.py).
 """
 
 from __future__ import annotations

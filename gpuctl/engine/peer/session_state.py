@@ -1,6 +1,6 @@
 """What of a session goes from one engine to another beside its KV.
 
-Owns: the shapes. Must not: know of sockets (peer.py).
+Owns: the shapes. Must not: know of sockets (wire.py).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Takes a session from another engine: room first, then its KV as a host copy, then its turn as a waiting one.
 
-Owns: the sessions on their way in. Must not: speak gRPC (peer_taking.py). On the engine's thread only. Until `confirm`
+Owns: the sessions on their way in. Must not: speak gRPC (taking_rpc.py). On the engine's thread only. Until `confirm`
 the session is the giver's: what came of it so far goes without a trace when the giver's stream ends.
 """
 

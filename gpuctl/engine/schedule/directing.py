@@ -1,7 +1,8 @@
 """Carries out what a daemon asks, at a step border, and answers for it.
 
 Owns: the checks and effects of each directive, and the ones put off until they can be done. Must not: remember outcomes
-or speak gRPC (engine.py, client.py). Anything that cannot be done is answered with a reason, never half done.
+or speak gRPC (outcomes.py and client.py above do). Anything that cannot be done is answered with a reason, never half
+done.
 """
 
 from __future__ import annotations

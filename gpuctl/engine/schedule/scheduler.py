@@ -1,9 +1,12 @@
 """Decides, at each step border, who computes what.
 
-Owns: the queue, the order of tenants (service.py), admission (admission.py), the batch, preemption, holds, and the
-retention marks; where KV lives it leaves to placement.py, what a daemon asks to directing.py. Pure: no binding, no
+Owns: the queue, the order of tenants (token_service.py), admission (admission.py), the batch, preemption, holds, and
+the retention marks; where KV lives it leaves to placement.py, what a daemon asks to directing.py. Pure: no binding, no
 clock, no threads; time enters as `now_ns`, decisions leave as a StepPlan that the engine carries out. Must not: move
 bytes, sample, or know text.
+
+Longer than most: queue, admission and batch are one decision over the same turns, sessions and plan. What could stand
+alone does (admission.py, prefix_groups.py, slo.py, placement.py, directing.py).
 
 Rules
 - Continuous batching: every step carries one token of each decoding turn and chunks of the prompts, within step_tokens.
@@ -11,7 +14,7 @@ Rules
   the oldest turn, members of a prefix group next to each other. So an SLO or a group buys no place from other tenants
   (JITServe's order inside VTC's shares).
 - A turn is passed over while another of its tenant computes a prefix it will share, for a bounded number of steps
-  (prefix_groups.py). The tenant is charged for the prefix once (service.py).
+  (prefix_groups.py). The tenant is charged for the prefix once (token_service.py).
 - A step's prompts are cut to what lets each decoding turn keep its wished pace, as far as the cost model knows, but
   never below paced_prefill_tokens, nor below mixed_prefill_tokens where somebody waits for the prompt's first token:
   a prefill always goes on.
@@ -29,8 +32,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ...reports import CostFigures
 from .admission import OutputLengths, peak_tokens
+from .cost_figures import CostFigures
 from .ledger import Ledger
 from .placement import Donor, Placement, Reach
 from .plan import PreemptedTurn, Slice, StepPlan

@@ -19,14 +19,14 @@ from ..errors import RequestError
 if TYPE_CHECKING:  # a name in annotations only: these words need no library
     from ..compute.constraint import Constraint
 
-SessionId = NewType("SessionId", str)
-TenantId = NewType("TenantId", str)
-TurnId = NewType("TurnId", str)
 Slot = NewType("Slot", int)  # a sequence id of the llama.cpp context
 Token = int
 _RANDOM_SEED = 0xFFFFFFFF  # to llama.cpp: draw one yourself
 
-# The daemon's words are ours.
+# The core's words are ours.
+SessionId = core.SessionId
+TenantId = core.TenantId
+TurnId = core.TurnId
 Tier = core.KvTier
 SessionPhase = core.SessionPhase
 FinishReason = core.FinishReason

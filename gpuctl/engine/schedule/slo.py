@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ...reports import CostFigures
+from .cost_figures import CostFigures
 from .sequence import Turn
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 
 from ...directives import Outcome, OutcomeStatus
-from ...reports import SessionMoved, Totals
+from ...reports import SessionMoved
 from ..compute.runner import Runner
 from ..errors import SwapError
 from ..reporter import Reporter
 from ..schedule.plan import Discard, Move, MoveDown, MoveIn, MoveOut, Share
 from ..schedule.scheduler import Scheduler
 from ..schedule.sequence import SessionId, Slot, Tier
+from ..turn_cost import Totals
 from .swapper import Copied, Swapper
 
 _log = logging.getLogger(__name__)

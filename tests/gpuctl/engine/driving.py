@@ -5,22 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from equipoise.gpuctl import directives as ask
 from equipoise.gpuctl.directives import Outcome
 from equipoise.gpuctl.energy import EnergyMeter
 from equipoise.gpuctl.engine.engine import Engine, EngineConfig
+from equipoise.gpuctl.engine.schedule.ledger import Holding
 from equipoise.gpuctl.engine.schedule.scheduler import SchedulerConfig
 from equipoise.gpuctl.engine.schedule.sequence import (
     FinishReason,
     SessionId,
     TenantId,
     TextDelta,
+    Tier,
     TurnEvent,
     TurnFinished,
     TurnId,
     TurnRefused,
     TurnRequest,
 )
-from equipoise.gpuctl.reports import Reported
+from equipoise.gpuctl.reports import Reported, SessionMoved
 from equipoise.policies.accounting import Gamma
 from equipoise.tests.gpuctl.engine.fakes import FakeModel, FakeRunner
 
@@ -152,3 +155,15 @@ class Driven:
 
     def advance(self, seconds: float) -> None:
         self.now_ns += int(seconds * SECOND)
+
+
+def swap_out(driven: Driven, session: str, tier: Tier = Tier.HOST, name: str = "out") -> ask.SwapOut:
+    return ask.SwapOut(directive_id=name, deadline_ns=driven.now_ns + SECOND, session_id=SessionId(session), tier=tier)
+
+
+def holding(driven: Driven, session: str) -> Holding:
+    return driven.engine._ledger.holding(SessionId(session))
+
+
+def moved(driven: Driven) -> list[SessionMoved]:
+    return [r.report for r in driven.reports if isinstance(r.report, SessionMoved)]

@@ -135,3 +135,10 @@ class FakeRunner:
             tokens.append(token)
             text += chr(token)
         return text
+
+
+def chunk_of(tokens: list[int], first: int = 0) -> KvChunk:
+    """KV of these tokens, from position `first` on."""
+    runner = FakeRunner()
+    runner.slots[0] = [*range(first), *tokens]
+    return runner.take(Slot(0), first)

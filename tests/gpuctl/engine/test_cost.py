@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from equipoise.gpuctl.engine import cost as cost_module
+from equipoise.gpuctl.engine.compute import llama
 from equipoise.gpuctl.engine.compute.runner import BatchSlice, ContextMode
-from equipoise.gpuctl.engine.cost import _solve, fit, load_or_fit
+from equipoise.gpuctl.engine.cost import _solve, fit, gamma_of_gpus, load_or_fit
+from equipoise.gpuctl.engine.schedule.cost_figures import CostFigures
 from equipoise.gpuctl.engine.schedule.sequence import Slot
-from equipoise.gpuctl.reports import CostFigures
+from equipoise.gpuctl.nvml import NvmlAbsence
 from equipoise.gpuctl.tiers import disk_bytes_per_second, disk_free_bytes, host_available_bytes
+from equipoise.policies.accounting import GammaSource, ModelShape
 from equipoise.tests.gpuctl.engine.driving import Driven
 
 
@@ -71,3 +77,62 @@ def test_the_tiers_below_say_what_they_hold(tmp_path):
     assert disk_bytes_per_second(tmp_path / "missing") is None
     assert disk_free_bytes(tmp_path / "missing") is None
     assert host_available_bytes(tmp_path / "missing") is None
+
+
+# gamma
+
+
+def model(**facts: Any) -> Any:
+    shape = ModelShape(32, 8, 128, 128, 2, 8_030_261_248)
+    return SimpleNamespace(layer_count=32, expert_count=0, shape=shape, **facts)
+
+
+def test_gamma_is_not_by_the_table_unless_the_whole_model_lies_on_gpus(monkeypatch):
+    class Library:
+        offloads = True
+
+        def llama_supports_gpu_offload(self) -> bool:
+            return self.offloads
+
+    class Gpus:
+        closed = 0
+
+        def sample(self) -> list[Any]:
+            return [SimpleNamespace(name="NVIDIA H200")]
+
+        def close(self) -> None:
+            self.closed += 1
+
+    library, gpus = Library(), Gpus()
+    monkeypatch.setattr(llama, "library", lambda: library)
+    monkeypatch.setattr(cost_module, "open_nvml", lambda: gpus)
+    for layers in (-1, 33):
+        found = gamma_of_gpus(model(), layers)
+        assert found is not None and found.source is GammaSource.TABLE
+    assert gpus.closed == 2
+    for layers in (0, 20, 32):
+        assert gamma_of_gpus(model(), layers) is None
+    experts = model()
+    experts.expert_count = 8
+    assert gamma_of_gpus(experts, -1) is None
+    library.offloads = False
+    assert gamma_of_gpus(model(), -1) is None
+    library.offloads = True
+    monkeypatch.setattr(cost_module, "open_nvml", lambda: NvmlAbsence("none", "none"))
+    assert gamma_of_gpus(model(), -1) is None
+
+
+@pytest.mark.engine
+def test_the_shape_read_from_the_model_accounts_for_the_bytes_its_kv_takes(make_runner, model):
+    runner = make_runner()
+    assert model.shape.kv_bytes_per_token == pytest.approx(runner.bytes_per_token, rel=0.01)
+    assert model.shape.parameter_count > model.shape.layer_count > 0
+    assert model.expert_count == 0
+
+
+@pytest.mark.engine
+def test_a_token_of_context_is_measured_to_cost_far_less_than_a_token_of_prefill(make_runner):
+    figures = fit(make_runner(kv_tokens=1024, slot_tokens=512))
+    assert figures.decode_seconds_per_context_token > 0
+    # By operations: reading a token's KV against multiplying with 135 million parameters is some thousandths.
+    assert figures.decode_seconds_per_context_token < figures.prefill_seconds_per_token / 10

@@ -6,8 +6,8 @@ from typing import Any
 
 from equipoise.gpuctl import directives as ask
 from equipoise.gpuctl.directives import PreemptMode
+from equipoise.gpuctl.engine.schedule.cost_figures import CostFigures
 from equipoise.gpuctl.engine.schedule.sequence import FinishReason, SessionId, Slo, Tier, TurnAccepted
-from equipoise.gpuctl.reports import CostFigures
 from equipoise.tests.gpuctl.engine.driving import SECOND, Driven, Turn
 from equipoise.tests.gpuctl.engine.fakes import FakeRunner
 from hypothesis import HealthCheck, settings

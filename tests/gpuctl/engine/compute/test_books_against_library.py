@@ -9,6 +9,7 @@ import pytest
 from equipoise.gpuctl import directives as ask
 from equipoise.gpuctl.engine.compute.runner import BatchSlice, ContextMode, StepStatus
 from equipoise.gpuctl.engine.engine import Engine, EngineConfig
+from equipoise.gpuctl.engine.schedule.cost_figures import CostFigures
 from equipoise.gpuctl.engine.schedule.ledger import Ledger
 from equipoise.gpuctl.engine.schedule.scheduler import SchedulerConfig
 from equipoise.gpuctl.engine.schedule.sequence import (
@@ -24,7 +25,6 @@ from equipoise.gpuctl.engine.schedule.sequence import (
     TurnRequest,
 )
 from equipoise.gpuctl.engine.tiers.disk_tier import DiskTier
-from equipoise.gpuctl.reports import CostFigures
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from equipoise.gpuctl.engine.schedule.cost_figures import CostFigures
 from equipoise.gpuctl.engine.schedule.sequence import SessionId, Slo, TenantId, Turn, TurnId
 from equipoise.gpuctl.engine.schedule.slo import begin_by_ns, due_ns, prefill_seconds_allowed
-from equipoise.gpuctl.reports import CostFigures
 from equipoise.tests.gpuctl.engine.driving import SECOND, Driven
 from hypothesis import given
 from hypothesis import strategies as st

@@ -1,0 +1,34 @@
+"""The books of KV memory."""
+
+from __future__ import annotations
+
+import pytest
+from equipoise.gpuctl.engine.schedule.ledger import Ledger
+from equipoise.gpuctl.engine.schedule.sequence import SessionId, Tier
+
+
+def test_the_books_refuse_to_balance_when_a_slot_is_lost():
+    ledger = Ledger(device_capacity_tokens=100, slot_count=2, bytes_per_token=4)
+    ledger.open(SessionId("a"))
+    ledger.grow(SessionId("a"), 10)
+    ledger.check_integrity()
+    ledger._holdings[SessionId("a")].slot = None
+    with pytest.raises(AssertionError, match="slot leaked"):
+        ledger.check_integrity()
+
+
+def test_truncating_shortens_every_copy():
+    ledger = Ledger(
+        device_capacity_tokens=100, slot_count=2, bytes_per_token=4, host_capacity_bytes=400, disk_capacity_bytes=400
+    )
+    session = SessionId("a")
+    ledger.open(session)
+    ledger.grow(session, 30)
+    ledger.copied(session, Tier.HOST, 20)
+    ledger.copied(session, Tier.DISK, 10)
+    ledger.truncate(session, 15)
+    assert (ledger.device_used_tokens, ledger.host_used_bytes, ledger.disk_used_bytes) == (15, 60, 40)
+    assert ledger.holding(session).longest() == (Tier.DEVICE, 15)
+    ledger.forget(session)
+    assert (ledger.device_used_tokens, ledger.host_used_bytes, ledger.disk_used_bytes) == (0, 0, 0)
+    ledger.check_integrity()
