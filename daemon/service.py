@@ -26,12 +26,13 @@ from ..policies.snapshot import Snapshot
 from ..policies.state import State
 from . import log, notify, policy_file
 from .enforce import fallback_budget
-from .enforce.actuator import Actuator, Budgets
+from .enforce.actuator import Actuator
 from .enforce.fallback_budget import FallbackBudget
 from .enforce.following import Following, release_on_request
 from .enforce.guardian import release
 from .enforce.guarding import Guarding
 from .enforce.holds import Holds
+from .enforce.targets import Budgets
 from .engine_process import EngineConfig, EngineProcess
 from .errors import CgroupError
 from .loop import Loop, Sink

@@ -1,7 +1,7 @@
 """What can be done, why it was chosen, and what came of it.
 
 Owns the closed union `Action`. Every action that holds something back carries the time at which it undoes itself;
-only a kill and a grant are final.
+only a kill and a grant are final. Each on a tool call has its own `words`: what is done, without its subject.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from .model import DecisionId, EngineId, KvTier, SessionId, TenantId, ToolCallId
+from .model import MIB, DecisionId, EngineId, KvTier, SessionId, TenantId, ToolCallId
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,18 +22,30 @@ class Throttle:
     """Of one CPU; used where memory.high does not exist."""
     expires_ns: int
 
+    @property
+    def words(self) -> str:
+        return "throttle"
+
 
 @dataclass(frozen=True, slots=True)
 class Freeze:
     tool_call: ToolCallId
     expires_ns: int
 
+    @property
+    def words(self) -> str:
+        return "freeze"
+
 
 @dataclass(frozen=True, slots=True)
 class Thaw:
-    """Undo a throttle or a freeze before it expires."""
+    """Undo what a decision holds back (a throttle, a freeze) before it expires; not a stop at the budget."""
 
     tool_call: ToolCallId
+
+    @property
+    def words(self) -> str:
+        return "let go"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +56,10 @@ class Grant:
     soft_bytes: int
     hard_bytes: int
 
+    @property
+    def words(self) -> str:
+        return f"grant {self.hard_bytes / MIB:.0f} MiB"
+
 
 @dataclass(frozen=True, slots=True)
 class Wait:
@@ -53,6 +69,10 @@ class Wait:
     needed_bytes: int
     expires_ns: int
 
+    @property
+    def words(self) -> str:
+        return "wait for memory"
+
 
 @dataclass(frozen=True, slots=True)
 class Kill:
@@ -61,6 +81,10 @@ class Kill:
     tool_call: ToolCallId
     message: str
     """One line for the agent: cause, peak, budget, suggestion."""
+
+    @property
+    def words(self) -> str:
+        return "kill the tool call"
 
 
 @dataclass(frozen=True, slots=True)

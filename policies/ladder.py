@@ -60,7 +60,9 @@ def _answer_stopped(snapshot: Snapshot, policy: Policy, by_tenant: dict[TenantId
     standing = [c for c in snapshot.tool_calls if c.stopped_ns is not None and _holds_memory(c)]
     standing.sort(key=lambda c: (order[c.tenant], _stopped_ns(c), c.id))
     steps = [_kill_at_largest(c, policy, snapshot) for c in standing if _at_largest(c, largest)]
-    # What was ended a moment ago is about to be free: its payer must not be followed by another for the same need.
+    # What was ended a moment ago is about to be free: its payer must not be followed by another for the same need, and
+    # who stands only now is granted out of it like who stood at the moment of the kill. It serves once all the same,
+    # since what has been granted since is promised.
     dying = sum(c.used_bytes for c in snapshot.tool_calls if c.phase is ToolCallPhase.KILLED and c.gone_ns is None)
     freed = dying + sum(step.call.used_bytes for step in steps)
     standing = [c for c in standing if not _at_largest(c, largest)]

@@ -88,6 +88,33 @@ class Verdict(Enum):
     DROP = "drop"
 
 
+class Role(Enum):
+    """What a process below an agent is taken for; roles.py has the rules."""
+
+    RUNTIME = "runtime"
+    """It speaks to the model: never stopped or ended for a tool call's budget."""
+    START_UP = "start-up"
+    """From before anybody spoke to a model: it may still become the runtime."""
+    HOUSEKEEPING = "housekeeping"
+    """The runtime's own (git, rg, ps): counted to the sandbox, no wait."""
+    TOOL_CALL = "tool call"
+    SHELL = "shell"
+    """Fed line by line: part of the runtime, each command in it is a tool call."""
+    SERVICE = "service"
+    """A child that stays: counted to the sandbox, never a wait."""
+    WRAPPER = "wrapper"
+    """A program of ours around a call."""
+
+
+@dataclass(frozen=True, slots=True)
+class RoleRule:
+    """A policy's own word on what a command is."""
+
+    match: str
+    """A regular expression, looked for in the command line."""
+    role: Role
+
+
 @dataclass(frozen=True, slots=True)
 class Tenant:
     id: TenantId

@@ -3,5 +3,6 @@
 Owns: the rungs of the host-memory ladder, what is held back now, and its undoing by whoever comes after. Must not:
 decide anything.
 
-Seen from outside: `actuator`, `fallback_budget`, `following`, `guardian`, `guarding`, `holds`.
+Seen from outside: `actuator`, `fallback_budget`, `following`, `guardian`, `guarding`, `holds`,
+`targets`.
 """

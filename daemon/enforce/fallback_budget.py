@@ -19,11 +19,13 @@ from ...policies.events import BudgetLevel, BudgetReached, Event, ProcessesGone,
 from ...policies.model import MIB, ToolCallId
 from .. import log
 from ..errors import JournalError
+from ..observe.journal import Hold, HoldCause
 from ..sandboxes import processes
 from ..sandboxes.cgroups import CgroupDriver, Effect
 from ..sandboxes.processes import PROC, ProcessRef
-from .actuator import UNANSWERED_NS
-from .holds import Hold, HoldCause, HoldKind, Holds
+from .freeze import FREEZE
+from .holds import Holds
+from .stop import STOP, UNANSWERED_NS
 
 TIER = "user-space poll"
 INTERVAL_S = 0.05
@@ -47,7 +49,7 @@ class _Followed:
 
 
 class FallbackBudget:
-    """Implements `actuators.Budgets`. One thread."""
+    """Implements `targets.Budgets`. One thread."""
 
     def __init__(
         self,
@@ -108,7 +110,7 @@ class FallbackBudget:
                 self._emit(ToolCallMemoryStepped(now_ns, followed.tool_call, used, followed.peak_bytes))
             self._check(followed, used, now_ns)
 
-    # -- actuators.Budgets
+    # -- targets.Budgets
 
     def set_budget(self, tag: ToolCallId, /, *, soft_bytes: int, hard_bytes: int) -> None:
         followed = self._known(tag)
@@ -152,14 +154,12 @@ class FallbackBudget:
         tool_call, cause = followed.tool_call, HoldCause.BUDGET
         try:
             if followed.leaf is not None and self._driver is not None:
-                hold = Hold(HoldKind.FREEZE, cause, now_ns, expires_ns, tool_call, path=followed.leaf)
+                hold = Hold(FREEZE, cause, now_ns, expires_ns, tool_call, path=followed.leaf)
                 held = self._holds.take(hold)
                 results = [self._driver.freeze(followed.leaf)]
             else:
                 refs = [r for pid in pids if (r := processes.identify(pid, self._proc_root)) is not None]
-                held = self._holds.take(
-                    *(Hold(HoldKind.STOP, cause, now_ns, expires_ns, tool_call, process=r) for r in refs)
-                )
+                held = self._holds.take(*(Hold(STOP, cause, now_ns, expires_ns, tool_call, process=r) for r in refs))
                 results = [processes.send(r, signal.SIGSTOP, self._proc_root) for r in refs]
         except JournalError as error:
             log.warning("budget_stop_not_journalled", tool_call=f"{tool_call:016x}", error=error)

@@ -22,9 +22,10 @@ from ...policies.events import (
 )
 from ...policies.model import CgroupId, ToolCall, ToolCallId
 from ...policies.state import State
+from ..observe.journal import HoldCause, HoldKind
 from .actuator import Actuator
 from .fallback_budget import FallbackBudget
-from .holds import HoldCause, HoldKind, Holds
+from .holds import Holds
 
 
 class Following:
@@ -88,11 +89,11 @@ def release_on_request(
     holds: Holds, actuator: Actuator, emit: Callable[[Event], None], now_ns: Callable[[], int]
 ) -> list[str]:
     """Undo everything that is held back, while the daemon goes on; answers what was undone, in words."""
-    held = [hold for hold in holds.all() if hold.kind is not HoldKind.ARMED]
+    held = [hold for hold in holds.all() if hold.kind != HoldKind.ARMED]
     failed = actuator.release_all()
     at_ns = now_ns()
     for hold in held:
-        if hold.cause is HoldCause.BUDGET and hold.tool_call is not None:
+        if hold.cause == HoldCause.BUDGET and hold.tool_call is not None:
             emit(BudgetChanged(at_ns, hold.tool_call, 0, 0))
         elif hold.decision is not None:
             outcome = Outcome(hold.decision, OutcomeStatus.EXPIRED, at_ns, hold.kind.value, "released on request")

@@ -23,10 +23,11 @@ from pathlib import Path
 
 from .. import log
 from ..errors import CgroupError, GuardianError, JournalError
-from ..observe.journal import JournalReader, clear_holds, lock_holder
+from ..observe.journal import Hold, JournalReader, clear_holds, lock_holder
 from ..sandboxes.cgroups import CgroupDriver, Effect, Limit
 from ..sandboxes.processes import PROC, boot_id, identify
-from .holds import LIMITS, Hold, continue_stopped, undo
+from . import rungs
+from .stop import continue_stopped
 
 _READY = b"ready\n"
 _START_TIMEOUT_S = 30.0
@@ -73,7 +74,7 @@ def release(journal: Path | None, driver: CgroupDriver | None, proc_root: Path =
     holds, problem = _holds_of(journal, proc_root)
     undone, gone, failed = [], 0, []
     for hold in holds:
-        result = undo(hold, driver, proc_root)
+        result = rungs.undo(hold, driver, proc_root)
         if result.effect is Effect.FAILED:
             failed.append(result.detail)
             continue
@@ -86,7 +87,7 @@ def release(journal: Path | None, driver: CgroupDriver | None, proc_root: Path =
             problem = str(error)  # left in the journal: undoing them once more does nothing
     found = 0
     if driver is not None:
-        restored = {(h.path, LIMITS[h.kind]) for h in undone if h.kind in LIMITS}
+        restored = {(h.path, limit) for h in undone if (limit := rungs.limit_of(h)) is not None}
         found, refused = _walk(driver, proc_root, restored)
         failed.extend(refused)
     return Release(len(undone) - gone, gone, found, tuple(failed), problem)

@@ -1,116 +1,23 @@
-"""What is being held back, and how to undo it from the record alone.
+"""What is being held back by this daemon.
 
-Owns the fact `Hold`, `undo`, and the list of what is held now. A hold is written to the journal before anything is
+Owns the list of what is held now, and the seam to where it is written down. A hold is written down before anything is
 done, so that whoever comes after a `kill -9` of the daemon (the guardian, the next start, `equipoise release`) can
-undo it without knowing why it was.
+undo it without knowing why it was. Must not: know how a kind of hold is undone (rungs.py).
 """
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Protocol
 
-from ...policies.model import DecisionId, ToolCallId
+from ...policies.model import ToolCallId
 from .. import log
 from ..errors import JournalError
-from ..sandboxes import processes
-from ..sandboxes.cgroups import Applied, CgroupDriver, Effect, Limit
-from ..sandboxes.processes import PROC, SIGNAL_TIER, ProcessRef
-
-
-class HoldKind(Enum):
-    MEMORY_HIGH = "memory.high"
-    CPU_QUOTA = "cpu quota"
-    FREEZE = "freeze"
-    """A frozen cgroup."""
-    STOP = "stop"
-    """A process stopped by SIGSTOP."""
-    ARMED = "armed"
-    """The kernel may stop processes of this cgroup at a budget. Holds nothing back by itself, so it never expires;
-    undoing it continues whatever is stopped there."""
-
-
-class HoldCause(Enum):
-    THROTTLE = "throttle"
-    FREEZE = "freeze"
-    BUDGET = "budget"
-    """Stopped at its hard budget: until a grant, a kill, or the end of its wait."""
-
-
-LIMITS = {HoldKind.MEMORY_HIGH: Limit.MEMORY_HIGH, HoldKind.CPU_QUOTA: Limit.CPU_QUOTA}
-"""The kinds of hold that are limits."""
-
-
-@dataclass(frozen=True, slots=True)
-class Hold:
-    """One thing that is held back.
-
-    Invariants: everything but ARMED expires; STOP names a process, the others a cgroup; a limit knows its old text.
-    """
-
-    kind: HoldKind
-    cause: HoldCause
-    at_ns: int
-    expires_ns: int | None
-    tool_call: ToolCallId | None = None
-    decision: DecisionId | None = None
-    path: str | None = None
-    """Of the cgroup, relative to the hierarchy's root."""
-    process: ProcessRef | None = None
-    restore: str | None = None
-    """The limit as it was."""
-    id: int | None = None
-    """Given by the journal; None: not written yet."""
-
-    def __post_init__(self) -> None:
-        if (self.expires_ns is None) != (self.kind is HoldKind.ARMED):
-            raise ValueError(f"a hold of kind {self.kind.value} with expires_ns={self.expires_ns}")
-        if (self.process is None) == (self.kind is HoldKind.STOP) or (self.path is None) != (self.process is not None):
-            raise ValueError(f"a hold of kind {self.kind.value} on path={self.path} process={self.process}")
-        if (self.restore is None) == (self.kind in LIMITS):
-            raise ValueError(f"a hold of kind {self.kind.value} with restore={self.restore}")
-
-    @property
-    def target(self) -> str:
-        return self.path if self.path is not None else f"pid {self.process.pid if self.process else '?'}"
-
-    def same_target(self, other: Hold) -> bool:
-        """Whether undoing one would undo the other."""
-        return self.kind is other.kind and self.path == other.path and self.process == other.process
-
-
-def undo(hold: Hold, driver: CgroupDriver | None, proc_root: Path = PROC) -> Applied:
-    """Take one hold back. Idempotent; GONE where its cgroup or process is. Never raises OSError."""
-    if hold.kind is HoldKind.STOP:
-        assert hold.process is not None
-        return processes.send(hold.process, signal.SIGCONT, proc_root)
-    assert hold.path is not None
-    if driver is None:
-        return Applied(Effect.FAILED, hold.kind.value, f"{hold.path}: no cgroups can be reached from here")
-    match hold.kind:
-        case HoldKind.MEMORY_HIGH | HoldKind.CPU_QUOTA:
-            return driver.restore(hold.path, LIMITS[hold.kind], hold.restore or "max")
-        case HoldKind.FREEZE:
-            return driver.thaw(hold.path)
-        case HoldKind.ARMED:
-            return continue_stopped(driver.processes(hold.path), proc_root)
-
-
-def continue_stopped(pids: tuple[int, ...], proc_root: Path = PROC) -> Applied:
-    """SIGCONT to those that are stopped. `count` is how many were."""
-    continued, failed = 0, ""
-    for pid in pids:
-        found = processes.stat(pid, proc_root)
-        if found is None or not found.stopped:
-            continue
-        result = processes.send(ProcessRef(pid, found.start_ticks), signal.SIGCONT, proc_root)
-        continued += result.count
-        failed = failed or (result.detail if result.effect is Effect.FAILED else "")
-    return Applied(Effect.FAILED if failed else Effect.DONE, SIGNAL_TIER, failed, continued)
+from ..observe.journal import Hold, HoldCause
+from ..sandboxes.cgroups import Applied, CgroupDriver, Effect
+from ..sandboxes.processes import PROC
+from . import rungs
 
 
 class HoldBook(Protocol):
@@ -169,7 +76,7 @@ class Holds:
         undone = []
         for hold in holds:
             others = [h for h in self._held.values() if h.id != hold.id and h.same_target(hold)]
-            result = Applied(Effect.DONE, "", "held on") if others else undo(hold, self._driver, self._proc_root)
+            result = Applied(Effect.DONE, "", "held on") if others else rungs.undo(hold, self._driver, self._proc_root)
             if result.effect is not Effect.FAILED:
                 self._held.pop(_id(hold), None)
             undone.append((hold, result))

@@ -8,9 +8,6 @@ from ...policies.actions import (
     Action,
     Decision,
     Drop,
-    Freeze,
-    Grant,
-    Kill,
     Outcome,
     OutcomeStatus,
     Retain,
@@ -18,28 +15,16 @@ from ...policies.actions import (
     SetTenantWeight,
     SwapIn,
     SwapOut,
-    Thaw,
-    Throttle,
-    Wait,
+    ToolCallAction,
 )
 from ...policies.model import MIB, NS_PER_S, ToolCallId
 
 
-def of_action(action: Action) -> str:  # noqa: PLR0912 - one arm per action of a closed union
+def of_action(action: Action) -> str:
     """What is done, without its subject: "grant 640 MiB"."""
+    if isinstance(action, ToolCallAction):
+        return action.words
     match action:
-        case Throttle():
-            return "throttle"
-        case Freeze():
-            return "freeze"
-        case Thaw():
-            return "let go"
-        case Grant(hard_bytes=hard):
-            return f"grant {hard / MIB:.0f} MiB"
-        case Wait():
-            return "wait for memory"
-        case Kill():
-            return "kill the tool call"
         case SwapOut(tier=tier):
             return f"swap KV out to {tier.value}"
         case SwapIn():

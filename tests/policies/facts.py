@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from equipoise.policies.accounting import TurnCost
 from equipoise.policies.actions import Action, Decision, Outcome, OutcomeStatus
 from equipoise.policies.events import (
     BudgetLevel,
@@ -18,9 +19,12 @@ from equipoise.policies.events import (
     KvObserved,
     OutcomeObserved,
     SandboxRegistered,
+    SessionMoved,
     ToolCallEnded,
     ToolCallMemoryStepped,
     ToolCallStarted,
+    TurnEnded,
+    TurnStarted,
 )
 from equipoise.policies.model import (
     MIB,
@@ -31,6 +35,7 @@ from equipoise.policies.model import (
     Engine,
     EngineId,
     EngineTotals,
+    FinishReason,
     Host,
     KvTier,
     Sandbox,
@@ -50,6 +55,7 @@ from equipoise.policies.state import State
 
 EVERY_DIRECTIVE = frozenset({"set_tenant_weight", "swap_out", "swap_in", "retain", "drop", "set_host_tier_capacity"})
 ENGINE = EngineId("e1")
+ADA = SessionId("gold/ada")
 BYTES_PER_TOKEN = 1 << 10
 
 
@@ -195,6 +201,18 @@ def observed(at_s: float, *sessions: Session, engine: str = ENGINE, **more: Any)
         "totals": EngineTotals(),
     }
     return KvObserved(ns(at_s), EngineId(engine), tuple(sessions), **(values | more))
+
+
+def turn_started(at_s: float, turn: str = "t1") -> TurnStarted:
+    return TurnStarted(ns(at_s), ENGINE, ADA, turn, prompt_tokens=10, cached_tokens=0)
+
+
+def turn_ended(at_s: float, reason: FinishReason = FinishReason.TOOL_CALLS, cost: TurnCost | None = None) -> TurnEnded:
+    return TurnEnded(ns(at_s), ENGINE, ADA, "t1", reason, 10, 0, 0, 5, 0, 0, cost or TurnCost())
+
+
+def moved(at_s: float, to: KvTier, directive: str | None = None) -> SessionMoved:
+    return SessionMoved(ns(at_s), ENGINE, ADA, KvTier.DEVICE, to, 1000, 1000, 1, directive)
 
 
 def host_sampled(at_s: float = 0.0, total_mib: int = 16_384, available_mib: int = 8_192) -> HostSampled:

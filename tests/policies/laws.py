@@ -22,6 +22,7 @@ from equipoise.policies.actions import (
 )
 from equipoise.policies.decide import decide
 from equipoise.policies.fairness import shares
+from equipoise.policies.ladder import PROMISE_NS
 from equipoise.policies.model import KvTier, SessionPhase, ToolCall, ToolCallPhase
 from equipoise.policies.policy import Policy
 from equipoise.policies.snapshot import Snapshot
@@ -130,13 +131,7 @@ def _check_together(actions: list[Action], snapshot: Snapshot, policy: Policy) -
         if not isinstance(a, SetTenantWeight | SetHostTierCapacity)
     )
     assert all(count == 1 for count in about.values()), f"two actions on one subject: {about}"
-    freed = sum(_call(a.tool_call, snapshot).used_bytes for a in actions if isinstance(a, Kill))
-    granted = sum(a.hard_bytes - _call(a.tool_call, snapshot).used_bytes for a in actions if isinstance(a, Grant))
-    if granted:
-        pool = policy.memory.pool_bytes(snapshot.host.memory_total_bytes)
-        assert snapshot.tool_used_bytes() - freed + granted <= pool, "the pool is overdrawn"
-        if snapshot.host.memory_total_bytes:
-            assert granted <= snapshot.host.memory_available_bytes + freed, "the host has not got it"
+    _check_pool(actions, snapshot, policy)
     for on in snapshot.engines:
         swapped = [
             next(s for s in snapshot.sessions if s.id == a.session)
@@ -145,6 +140,33 @@ def _check_together(actions: list[Action], snapshot: Snapshot, policy: Policy) -
         ]
         held = sum(s.held_tokens for s in swapped) * on.bytes_per_token
         assert not held or on.host_used_bytes + held <= on.host_capacity_bytes, "the host tier is overdrawn"
+
+
+def _check_pool(actions: list[Action], snapshot: Snapshot, policy: Policy) -> None:
+    """No byte is handed out twice: not the pool's, not the host's, not what a grant of a moment ago was promised.
+
+    Memory of a call that is ended counts as free from that moment until its processes are gone, whether the kill is
+    one of these decisions or an earlier one: until then it is in the snapshot's sums, and whoever it was freed for may
+    stand only now.
+    """
+    grants = {a.tool_call: a.hard_bytes for a in actions if isinstance(a, Grant)}
+    if not grants:
+        return
+    alive = [c for c in snapshot.tool_calls if c.gone_ns is None]
+    ending = {a.tool_call for a in actions if isinstance(a, Kill)}
+    ending |= {c.id for c in alive if c.phase is ToolCallPhase.KILLED}
+    freed = sum(c.used_bytes for c in alive if c.id in ending)
+    granted = sum(hard_bytes - _call(id, snapshot).used_bytes for id, hard_bytes in grants.items())
+    promised = sum(
+        max(0, c.hard_bytes - c.used_bytes)
+        for c in alive
+        if c.granted_ns is not None and snapshot.now_ns - c.granted_ns < PROMISE_NS
+        if c.stopped_ns is None and c.id not in ending
+    )
+    pool = policy.memory.pool_bytes(snapshot.host.memory_total_bytes)
+    assert snapshot.tool_used_bytes() - freed + promised + granted <= pool, "the pool is overdrawn"
+    if snapshot.host.memory_total_bytes:
+        assert granted + promised <= snapshot.host.memory_available_bytes + freed, "the host has not got it"
 
 
 def _call(tool_call: int, snapshot: Snapshot) -> ToolCall:

@@ -1,8 +1,8 @@
 """A host in virtual time: agents, a kernel that stops calls at budgets, an engine with three tiers.
 
-Owns the world that the pure core is replayed in: agents take turns and run tools, memory follows each tool's curve,
-the engine runs out of device memory and the policy's actions take effect. It decides nothing itself, and every
-decision is checked against the laws. Time is a number; nothing sleeps.
+Owns the world that the pure core is replayed in: agents take turns and run tools as their scripts say, memory follows
+each tool's curve and the policy's actions take effect; the engine's side is in `simulated_engine.py`. It decides
+nothing itself, and every decision is checked against the laws. Time is a number; nothing sleeps.
 """
 
 from __future__ import annotations
@@ -35,32 +35,21 @@ from equipoise.policies.events import (
     EngineAttached,
     Event,
     HostSampled,
-    KvObserved,
     OutcomeObserved,
     SandboxRegistered,
     SandboxRemoved,
-    SessionMoved,
     ToolCallEnded,
     ToolCallMemoryStepped,
     ToolCallStarted,
-    TurnEnded,
-    TurnStarted,
 )
 from equipoise.policies.model import (
-    MIB,
     NS_PER_S,
     CgroupId,
-    CostModel,
     DecisionId,
     Engine,
-    EngineId,
-    EngineTotals,
     FinishReason,
-    KvTier,
     Sandbox,
-    Session,
     SessionId,
-    SessionPhase,
     TenantId,
     ToolCallId,
     ToolCallSource,
@@ -68,40 +57,11 @@ from equipoise.policies.model import (
 from equipoise.policies.policy import Policy
 from equipoise.policies.state import State
 from equipoise.tests.policies.laws import decide_lawfully
+from equipoise.tests.policies.scripts import Script, Tool
+from equipoise.tests.policies.simulated_engine import SimulatedEngine
 
 TICK_NS = NS_PER_S // 10
 THROTTLED_SPEED = 0.2
-ENGINE = EngineId("sim")
-DIRECTIVES = frozenset({"set_tenant_weight", "swap_out", "swap_in", "retain", "drop"})
-
-
-@dataclass(frozen=True, slots=True)
-class Tool:
-    """A tool call to be: its memory by seconds of work done."""
-
-    command: str
-    seconds: float
-    memory: tuple[tuple[float, int], ...]
-    """(second, bytes), ascending; held until the next."""
-
-    def bytes_at(self, second: float) -> int:
-        return next((size for at, size in reversed(self.memory) if at <= second), 0)
-
-
-@dataclass(frozen=True, slots=True)
-class Round:
-    """One turn of the model and the tools it asks for, which run side by side."""
-
-    turn_seconds: float
-    context_tokens: int
-    tools: tuple[Tool, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Script:
-    tenant: str
-    name: str
-    rounds: tuple[Round, ...]
 
 
 @dataclass(slots=True)
@@ -134,13 +94,6 @@ class _Agent:
     done_ns: int | None = None
 
 
-@dataclass(slots=True)
-class _Kv:
-    tokens: int = 0
-    tier: KvTier = KvTier.NONE
-    retain_until_ns: int = 0
-
-
 @dataclass(frozen=True, slots=True)
 class Stop:
     """One call that stood at its budget, and how it was answered."""
@@ -161,23 +114,26 @@ class Simulation:
         self.stops: list[Stop] = []
         self.highest_bytes = 0
         """Most that all tool calls ever used together."""
-        self.recomputed_tokens = 0
         self._policy = policy
-        self._engine = engine
         self._host_bytes = host_bytes
         self._agents = [
             _Agent(script, CgroupId(number), SessionId(f"{script.tenant}/{script.name}"))
             for number, script in enumerate(scripts, 1)
         ]
-        self._kv = {agent.session: _Kv() for agent in self._agents}
         self._last_id = 0
         self._events: list[Event] = [EngineAttached(0, engine)]
+        tenants = {agent.session: TenantId(agent.script.tenant) for agent in self._agents}
+        self._engine = SimulatedEngine(engine, tenants, self._events)
         for agent in self._agents:
             self._register(agent)
 
     @property
     def done(self) -> bool:
         return all(agent.done_ns is not None for agent in self._agents)
+
+    @property
+    def recomputed_tokens(self) -> int:
+        return self._engine.recomputed_tokens
 
     def actions(self, kind: type[Action]) -> list[Decision]:
         return [decision for decision, _ in self.log if isinstance(decision.action, kind)]
@@ -239,26 +195,19 @@ class Simulation:
             self._begin_turn(agent)
         else:
             agent.done_ns = self.now_ns
-            self._kv[agent.session] = _Kv()
+            self._engine.close(agent.session)
             self._events.append(SandboxRemoved(self.now_ns, agent.cgroup))
 
     def _begin_turn(self, agent: _Agent) -> None:
-        kv, turn = self._kv[agent.session], agent.script.rounds[agent.next_round]
-        if kv.tier is not KvTier.DEVICE:
-            self.recomputed_tokens += turn.context_tokens if kv.tier is KvTier.NONE and agent.next_round else 0
-            kv.tier = KvTier.DEVICE
-        kv.tokens, kv.retain_until_ns = turn.context_tokens, 0
+        turn = agent.script.rounds[agent.next_round]
         agent.turn_left_s = turn.turn_seconds
-        name = f"t{agent.next_round}"
-        self._events.append(TurnStarted(self.now_ns, ENGINE, agent.session, name, turn.context_tokens, 0))
-        self._make_room(agent.session)
+        self._engine.begin_turn(agent.session, agent.next_round, turn.context_tokens, self.now_ns)
 
     def _end_turn(self, agent: _Agent) -> None:
         turn = agent.script.rounds[agent.next_round]
         agent.turn_left_s = None
         reason = FinishReason.TOOL_CALLS if turn.tools else FinishReason.STOP
-        tokens, name = turn.context_tokens, f"t{agent.next_round}"
-        self._events.append(TurnEnded(self.now_ns, ENGINE, agent.session, name, reason, tokens, 0, 0, 0, 0, 0))
+        self._engine.end_turn(agent.session, agent.next_round, turn.context_tokens, reason, self.now_ns)
         agent.next_round += 1
         for tool in turn.tools:
             self._last_id += 1
@@ -320,72 +269,11 @@ class Simulation:
     def _unfinished(self) -> str:
         return ", ".join(f"{a.script.name} in round {a.next_round}" for a in self._agents if a.done_ns is None)
 
-    # -- the engine and the host
-
-    def _device_tokens(self) -> int:
-        return sum(kv.tokens for kv in self._kv.values() if kv.tier is KvTier.DEVICE)
-
-    def _host_tier_bytes(self) -> int:
-        return sum(kv.tokens for kv in self._kv.values() if kv.tier is KvTier.HOST) * self._engine.bytes_per_token
-
-    def _make_room(self, for_session: SessionId) -> None:
-        """The engine's own default: drop idle sessions, retained ones last, until the device fits."""
-        idle = {a.session for a in self._agents if a.turn_left_s is None} - {for_session}
-        order = sorted(idle, key=lambda s: (self._kv[s].retain_until_ns > self.now_ns, -self._kv[s].tokens))
-        for session in order:
-            if self._device_tokens() <= self._engine.device_capacity_tokens:
-                return
-            if self._kv[session].tier is KvTier.DEVICE:
-                self._move(session, KvTier.NONE, None)
-
-    def _move(self, session: SessionId, to: KvTier, directive: str | None) -> None:
-        kv = self._kv[session]
-        moved_bytes = kv.tokens * self._engine.bytes_per_token
-        self._events.append(
-            SessionMoved(self.now_ns, ENGINE, session, kv.tier, to, kv.tokens, moved_bytes, 1, directive)
-        )
-        kv.tier = to
-
     def _observe(self) -> None:
         used = sum(call.used_bytes for call in self._calls().values())
         self.highest_bytes = max(self.highest_bytes, used)
-        per_token = self._engine.bytes_per_token
-        sessions = []
-        for agent in self._agents:
-            kv = self._kv[agent.session]
-            if agent.done_ns is not None or not kv.tokens:
-                continue
-            sessions.append(
-                Session(
-                    id=agent.session,
-                    tenant=TenantId(agent.script.tenant),
-                    engine=ENGINE,
-                    phase=SessionPhase.IDLE if agent.turn_left_s is None else SessionPhase.RUNNING,
-                    tier=kv.tier,
-                    held_tokens=0 if kv.tier is KvTier.NONE else kv.tokens,
-                    context_tokens=kv.tokens,
-                    host_bytes=kv.tokens * per_token if kv.tier is KvTier.HOST else 0,
-                    retain_until_ns=kv.retain_until_ns,
-                )
-            )
-        turns = sum(1 for agent in self._agents if agent.turn_left_s is not None)
-        waiting = 1 if self._device_tokens() > self._engine.device_capacity_tokens else 0
-        self._events.append(
-            KvObserved(
-                at_ns=self.now_ns,
-                engine=ENGINE,
-                sessions=tuple(sessions),
-                device_used_tokens=self._device_tokens(),
-                host_used_bytes=self._host_tier_bytes(),
-                disk_used_bytes=0,
-                device_capacity_tokens=self._engine.device_capacity_tokens,
-                host_capacity_bytes=self._engine.host_capacity_bytes,
-                running_count=turns,
-                waiting_count=waiting,
-                totals=EngineTotals(recomputed_tokens=self.recomputed_tokens),
-            )
-        )
-        free = self._host_bytes - used - self._host_tier_bytes()
+        self._engine.report(self.now_ns)
+        free = self._host_bytes - used - self._engine.host_tier_bytes()
         self._events.append(HostSampled(self.now_ns, self._host_bytes, max(0, free), None, None))
 
     # -- the policy's actions
@@ -393,7 +281,7 @@ class Simulation:
     def _carry_out(self, decision: Decision) -> OutcomeStatus:
         match decision.action:
             case SwapOut() | SwapIn() | Retain() | Drop() | SetTenantWeight() | SetHostTierCapacity() as directive:
-                return self._directive(directive, decision)
+                return self._engine.obey(directive, decision, self.now_ns)
             case Throttle() | Freeze() | Thaw() | Grant() | Wait() | Kill() as action:
                 call = self._calls().get(action.tool_call)
                 if call is None:
@@ -423,49 +311,3 @@ class Simulation:
             case Freeze():
                 return OutcomeStatus.REJECTED
         return OutcomeStatus.COMPLETED
-
-    def _directive(
-        self, action: SwapOut | SwapIn | Retain | Drop | SetTenantWeight | SetHostTierCapacity, decision: Decision
-    ) -> OutcomeStatus:
-        match action:
-            case SwapOut(session=session, tier=tier):
-                self._move(session, tier, decision.id)
-            case SwapIn(session=session):
-                if self._device_tokens() + self._kv[session].tokens > self._engine.device_capacity_tokens:
-                    return OutcomeStatus.REJECTED
-                self._move(session, KvTier.DEVICE, decision.id)
-            case Drop(session=session):
-                self._move(session, KvTier.NONE, decision.id)
-            case Retain(session=session, ttl_ns=ttl_ns):
-                self._kv[session].retain_until_ns = self.now_ns + ttl_ns
-            case SetTenantWeight():
-                pass
-            case SetHostTierCapacity():
-                return OutcomeStatus.REJECTED
-        return OutcomeStatus.COMPLETED
-
-
-def engine(device_tokens: int, bytes_per_token: int = 23_040, host_bytes: int = 1 << 30) -> Engine:
-    """The embedded engine's figures, with as much device memory as asked."""
-    return Engine(
-        id=ENGINE,
-        kind="simulated",
-        model="simulated",
-        pid=1,
-        bytes_per_token=bytes_per_token,
-        device_capacity_tokens=device_tokens,
-        host_capacity_bytes=host_bytes,
-        disk_capacity_bytes=0,
-        cost=CostModel(prefill_seconds_per_token=6e-3, host_bytes_per_second=4e9),
-        supported_directives=DIRECTIVES,
-    )
-
-
-def growing(command: str, seconds: float, peak_mib: int, base_mib: int = 10) -> Tool:
-    """A tool that rises evenly to its peak at two thirds of its time and lets go of it at the end."""
-    steps = 12
-    rise = [
-        (seconds * 2 / 3 * step / steps, (base_mib + (peak_mib - base_mib) * step // steps) * MIB)
-        for step in range(steps + 1)
-    ]
-    return Tool(command, seconds, (*rise, (seconds * 0.95, base_mib * MIB)))

@@ -8,8 +8,9 @@ import pytest
 from equipoise.policies.actions import Grant, Kill, Thaw, Throttle, Wait
 from equipoise.policies.ladder import Step, climb, subject
 from equipoise.policies.model import MIB, Host, KvTier, ToolCall, ToolCallPhase
-from equipoise.policies.policy import Policy
+from equipoise.policies.policy import Budget, Policy
 from equipoise.tests.policies.facts import call, engine, host, ns, policy, sandbox, session, snapshot, stopped
+from equipoise.tests.policies.laws import decide_lawfully
 
 
 def steps(now_s: float, *calls: ToolCall, of: Policy | None = None, **more: object) -> list[Step]:
@@ -198,6 +199,25 @@ def test_memory_of_a_call_that_is_dying_is_not_asked_of_another() -> None:
     dying = call(3, "silver", used_mib=600, phase=ToolCallPhase.KILLED)
     waited = replace(stopped(1, "gold", used_mib=300), waiting_until_ns=ns(20))
     assert done(20.0, waited, dying, call(2, "silver", used_mib=100)) == {1: "Grant"}
+
+
+def test_memory_of_a_call_that_is_dying_serves_one_that_stands_a_moment_later_as_it_does_at_once() -> None:
+    of = policy(pool_mib=1024, budget=Budget(MIB, MIB), max_bytes=513 * MIB, step_bytes=MIB, wait_ns=0)
+    largest, standing = stopped(1, "gold", used_mib=513), stopped(2, "silver", used_mib=0, hard_mib=512)
+    at_once = decide_lawfully(snapshot(0.0, of, tool_calls=(largest, standing)), of)
+    assert [type(d.action) for d in at_once] == [Kill, Grant]
+    dying = replace(largest, phase=ToolCallPhase.KILLED, stopped_ns=None)
+    (later,) = decide_lawfully(snapshot(0.0, of, tool_calls=(dying, standing)), of)
+    assert later.action == at_once[1].action == Grant(standing.id, 513 * MIB, 513 * MIB)
+
+
+def test_memory_of_a_call_that_is_dying_is_not_granted_twice() -> None:
+    of = policy(pool_mib=1024, budget=Budget(MIB, MIB), max_bytes=513 * MIB, step_bytes=MIB)
+    dying = call(1, used_mib=513, phase=ToolCallPhase.KILLED)
+    served = call(2, "silver", hard_mib=513, granted_ns=ns(0.5))
+    standing = stopped(3, "silver", used_mib=0, hard_mib=512)
+    (answer,) = decide_lawfully(snapshot(1.0, of, tool_calls=(dying, served, standing)), of)
+    assert isinstance(answer.action, Wait), "513 of 1024 MiB are promised to the second call: 511 are left"
 
 
 def test_memory_of_a_call_that_ends_at_the_largest_budget_serves_the_others() -> None:

@@ -15,7 +15,9 @@ from equipoise.policies.actions import Grant, Kill, Retain, SetTenantWeight, Swa
 from equipoise.policies.model import MIB, NS_PER_S, KvTier, Verdict
 from equipoise.policies.policy import Budget, Policy
 from equipoise.tests.policies.facts import policy
-from equipoise.tests.policies.simulation import TICK_NS, Round, Script, Simulation, Tool, engine, growing
+from equipoise.tests.policies.scripts import Round, Script, Tool, growing
+from equipoise.tests.policies.simulated_engine import engine
+from equipoise.tests.policies.simulation import TICK_NS, Simulation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

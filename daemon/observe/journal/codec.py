@@ -1,8 +1,9 @@
 """Frozen dataclasses to JSON and back, by their own type hints.
 
-Owns the mapping for the kinds of fields that facts and actions have: numbers, text, enums, None, nested dataclasses,
-tuples and frozensets, and unions of dataclasses (tagged with "type"). A field that the reader's class does not know is
-ignored and one that the text lacks takes its default, so that journals survive a version's added fields.
+Owns the mapping for the kinds of fields that facts and actions have: numbers, text and its subclasses, enums, None,
+nested dataclasses, tuples and frozensets, and unions of dataclasses (tagged with "type"). A field that the reader's
+class does not know is ignored and one that the text lacks takes its default, so that journals survive a version's added
+fields.
 """
 
 from __future__ import annotations
@@ -67,6 +68,8 @@ def _build(hint: Any, value: Any) -> Any:
         hints = _hints(hint)
         known = [f.name for f in dataclasses.fields(hint) if f.name in value]
         return hint(**{name: _build(hints[name], value[name]) for name in known})
+    if isinstance(hint, type) and issubclass(hint, str) and hint is not str:
+        return hint(value)
     if hint is float:
         return float(value)
     return value

@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 from ....policies.actions import Decision, Outcome, OutcomeStatus
 from ....policies.events import SessionMoved
 from ....policies.model import DecisionId, Sandbox, TenantId, ToolCall, ToolCallId
-from ...enforce.holds import Hold
 from ...errors import JournalError
 from . import codec
+from .hold import Hold
 from .records import Loss, Run, Sample, Series, Turn
 from .schema import PATIENCE_S, connect, unusable
 

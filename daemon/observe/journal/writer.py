@@ -30,9 +30,9 @@ from ....policies.events import (
 )
 from ....policies.model import Sandbox, ToolCall
 from ... import log
-from ...enforce.holds import Hold, HoldBook
 from ...errors import JournalError
 from . import codec
+from .hold import Hold
 from .records import Sample, Turn
 from .schema import ROW_LIMITS, connect, unusable
 
@@ -45,8 +45,11 @@ _TRIM_EVERY = 64
 _LOCK_PATIENCE_S = 0.2
 
 
-class Journal(HoldBook):
-    """Open for writing. Only `take`, `extend` and `clear` raise (JournalError); the rest counts what it loses."""
+class Journal:
+    """Open for writing. Only `take`, `extend` and `clear` raise (JournalError); the rest counts what it loses.
+
+    Those three make it an `enforce.holds.HoldBook`.
+    """
 
     def __init__(self, path: Path, connection: sqlite3.Connection, lock: int, run: int) -> None:
         self.path = path

@@ -8,8 +8,11 @@ import time
 import pytest
 from equipoise.daemon.enforce.actuator import Actuator
 from equipoise.daemon.enforce.fallback_budget import TIER, FallbackBudget
-from equipoise.daemon.enforce.holds import HoldCause, HoldKind, Holds
+from equipoise.daemon.enforce.freeze import FREEZE
+from equipoise.daemon.enforce.holds import Holds
+from equipoise.daemon.enforce.stop import STOP
 from equipoise.daemon.observe.journal import Journal
+from equipoise.daemon.observe.journal.hold import HoldCause
 from equipoise.daemon.sandboxes import processes
 from equipoise.daemon.sandboxes.cgroups import CgroupDriver
 from equipoise.policies.actions import Decision, Grant, Kill, OutcomeStatus, ToolCallAction
@@ -85,8 +88,8 @@ def test_at_the_hard_budget_it_stands_still_until_a_grant(bench: Bench) -> None:
     reached = next(e for e in bench.events if isinstance(e, BudgetReached) and e.level is BudgetLevel.HARD)
     assert reached.pid == bench.child.pid and 50 * MIB <= reached.used_bytes < 120 * MIB
     (hold,) = bench.holds.all()
-    assert hold.cause is HoldCause.BUDGET
-    assert hold.kind is (HoldKind.FREEZE if bench.leaf else HoldKind.STOP)
+    assert hold.cause == HoldCause.BUDGET
+    assert hold.kind == (FREEZE if bench.leaf else STOP)
     time.sleep(0.1)
     used = processes.resident_bytes([bench.child.pid])
     time.sleep(0.2)

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from equipoise.daemon.enforce import freeze, stop
 from equipoise.daemon.enforce.guardian import Guardian, release
-from equipoise.daemon.enforce.holds import Hold, HoldCause, HoldKind
 from equipoise.daemon.observe.journal import Journal, JournalReader
+from equipoise.daemon.observe.journal.hold import Hold, HoldCause, HoldKind
 from equipoise.daemon.sandboxes import processes
 from equipoise.daemon.sandboxes.cgroups import CgroupDriver, Limit
 from equipoise.daemon.sandboxes.processes import ProcessRef, boot_id
@@ -222,7 +223,7 @@ def test_holds_whose_target_is_gone_are_struck_out_without_complaint(spawn: Spaw
     alive = processes.identify(child.pid)
     assert alive is not None
     recycled = ProcessRef(child.pid, alive.start_ticks - 1)
-    journal.take([Hold(HoldKind.STOP, HoldCause.FREEZE, 1, SOON_NS, process=recycled)])
+    journal.take([Hold(stop.STOP, freeze.CAUSE, 1, SOON_NS, process=recycled)])
     os.kill(child.pid, signal.SIGSTOP)
     assert eventually(lambda: stopped(alive))
     result = release(journal.path, None)
@@ -236,7 +237,7 @@ def test_holds_of_another_boot_are_not_acted_on(spawn: Spawn, tmp_path: Path) ->
     ref = processes.identify(child.pid)
     assert ref is not None
     journal = Journal.open(tmp_path / "j", boot_id="another boot", started_ns=1)
-    journal.take([Hold(HoldKind.STOP, HoldCause.FREEZE, 1, SOON_NS, process=ref)])
+    journal.take([Hold(stop.STOP, freeze.CAUSE, 1, SOON_NS, process=ref)])
     journal.close()
     os.kill(child.pid, signal.SIGSTOP)
     assert eventually(lambda: stopped(ref))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sqlite3
 import subprocess
@@ -11,10 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from equipoise.daemon.enforce.holds import Hold, HoldCause, HoldKind
+from equipoise.daemon.enforce import freeze, stop, throttle
 from equipoise.daemon.errors import JournalError
 from equipoise.daemon.observe.journal import Journal, JournalReader, Loss, Sample, Series, Turn, lock_holder, schema
 from equipoise.daemon.observe.journal import writer as writer_module
+from equipoise.daemon.observe.journal.hold import Hold, HoldCause, HoldKind, Needs
 from equipoise.daemon.sandboxes.processes import ProcessRef, boot_id
 from equipoise.policies.accounting import TurnCost
 from equipoise.policies.actions import (
@@ -47,6 +49,7 @@ from equipoise.policies.model import (
 )
 
 BOOT = "boot-1"
+CALL_3 = ToolCallId(3)
 CALL = ToolCall(
     id=ToolCallId(2**64 - 2),
     tenant=TenantId("gold"),
@@ -88,7 +91,7 @@ def opened(path: Path, boot: str = BOOT) -> Journal:
 
 
 def hold(**changes: object) -> Hold:
-    made = Hold(HoldKind.FREEZE, HoldCause.FREEZE, 1, 100, ToolCallId(3), DecisionId("d1"), path="a/b")
+    made = Hold(freeze.FREEZE, freeze.CAUSE, 1, 100, CALL_3, DecisionId("d1"), path="a/b")
     return replace(made, **changes)  # type: ignore[arg-type]  # the fields of Hold
 
 
@@ -155,10 +158,11 @@ def test_a_hold_is_on_disk_before_take_returns_and_outlives_the_process(tmp_path
 import os, signal
 from pathlib import Path
 from equipoise.daemon.observe.journal import Journal
-from equipoise.daemon.enforce.holds import Hold, HoldKind, HoldCause
+from equipoise.daemon.observe.journal.hold import Hold
+from equipoise.daemon.enforce import freeze, stop
 from equipoise.daemon.sandboxes.processes import ProcessRef, boot_id
 j = Journal.open(Path({str(path)!r}), boot_id=boot_id(), started_ns=1)
-j.take([Hold(HoldKind.STOP, HoldCause.FREEZE, 1, 100, process=ProcessRef(7, 8))])
+j.take([Hold(stop.STOP, freeze.CAUSE, 1, 100, process=ProcessRef(7, 8))])
 os.kill(os.getpid(), signal.SIGKILL)
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
@@ -176,6 +180,54 @@ def test_holds_can_be_extended_and_struck_out(tmp_path: Path) -> None:
     assert journal.held() == (extended, second) and extended.expires_ns == 500
     journal.clear([first])
     assert journal.held() == (second,)
+    journal.close()
+
+
+HELD_BY_AN_EARLIER_VERSION = {
+    '{"type":"Hold","kind":"memory.high","cause":"throttle","at_ns":1,"expires_ns":100,"tool_call":3,"decision":"d1",'
+    '"path":"a/b","process":null,"restore":"max","id":1}': Hold(
+        throttle.MEMORY_HIGH, throttle.CAUSE, 1, 100, CALL_3, DecisionId("d1"), "a/b", restore="max", id=1
+    ),
+    '{"type":"Hold","kind":"cpu quota","cause":"throttle","at_ns":1,"expires_ns":100,"tool_call":3,"decision":"d1",'
+    '"path":"a/b","process":null,"restore":"max 100000","id":2}': Hold(
+        throttle.CPU_QUOTA, throttle.CAUSE, 1, 100, CALL_3, DecisionId("d1"), "a/b", restore="max 100000", id=2
+    ),
+    '{"type":"Hold","kind":"freeze","cause":"freeze","at_ns":1,"expires_ns":100,"tool_call":3,"decision":"d1",'
+    '"path":"a/b","process":null,"restore":null,"id":3}': Hold(
+        freeze.FREEZE, freeze.CAUSE, 1, 100, CALL_3, DecisionId("d1"), "a/b", id=3
+    ),
+    '{"type":"Hold","kind":"stop","cause":"budget","at_ns":1,"expires_ns":100,"tool_call":3,"decision":null,'
+    '"path":null,"process":{"type":"ProcessRef","pid":7,"start_ticks":8},"restore":null,"id":4}': Hold(
+        stop.STOP, HoldCause.BUDGET, 1, 100, CALL_3, process=ProcessRef(7, 8), id=4
+    ),
+    '{"type":"Hold","kind":"armed","cause":"budget","at_ns":1,"expires_ns":null,"tool_call":null,"decision":null,'
+    '"path":"a","process":null,"restore":null,"id":5}': Hold(HoldKind.ARMED, HoldCause.BUDGET, 1, None, path="a", id=5),
+}
+
+
+def test_holds_that_an_earlier_version_wrote_are_read_and_written_the_same(tmp_path: Path) -> None:
+    journal = opened(tmp_path / "j")
+    taken = journal.take([replace(h, id=None) for h in HELD_BY_AN_EARLIER_VERSION.values()])
+    assert journal.held() == taken == tuple(HELD_BY_AN_EARLIER_VERSION.values())
+    with contextlib.closing(sqlite3.connect(tmp_path / "j")) as plain:
+        rows = plain.execute("SELECT kind, cause, target, expires_ns, body FROM holds ORDER BY id").fetchall()
+    assert [row[:4] for row in rows] == [
+        ("memory.high", "throttle", "a/b", 100),
+        ("cpu quota", "throttle", "a/b", 100),
+        ("freeze", "freeze", "a/b", 100),
+        ("stop", "budget", "pid 7", 100),
+        ("armed", "budget", "a", None),
+    ]
+    assert [row[4] for row in rows] == list(HELD_BY_AN_EARLIER_VERSION)
+    journal.close()
+
+
+def test_the_journal_keeps_kinds_and_causes_that_it_never_heard_of(tmp_path: Path) -> None:
+    journal = opened(tmp_path / "j")
+    (taken,) = journal.take([hold(kind=HoldKind("pinned", Needs(restore=True)), cause=HoldCause("pin"), restore="0-7")])
+    with JournalReader(tmp_path / "j") as reader:
+        (found,) = reader.holds(BOOT)
+    assert found == taken and (found.kind.value, found.cause.value, found.restore) == ("pinned", "pin", "0-7")
     journal.close()
 
 
@@ -337,8 +389,8 @@ def test_samples_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         {"expires_ns": None},
         {"kind": HoldKind.ARMED},
         {"process": ProcessRef(1, 2)},
-        {"kind": HoldKind.STOP},
-        {"kind": HoldKind.MEMORY_HIGH},
+        {"kind": stop.STOP},
+        {"kind": throttle.MEMORY_HIGH},
         {"restore": "max"},
     ],
 )

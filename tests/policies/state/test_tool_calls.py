@@ -1,41 +1,27 @@
-"""What each event about sandboxes, tool calls and the host means to the state."""
+"""What each event about tool calls means to the state."""
 
 from __future__ import annotations
 
 import pytest
-from equipoise.policies.actions import Freeze, Grant, Kill, OutcomeStatus, Thaw, Throttle, Wait
+from equipoise.policies.actions import Grant, Kill, Wait
 from equipoise.policies.events import (
     BudgetChanged,
     BudgetLevel,
     EngineAttached,
-    Event,
-    EventsLost,
     IntentDeclared,
-    PolicyApplied,
     ProcessesGone,
     SandboxRegistered,
     SandboxRemoved,
-    SandboxSampled,
     ToolCallAttributed,
     ToolCallMerged,
 )
-from equipoise.policies.model import (
-    MIB,
-    CgroupId,
-    SessionId,
-    TenantId,
-    ToolCallId,
-    ToolCallPhase,
-    ToolCallSource,
-)
+from equipoise.policies.model import MIB, CgroupId, SessionId, ToolCallId, ToolCallPhase, ToolCallSource
 from equipoise.policies.state import REMEMBER_NS, State
 from equipoise.tests.policies.facts import (
-    came_of_it,
     carry_out,
     decided,
     ended,
     engine,
-    host_sampled,
     ns,
     observed,
     policy,
@@ -49,48 +35,6 @@ from equipoise.tests.policies.facts import (
 )
 
 CALL = ToolCallId(1)
-
-
-# -- sandboxes and the host
-
-
-def test_a_sandbox_is_known_until_it_is_removed() -> None:
-    state = State().apply(SandboxRegistered(0, sandbox()))
-    assert state.snapshot(0).sandboxes == (sandbox(),)
-    state.apply(SandboxRemoved(1, CgroupId(1)))
-    assert state.snapshot(1).sandboxes == ()
-
-
-def test_a_sample_updates_the_sandbox_and_keeps_its_highest_peak() -> None:
-    state = State().apply(SandboxRegistered(0, sandbox()))
-    state.apply(SandboxSampled(1, CgroupId(1), memory_bytes=50, peak_bytes=90, cpu_ns=7))
-    state.apply(SandboxSampled(2, CgroupId(1), memory_bytes=60, peak_bytes=10, cpu_ns=8))
-    seen = state.sandboxes[CgroupId(1)]
-    assert (seen.memory_bytes, seen.peak_bytes, seen.cpu_ns) == (60, 90, 8)
-
-
-def test_a_policy_that_is_applied_brings_its_tenants() -> None:
-    state = State().apply(PolicyApplied(0, policy(tenants={"silver": 2.0})))
-    assert [(t.id, t.weight) for t in state.snapshot(0).tenants] == [("silver", 2.0)]
-
-
-def test_the_host_is_as_last_sampled() -> None:
-    state = State().apply(host_sampled(1.0, total_mib=100, available_mib=40))
-    assert state.snapshot(ns(1)).host.used_ratio == pytest.approx(0.6)
-    assert state.snapshot(ns(1)).host.observed_ns == ns(1)
-
-
-def test_memory_and_kv_are_correlated_with_each_host_sample() -> None:
-    state = state_with_a_call()
-    for step in range(1, 5):
-        state.apply(stepped(step, 100 * step))
-        state.apply(observed(step, session("gold/ada", held_tokens=100 * step)))
-        state.apply(host_sampled(step))
-    assert state.covariance.correlation == pytest.approx(1.0, abs=0.2)
-
-
-def test_lost_events_are_counted() -> None:
-    assert State().apply(EventsLost(0, "ring", 3)).apply(EventsLost(1, "ring", 4)).lost_count == 7
 
 
 # -- the life of a tool call
@@ -303,7 +247,14 @@ def test_what_the_kernel_says_of_a_wrappers_own_process_is_not_about_its_call() 
     assert the_call(state, 2).gone_ns is None, "an escapee of the call lives on"
 
 
-# -- budgets, holds and their ends
+def test_a_merge_with_the_unknown_changes_nothing() -> None:
+    state = state_with_a_call().apply(ToolCallMerged(1, CALL, ToolCallId(9)))
+    assert list(state.tool_calls) == [CALL]
+    state.apply(ToolCallMerged(1, CALL, CALL))
+    assert list(state.tool_calls) == [CALL]
+
+
+# -- budgets
 
 
 def test_a_soft_budget_is_only_a_notice() -> None:
@@ -328,14 +279,6 @@ def test_the_largest_overshoot_is_kept_and_the_first_stop_counts() -> None:
     assert (the_call(state).overshoot_bytes, the_call(state).stopped_ns) == (2 * MIB, ns(1))
 
 
-def test_a_grant_lets_the_call_go_on_under_its_new_budget() -> None:
-    state = state_with_a_call().apply(reached(1.0))
-    carry_out(state, Grant(CALL, 600 * MIB, 768 * MIB), at_s=3.0)
-    call = the_call(state)
-    assert (call.phase, call.stopped_ns, call.stalled_ns) == (ToolCallPhase.RUNNING, None, ns(2))
-    assert (call.soft_bytes, call.hard_bytes, call.granted_ns) == (600 * MIB, 768 * MIB, ns(3))
-
-
 def test_a_budget_can_change_without_a_stop() -> None:
     state = state_with_a_call().apply(BudgetChanged(1, CALL, 1, 2))
     assert (the_call(state).soft_bytes, the_call(state).hard_bytes) == (1, 2)
@@ -350,72 +293,6 @@ def test_a_call_that_stood_at_a_budget_goes_on_when_it_has_none_any_more() -> No
     state.check_integrity()
 
 
-def test_waiting_is_remembered_until_the_call_is_answered() -> None:
-    state = state_with_a_call().apply(reached(1.0)).apply(decided(Wait(CALL, MIB, ns(21)), 1.0))
-    assert the_call(state).waiting_until_ns == ns(21)
-    carry_out(state, Grant(CALL, 1, 2), at_s=2.0, id="d2")
-    assert the_call(state).waiting_until_ns is None
-
-
-def test_a_throttle_is_in_force_from_its_outcome_to_its_expiry() -> None:
-    state = state_with_a_call().apply(decided(Throttle(CALL, MIB, 0.2, ns(6)), 1.0))
-    assert the_call(state).phase is ToolCallPhase.RUNNING
-    state.apply(came_of_it(OutcomeStatus.COMPLETED, 1.1))
-    assert the_call(state).phase is ToolCallPhase.THROTTLED
-    state.apply(came_of_it(OutcomeStatus.EXPIRED, 6.1))
-    assert the_call(state).phase is ToolCallPhase.RUNNING
-    assert the_call(state).stalled_ns == ns(5)
-
-
-def test_a_thaw_undoes_a_freeze() -> None:
-    state = state_with_a_call()
-    carry_out(state, Freeze(CALL, ns(9)), at_s=1.0)
-    assert the_call(state).phase is ToolCallPhase.FROZEN
-    carry_out(state, Thaw(CALL), at_s=2.0, id="d2")
-    assert the_call(state).phase is ToolCallPhase.RUNNING
-
-
-def test_a_throttle_that_comes_true_too_late_does_not_hide_a_stop() -> None:
-    state = state_with_a_call().apply(decided(Throttle(CALL, MIB, 0.2, ns(6)), 1.0))
-    state.apply(reached(1.05)).apply(came_of_it(OutcomeStatus.COMPLETED, 1.1))
-    assert the_call(state).phase is ToolCallPhase.STOPPED
-    state.apply(came_of_it(OutcomeStatus.EXPIRED, 6.0))
-    assert the_call(state).phase is ToolCallPhase.STOPPED
-
-
-@pytest.mark.parametrize("action", [Grant(CALL, 1, 2), Thaw(CALL), Throttle(CALL, 1, 0.2, ns(9)), Freeze(CALL, ns(9))])
-def test_nothing_brings_a_killed_call_back(action: Grant | Thaw | Throttle | Freeze) -> None:
-    state = state_with_a_call()
-    carry_out(state, Kill(CALL, "because"), at_s=1.0)
-    carry_out(state, action, at_s=1.1, id="d2")
-    state.apply(reached(1.2))
-    assert the_call(state).phase is ToolCallPhase.KILLED
-    assert state.apply(ended(1.3, exit_code=None, signal=9)).tool_calls[CALL].phase is ToolCallPhase.ENDED
-
-
-def test_a_kill_that_found_nobody_left_counts_as_done() -> None:
-    state = state_with_a_call().apply(reached(1.0)).apply(decided(Kill(CALL, "because"), 1.1))
-    state.apply(came_of_it(OutcomeStatus.GONE, 1.2))
-    assert the_call(state).phase is ToolCallPhase.KILLED
-
-
-@pytest.mark.parametrize("action", [Thaw(CALL), Grant(CALL, 1, 2)])
-def test_letting_go_what_is_held_no_more_is_not_asked_again(action: Thaw | Grant) -> None:
-    state = state_with_a_call()
-    carry_out(state, Throttle(CALL, MIB, 0.2, ns(6)), at_s=1.0)
-    if isinstance(action, Grant):
-        state.apply(reached(1.05))
-    state.apply(decided(action, 1.1, "d2")).apply(came_of_it(OutcomeStatus.GONE, 1.2, "d2"))
-    assert (the_call(state).phase, the_call(state).stopped_ns) == (ToolCallPhase.RUNNING, None)
-    assert the_call(state).hard_bytes == 512 * MIB
-
-
-def test_a_kill_that_failed_leaves_the_call_standing() -> None:
-    state = state_with_a_call().apply(reached(1.0)).apply(decided(Kill(CALL, "because"), 1.1))
-    state.apply(came_of_it(OutcomeStatus.FAILED, 1.2))
-    assert the_call(state).phase is ToolCallPhase.STOPPED
-
-
 def test_an_escapee_that_is_stopped_stands_though_its_call_has_ended() -> None:
     state = state_with_a_call(used_mib=100).apply(ended(1.0, escaped_count=1)).apply(reached(2.0))
     call = the_call(state)
@@ -428,62 +305,3 @@ def test_a_stopped_call_that_is_gone_no_longer_stands() -> None:
     state = state_with_a_call().apply(reached(1.0)).apply(ended(2.0, exit_code=None, signal=9))
     assert the_call(state).stopped_ns is None
     assert the_call(state).stalled_ns == ns(1)
-
-
-# -- what is not known
-
-
-def test_events_about_the_unknown_are_counted_and_do_no_harm() -> None:
-    state = State()
-    strangers: list[Event] = [
-        stepped(0, 1),
-        reached(0),
-        ended(0),
-        ProcessesGone(0, CALL),
-        BudgetChanged(0, CALL, 1, 2),
-        SandboxSampled(0, CgroupId(5), 1, 1, 1),
-        came_of_it(OutcomeStatus.COMPLETED),
-        observed(0.0),
-    ]
-    for event in strangers:
-        state.apply(event)
-    assert state.late_count >= len(strangers)
-    assert not state.tool_calls
-    state.check_integrity()
-
-
-def test_a_merge_with_the_unknown_changes_nothing() -> None:
-    state = state_with_a_call().apply(ToolCallMerged(1, CALL, ToolCallId(9)))
-    assert list(state.tool_calls) == [CALL]
-    state.apply(ToolCallMerged(1, CALL, CALL))
-    assert list(state.tool_calls) == [CALL]
-
-
-# -- pressure
-
-
-def test_pressure_lasts_from_above_the_upper_mark_to_below_the_lower_one() -> None:
-    state = state_with_a_call()  # pool of 1024 MiB, marks at 0.9 and 0.8
-    since = {}
-    for at_s, used_mib in ((1, 900), (2, 950), (3, 850), (4, 810), (5, 930)):
-        since[at_s] = state.apply(stepped(at_s, used_mib)).snapshot(ns(at_s)).pressure_since_ns
-    assert since == {1: None, 2: ns(2), 3: ns(2), 4: None, 5: ns(5)}
-
-
-def test_pressure_that_begins_at_time_zero_is_pressure() -> None:
-    state = state_with_a_call(used_mib=1000)
-    assert state.snapshot(0).pressure_since_ns == 0
-    assert state.snapshot(ns(3)).pressure_since_ns == 0
-
-
-def test_a_host_of_unknown_size_is_not_under_pressure() -> None:
-    state = State().apply(SandboxRegistered(0, sandbox())).apply(started()).apply(stepped(0, 1000))
-    assert state.snapshot(1).pressure_since_ns is None
-
-
-def test_a_snapshot_does_not_change_with_the_state() -> None:
-    state = state_with_a_call(used_mib=10)
-    before = state.snapshot(ns(1))
-    state.apply(stepped(2.0, 99)).apply(ended(3.0))
-    assert before.tool_calls[0].used_bytes == 10 * MIB
-    assert before.weight(TenantId("gold")) == 1.0

@@ -1,29 +1,12 @@
-"""What each event about engines, sessions, decisions and outcomes means to the state."""
+"""What each event about engines and sessions means to the state."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
 from equipoise.policies.accounting import SessionCost, TurnCost
-from equipoise.policies.actions import (
-    Drop,
-    OutcomeStatus,
-    Retain,
-    SetTenantWeight,
-    SwapIn,
-    SwapOut,
-)
-from equipoise.policies.events import (
-    EngineAttached,
-    EngineDetached,
-    SandboxRegistered,
-    SandboxRemoved,
-    SessionMoved,
-    TurnEnded,
-    TurnPreempted,
-    TurnStarted,
-)
+from equipoise.policies.actions import SwapOut
+from equipoise.policies.events import EngineAttached, EngineDetached, SandboxRegistered, SandboxRemoved, TurnPreempted
 from equipoise.policies.model import (
     CgroupId,
     CostModel,
@@ -33,43 +16,31 @@ from equipoise.policies.model import (
     Session,
     SessionId,
     SessionPhase,
-    TenantId,
     Verdict,
 )
 from equipoise.policies.state import State
 from equipoise.tests.policies.facts import (
+    ADA,
     ENGINE,
-    came_of_it,
     decided,
     ended,
     engine,
+    moved,
     ns,
     observed,
     sandbox,
     session,
-    started,
     state_with_a_call,
-    the_call,
+    turn_ended,
+    turn_started,
 )
 
-ADA = SessionId("gold/ada")
 SWAP = SwapOut(ENGINE, ADA, KvTier.HOST, ns(9))
+TURN = TurnCost(pte=10.0, wasted_pte=4.0, energy_joules=2.0, duration_ns=30, ideal_ns=10)
 
 
 def ada(state: State) -> Session:
     return state.sessions[ADA]
-
-
-def turn_started(at_s: float, turn: str = "t1") -> TurnStarted:
-    return TurnStarted(ns(at_s), ENGINE, ADA, turn, prompt_tokens=10, cached_tokens=0)
-
-
-def turn_ended(at_s: float, reason: FinishReason = FinishReason.TOOL_CALLS, cost: TurnCost | None = None) -> TurnEnded:
-    return TurnEnded(ns(at_s), ENGINE, ADA, "t1", reason, 10, 0, 0, 5, 0, 0, cost or TurnCost())
-
-
-def moved(at_s: float, to: KvTier, directive: str | None = None) -> SessionMoved:
-    return SessionMoved(ns(at_s), ENGINE, ADA, KvTier.DEVICE, to, 1000, 1000, 1, directive)
 
 
 def test_an_observation_is_the_whole_picture_of_its_engine() -> None:
@@ -139,120 +110,6 @@ def test_a_detached_engine_takes_its_sessions_along() -> None:
     state.check_integrity()
 
 
-# -- KV charged to the call
-
-
-def test_a_call_is_charged_for_what_its_idle_session_held_where() -> None:
-    state = state_with_a_call()  # 1000 tokens of 1 KiB from 0 s
-    state.apply(moved(2.0, KvTier.HOST))
-    state.apply(observed(2.0, session("gold/ada", tier=KvTier.HOST, host_bytes=500)))
-    state.apply(ended(5.0))
-    kv = the_call(state).kv
-    assert kv.held_bytes == 1000 * 1024
-    assert kv.idle_byte_seconds == pytest.approx(2 * 1000 * 1024)
-    assert kv.host_byte_seconds == pytest.approx(3 * 500)
-
-
-def test_a_call_is_not_charged_while_its_session_computes() -> None:
-    state = state_with_a_call().apply(turn_started(1.0)).apply(turn_ended(4.0)).apply(ended(5.0))
-    assert the_call(state).kv.idle_byte_seconds == pytest.approx(2 * 1000 * 1024)
-
-
-def test_charging_ends_with_the_call() -> None:
-    state = state_with_a_call().apply(ended(1.0)).apply(observed(9.0, session("gold/ada")))
-    assert the_call(state).kv.idle_byte_seconds == pytest.approx(1000 * 1024)
-
-
-def test_charging_ends_with_the_engine() -> None:
-    state = state_with_a_call().apply(EngineDetached(ns(2), ENGINE)).apply(ended(5.0))
-    assert the_call(state).kv.idle_byte_seconds == pytest.approx(2 * 1000 * 1024)
-
-
-def test_a_later_report_about_an_earlier_time_is_not_charged_twice() -> None:
-    state = state_with_a_call().apply(observed(3.0, session("gold/ada")))
-    state.apply(observed(2.0, session("gold/ada"))).apply(ended(4.0))
-    assert the_call(state).kv.idle_byte_seconds == pytest.approx(4 * 1000 * 1024)
-
-
-# -- verdicts
-
-
-@pytest.mark.parametrize(
-    ("action", "verdict"),
-    [
-        (SWAP, Verdict.SWAP_HOST),
-        (SwapOut(ENGINE, ADA, KvTier.DISK, ns(9)), Verdict.SWAP_DISK),
-        (Retain(ENGINE, ADA, ns(5), ns(9)), Verdict.KEEP),
-        (Drop(ENGINE, ADA, 0, ns(9)), Verdict.DROP),
-    ],
-)
-def test_a_decision_is_the_verdict_on_session_and_call(action: SwapOut | Retain | Drop, verdict: Verdict) -> None:
-    state = state_with_a_call().apply(decided(action, 1.0))
-    assert (ada(state).verdict, ada(state).verdict_ns, the_call(state).verdict) == (verdict, ns(1), verdict)
-
-
-def test_a_call_nothing_was_asked_for_kept_its_kv() -> None:
-    assert the_call(state_with_a_call().apply(ended(1.0))).verdict is Verdict.KEEP
-
-
-def test_bringing_kv_back_leaves_the_record_of_the_call_alone() -> None:
-    state = state_with_a_call().apply(decided(SWAP, 1.0)).apply(ended(2.0))
-    state.apply(decided(SwapIn(ENGINE, ADA, ns(9)), 2.1, "d2"))
-    assert (ada(state).verdict, the_call(state).verdict) == (Verdict.KEEP, Verdict.SWAP_HOST)
-
-
-@pytest.mark.parametrize("status", [OutcomeStatus.REJECTED, OutcomeStatus.EXPIRED, OutcomeStatus.FAILED])
-def test_a_verdict_the_engine_did_not_follow_is_taken_back(status: OutcomeStatus) -> None:
-    state = state_with_a_call().apply(decided(SWAP, 1.0)).apply(came_of_it(status, 1.5))
-    assert (ada(state).verdict, ada(state).verdict_ns) == (None, ns(1)), "it is still known when it was asked"
-    assert the_call(state.apply(ended(2.0))).verdict is Verdict.KEEP
-
-
-def test_a_late_refusal_of_an_older_verdict_changes_nothing() -> None:
-    state = state_with_a_call().apply(decided(SWAP, 1.0, "d1"))
-    state.apply(decided(Retain(ENGINE, ADA, ns(5), ns(9)), 4.0, "d2"))
-    state.apply(came_of_it(OutcomeStatus.EXPIRED, 5.0, "d1"))
-    assert ada(state).verdict is Verdict.KEEP
-
-
-def test_a_verdict_does_not_reach_calls_of_other_sessions() -> None:
-    state = state_with_a_call().apply(started(0.0, id=2, session=SessionId("other")))
-    state.apply(decided(SWAP, 1.0))
-    assert the_call(state, 2).verdict is None
-
-
-# -- tenant weights
-
-
-def told(state: State) -> frozenset[tuple[str, str, float]]:
-    return frozenset(state.snapshot(0).weights_told)
-
-
-def tell(weight: float, id: str = "d1") -> SetTenantWeight:
-    return SetTenantWeight(ENGINE, TenantId("gold"), weight, ns(9))
-
-
-def test_a_weight_is_told_from_the_decision_on_and_not_when_it_failed() -> None:
-    state = state_with_a_call().apply(decided(tell(2.0)))
-    assert told(state) == {(ENGINE, "gold", 2.0)}
-    assert told(state.apply(came_of_it(OutcomeStatus.REJECTED))) == frozenset()
-
-
-def test_only_the_last_weight_told_is_known_to_the_engine() -> None:
-    state = state_with_a_call()
-    for number, weight in enumerate((1.0, 2.0, 1.0)):
-        state.apply(decided(tell(weight), id=f"d{number}"))
-        assert told(state) == {(ENGINE, "gold", weight)}
-
-
-@pytest.mark.parametrize("leaves_first", [True, False])
-def test_an_engine_that_attaches_again_knows_no_weights(leaves_first: bool) -> None:
-    state = state_with_a_call().apply(decided(tell(2.0)))
-    if leaves_first:
-        state.apply(EngineDetached(1, ENGINE))
-    assert told(state.apply(EngineAttached(2, engine()))) == frozenset()
-
-
 def test_a_session_is_never_less_than_what_it_holds() -> None:
     state = state_with_a_call().apply(observed(1.0, replace(session("x", held_tokens=9), context_tokens=3)))
     assert state.sessions[SessionId("x")].context_tokens == 9
@@ -280,8 +137,6 @@ def test_a_sandbox_that_comes_back_claims_its_session() -> None:
 
 
 # -- what turns cost
-
-TURN = TurnCost(pte=10.0, wasted_pte=4.0, energy_joules=2.0, duration_ns=30, ideal_ns=10)
 
 
 def test_a_session_costs_the_sum_of_its_ended_turns_over_every_new_picture() -> None:

@@ -1,0 +1,268 @@
+"""Who is who below an agent: runtime, start-up, housekeeping, tool call, shell, service, wrapper.
+
+Owns the rules, one table of known agents and one of known programs, so that all of it can be read here. Decides nothing
+about memory. What the world looks like (argv, session, who spoke to a model) comes in as an Exec; what it means comes
+out as a Ruling with a confidence and the reason.
+
+The order of evidence: our own programs; the command that the conversation just asked for; an id that the agent put into
+its tool's environment; the policy's own rules; whether anybody has spoken to a model yet; the agent's profile; and what
+holds for agents that nobody knows. Before somebody below the sandbox's first program has spoken to a model, everything
+may still be the agent: nothing of it has a budget.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from .model import Role, RoleRule, SessionId
+
+OWN = re.compile(
+    r"equipoise\.integrations\.|(^|/| )equipoise (tool|run|hooks)( |$)|equipoise\.daemon\.cli (tool|run|hooks)"
+)
+"""Our own wrappers and hooks, as they stand in a command line."""
+_SHELL = re.compile(r"^(\S*/)?(ba|da|z|k|a|fi)?sh( |$)")
+_SHELL_COMMAND = re.compile(r"^(\S*/)?(ba|da|z|k|a|fi)?sh( -\S+| --\S+)*? -\w*c ")
+_SHELL_FOR_GOOD = re.compile(r"^(\S*/)?(ba|da|z|k|a|fi)?sh( (-[il]+|-s|--\w+|-o \w+|\+o \w+))*$")
+"""A shell without a command and without a script: it is fed line by line."""
+_LAUNCHER = re.compile(
+    r"^(\S*/)?(env|timeout|nohup|nice|ionice|setsid|stdbuf|sudo|doas|su|chrt|taskset|unshare|nsenter|script|xargs|time"
+    r"|strace|ltrace|catchsegv|tini|dumb-init|gosu|npx|npm|pnpm|yarn|bunx|uv|uvx|pipx|poetry|pdm|hatch|conda|mamba"
+    r"|micromamba|pyenv|asdf|mise|volta|nvm|direnv|systemd-run|firejail|bwrap)( |$)"
+    r"|^(\S*/)?node (\S*/)?(npx|npm|pnpm|yarn)(-cli\.js)?( |$)|^npm (exec|run|x) "
+    r"|^(\S*/)?python[\d.]* -m (uv|pipx|poetry) "
+)
+"""Programs that start another and are never the agent themselves, whatever they connect to."""
+_TOOL = re.compile(
+    r"^(\S*/)?(git|git-\S+|curl|wget|ssh|scp|rsync|pip[\d.]*|apt|apt-get|dpkg|make|cargo|go|rustc|gcc|cc|tar|ping|dig|nc"
+    r"|lsb_release|ps|rg|docker|podman|kubectl)( |$)|^(\S*/)?python[\d.]* -m pip( |$)"
+)
+"""Programs that may connect to anything and are no agent for it."""
+_SERVICE = re.compile(
+    r"multiprocessing\.(resource_tracker|forkserver|spawn)( |$)"
+    r"|(^|[/ @-])mcp([-_ /.]|$)|[-_]mcp( |$)|model-?context-?protocol"
+    r"|(^|/| )(\S*language-?server\S*|\S*-ls|\S*langserver|gopls|rust-analyzer|clangd|tsserver(\.js)?|pylsp|jdtls)( |$)"
+)
+"""Children that stay and are spoken to: their memory is the sandbox's, they take no part in any wait."""
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """How one agent program looks from outside. Versions seen: tests/agents/README.md."""
+
+    name: str
+    program: re.Pattern[str]
+    """In the command line of its runtime, shims and relaunches included."""
+    call: re.Pattern[str]
+    """In the command line of a tool call's first exec."""
+    own_session: bool = True
+    """Its tool calls, and no shells of its housekeeping, begin a session of their own (setsid)."""
+    asked: re.Pattern[str] | None = None
+    """Finds the asked-for text in a call's command line: group 1."""
+    call_key: str | None = None
+    """Environment key that holds the conversation's id of the call."""
+    session_key: str | None = None
+    """Environment key that holds the conversation's own id, in tool calls only."""
+
+
+PROFILES = (
+    Profile(
+        "claude-code",
+        re.compile(r"^(\S*/)?claude(\.exe)?( |$)|@anthropic-ai/claude-code"),
+        _SHELL_COMMAND,
+        asked=re.compile(r"&& eval '(.*?)'(?: < /dev/null)? && pwd -P|&& eval '(.*)", re.DOTALL),
+        session_key="CLAUDE_CODE_SESSION_ID",
+    ),
+    Profile(
+        "codex",
+        re.compile(r"(^|/| )codex(\.js)?( |$)|@openai/codex"),
+        re.compile(r"--codex-run-as-process-setup"),
+        own_session=False,
+        asked=re.compile(r"\bexec '/\S*sh' -c '(.*)'\s*$|^\S*sh -l?c ((?!set -e).*)$", re.DOTALL),
+        call_key="CODEX_TOOL_CALL_ID",
+        session_key="CODEX_THREAD_ID",
+    ),
+    Profile(
+        "opencode",
+        re.compile(r"(^|/| )opencode( |$)|opencode-ai"),
+        _SHELL_COMMAND,
+        asked=re.compile(r"^\S*sh -c (.*)$", re.DOTALL),
+    ),
+    Profile(
+        "gemini-cli",
+        re.compile(r"(^|/| )gemini( |$)|@google/gemini-cli"),
+        _SHELL_COMMAND,
+        asked=re.compile(
+            r"trap 'jobs -p > \"\$_bgpids_file\"' EXIT\n(.*?)\n\)\n__code="
+            r"|trap 'jobs -p > \"\$_bgpids_file\"' EXIT\n(.*)",
+            re.DOTALL,
+        ),
+    ),
+)
+ENVIRONMENT_KEYS = frozenset(key for p in PROFILES for key in (p.call_key, p.session_key) if key)
+"""Of a process's environment only these are ever looked at."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exec:
+    """One exec by a fork of the sandbox's agent, as the kernel and /proc tell it."""
+
+    command: str
+    """argv joined by blanks; may be cut short."""
+    session_leader: bool = False
+    """It called setsid before the exec."""
+    below_runtime: bool = False
+    """Forked by a process that is known to be the agent's runtime."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Of ENVIRONMENT_KEYS only."""
+    shares_output: bool = False
+    """Its standard output is that of the sandbox's first program: a shim passes it through, a tool call is captured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A command that a conversation's model has asked for and nobody has answered yet."""
+
+    id: str
+    session: SessionId
+    command: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ruling:
+    """What a process is taken for."""
+
+    role: Role
+    confidence: float
+    """0..1."""
+    why: str
+    command: str
+    """What was asked for, where that could be told; else the command line."""
+    call_id: str | None = None
+    """By which the agent's own log, and the conversation, know the call."""
+    session: SessionId | None = None
+    """Of the conversation that asked, where it is known."""
+    budgeted: bool = False
+    """Whether a tool call's budget may stop it."""
+
+
+def profile_of(commands: Sequence[str]) -> Profile | None:
+    """The known agent that one of these command lines starts: the first program's, its runtime's."""
+    return next((p for p in PROFILES if any(p.program.search(command) for command in commands)), None)
+
+
+def may_be_agent(command: str) -> bool:
+    """Whether a process with a connection may be an agent: it is no launcher, and no program known to be a tool."""
+    shell = _SHELL.search(command)
+    return not (shell or _LAUNCHER.search(command) or _TOOL.search(command) or OWN.search(command))
+
+
+def is_launcher(command: str) -> bool:
+    return bool(_LAUNCHER.search(command) or _SHELL_COMMAND.search(command))
+
+
+def rule(
+    seen: Exec,
+    profile: Profile | None = None,
+    runtime: str = "",
+    asked: Sequence[Asked] = (),
+    rules: Sequence[RoleRule] = (),
+) -> Ruling:
+    """What the process is. `runtime` is the command line of the runtime that forked it, `rules` are the policy's."""
+    if OWN.search(seen.command):
+        return Ruling(Role.WRAPPER, 1.0, "a program of ours", seen.command)
+    if (wanted := matching(seen.command, asked)) is not None:
+        why = "its arguments hold the command that the conversation asked for"
+        return Ruling(Role.TOOL_CALL, 0.99, why, wanted.command, wanted.id, wanted.session, budgeted=True)
+    if profile is not None and profile.call_key and (call := seen.environment.get(profile.call_key)):
+        why = f"{profile.call_key} is set in its environment"
+        return Ruling(Role.TOOL_CALL, 0.98, why, asked_text(seen.command, profile), call, budgeted=True)
+    for each in rules:
+        if re.search(each.match, seen.command):
+            called = each.role is Role.TOOL_CALL
+            return Ruling(each.role, 0.99, f"the policy's rule {each.match!r}", seen.command, budgeted=called)
+    if not seen.below_runtime:
+        return Ruling(Role.START_UP, 0.9, "nobody above it has spoken to a model yet", seen.command)
+    if profile is not None:
+        return _by_profile(seen, profile, runtime)
+    return _by_shape(seen, runtime)
+
+
+def _by_profile(seen: Exec, profile: Profile, runtime: str) -> Ruling:
+    if profile.call.search(seen.command) and (seen.session_leader or not profile.own_session):
+        why = f"looks as tool calls of {profile.name} do"
+        return Ruling(Role.TOOL_CALL, 0.97, why, asked_text(seen.command, profile), budgeted=True)
+    if profile.program.search(seen.command) and same_program(seen.command, runtime):
+        return Ruling(Role.START_UP, 0.9, "a relaunch of the agent itself", seen.command)
+    if _SERVICE.search(seen.command):
+        return Ruling(Role.SERVICE, 0.9, "a server by its name", seen.command)
+    return Ruling(Role.HOUSEKEEPING, 0.95, f"no tool call of {profile.name} looks so", seen.command)
+
+
+def _by_shape(seen: Exec, runtime: str) -> Ruling:
+    """What holds for agents that nobody knows."""
+    command = seen.command
+    if same_program(command, runtime):
+        return Ruling(Role.START_UP, 0.9, "a relaunch of the agent itself", command)
+    if profile_of([command]) is not None and not _SHELL.search(command):
+        return Ruling(Role.START_UP, 0.8, "an agent of its own, until it speaks to a model", command)
+    if _SERVICE.search(command):
+        return Ruling(Role.SERVICE, 0.85, "a server by its name", command)
+    if _SHELL_FOR_GOOD.search(command):
+        return Ruling(Role.SHELL, 0.85, "a shell that is fed line by line", command)
+    if seen.shares_output and not _SHELL_COMMAND.search(command):
+        return Ruling(Role.TOOL_CALL, 0.6, "writes where the agent itself does: it may be the agent", command)
+    return Ruling(Role.TOOL_CALL, 0.9, "exec'd by the agent's runtime", command, budgeted=True)
+
+
+def same_program(command: str, runtime: str) -> bool:
+    """Whether it is the runtime once more: the same last arguments, perhaps with other options of its interpreter."""
+    ours, theirs = runtime.split(), command.split()
+    if len(ours) < 2 or len(theirs) < 2:
+        return bool(ours) and ours == theirs
+    return theirs[-len(ours) + 1 :] == ours[1:] and _name(theirs[0]) == _name(ours[0])
+
+
+def _name(path: str) -> str:
+    return path.rpartition("/")[2]
+
+
+def asked_text(command: str, profile: Profile) -> str:
+    """The command a tool call of this agent was asked for, freed of the agent's wrapping; else the command line."""
+    found = profile.asked.search(command) if profile.asked is not None else None
+    if found is None:
+        return command
+    text = next((group for group in found.groups() if group), "")
+    return text.replace("'\"'\"'", "'").replace("'\\''", "'") or command
+
+
+_SHORTEST = 3
+"""Characters of an asked-for command that must be seen, blanks and quotes aside, to tell it from any other."""
+_QUOTING = re.compile(r"[\s'\"\\]+")
+
+
+def matching(command: str, asked: Sequence[Asked]) -> Asked | None:
+    """The asked-for command that a command line holds, the oldest first; None for none.
+
+    Blanks, quotes and backslashes are left out on both sides, since every agent quotes in its own way. A command line
+    that was cut short must end in the beginning of what was asked for.
+    """
+    seen = _QUOTING.sub("", command)
+    cut = seen.endswith("…")
+    seen = seen.rstrip("…")
+    for each in asked:
+        wanted = _QUOTING.sub("", each.command)
+        if not wanted:
+            continue
+        if len(wanted) < _SHORTEST:
+            if seen.endswith(f"-c{wanted}") or seen == wanted:
+                return each
+        elif wanted in seen or (cut and _ends_in_beginning(seen, wanted)):
+            return each
+    return None
+
+
+def _ends_in_beginning(seen: str, wanted: str) -> bool:
+    start = seen.find(wanted[:12])
+    return start >= 0 and wanted.startswith(seen[start:])

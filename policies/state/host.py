@@ -1,0 +1,84 @@
+"""The host and its sandboxes: what is sampled of them, the policy in force, and pressure on the tool-memory pool.
+
+Owns `host`, `sandboxes`, `policy`, the covariance of memory and KV, and since when the pool is under pressure. What is
+done about pressure is for the ladder; a sandbox that goes leaves its calls as they are: their ends are told apart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ..events import EventsLost, HostSampled, PolicyApplied, SandboxRegistered, SandboxRemoved, SandboxSampled
+from ..model import Host
+from .picture import Picture, arm
+
+
+def _policy_applied(picture: Picture, event: PolicyApplied) -> None:
+    picture.policy = event.policy
+
+
+def _sandbox_registered(picture: Picture, event: SandboxRegistered) -> None:
+    picture.sandboxes[event.sandbox.cgroup_id] = event.sandbox
+    picture._left_behind.discard(event.sandbox.session)
+
+
+def _sandbox_removed(picture: Picture, event: SandboxRemoved) -> None:
+    removed = picture.sandboxes.pop(event.cgroup_id, None)
+    if removed and all(s.session != removed.session for s in picture.sandboxes.values()):
+        picture._left_behind.add(removed.session)
+    picture._intents = {key: i for key, i in picture._intents.items() if key[0] != event.cgroup_id}
+
+
+def _sandbox_sampled(picture: Picture, event: SandboxSampled) -> None:
+    sandbox = picture.sandboxes.get(event.cgroup_id)
+    if sandbox is None:
+        picture.late_count += 1
+        return
+    peak_bytes = max(sandbox.peak_bytes, event.peak_bytes, event.memory_bytes)
+    picture.sandboxes[event.cgroup_id] = replace(
+        sandbox, memory_bytes=event.memory_bytes, peak_bytes=peak_bytes, cpu_ns=event.cpu_ns
+    )
+
+
+def _host_sampled(picture: Picture, event: HostSampled) -> None:
+    picture.host = Host(
+        memory_total_bytes=event.memory_total_bytes,
+        memory_available_bytes=event.memory_available_bytes,
+        psi_some_ratio=event.psi_some_ratio,
+        psi_full_ratio=event.psi_full_ratio,
+        gpu_total_bytes=event.gpu_total_bytes,
+        gpu_used_bytes=event.gpu_used_bytes,
+        observed_ns=event.at_ns,
+    )
+    kv = sum(e.device_used_tokens * e.bytes_per_token for e in picture.engines.values())
+    picture.covariance = picture.covariance.observe(float(_tool_used_bytes(picture)), float(kv))
+
+
+def _events_lost(picture: Picture, event: EventsLost) -> None:
+    picture.lost_count += event.count
+
+
+def watch_pressure(picture: Picture, now_ns: int) -> None:
+    """Pressure begins above the upper mark and lasts until use is below the lower one."""
+    pool = picture.policy.memory.pool_bytes(picture.host.memory_total_bytes)
+    mark = picture.policy.memory.pressure_above_ratio
+    if picture._pressure_since_ns is not None:
+        mark = picture.policy.memory.pressure_below_ratio
+    if not pool or _tool_used_bytes(picture) < mark * pool:
+        picture._pressure_since_ns = None
+    elif picture._pressure_since_ns is None:
+        picture._pressure_since_ns = now_ns
+
+
+def _tool_used_bytes(picture: Picture) -> int:
+    return sum(c.used_bytes for c in picture.tool_calls.values() if c.gone_ns is None)
+
+
+ARMS = (
+    arm(PolicyApplied, _policy_applied),
+    arm(SandboxRegistered, _sandbox_registered),
+    arm(SandboxRemoved, _sandbox_removed),
+    arm(SandboxSampled, _sandbox_sampled),
+    arm(HostSampled, _host_sampled),
+    arm(EventsLost, _events_lost),
+)
