@@ -1,9 +1,9 @@
 """The one mutable picture of the host. Events go in through `apply`, a frozen Snapshot comes out.
 
 Owns the table of what each event means; the meanings themselves are in the files of their subjects (`tool_calls.py`,
-`sessions.py`, `outcomes.py`, `joins.py`, `host.py`). One owner drives it (the daemon's loop, or a replay); it has no clock: time
-comes with the events and with `snapshot(now_ns)`. It mutates in place, because a replay of 10,000 sessions would
-otherwise spend its time copying; what leaves it is frozen.
+`sessions.py`, `joins.py`, `outcomes.py`, `host.py`). One owner drives it (the daemon's loop, or a replay); it has no
+clock: time comes with the events and with `snapshot(now_ns)`. It mutates in place, because a replay of 10,000 sessions
+would otherwise spend its time copying; what leaves it is frozen.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ class State(Picture):
         """Raise AssertionError where an invariant is broken; for tests."""
         tool_calls.check(self)
         sessions.check(self)
+        joins.check(self)
 
     def _forget(self, now_ns: int) -> None:
         tool_calls.forget(self, now_ns - REMEMBER_NS)
