@@ -20,7 +20,7 @@ from ..ebpf.tool_memory import ToolMemory
 from ..gpuctl import nvml
 from ..gpuctl.hook import EngineHook
 from ..policies.actions import Decision, EngineAction, Outcome
-from ..policies.events import OutcomeObserved
+from ..policies.events import ConnectionOpened, Event, OutcomeObserved
 from ..policies.policy import Policy
 from ..policies.snapshot import Snapshot
 from ..policies.state import State
@@ -37,6 +37,7 @@ from .engine_process import EngineConfig, EngineProcess
 from .errors import CgroupError
 from .loop import Loop, Sink
 from .observe.history import History
+from .observe.joins import Joins
 from .observe.journal import Journal
 from .observe.kernel import KernelEvents
 from .observe.metrics import MetricsServer
@@ -136,7 +137,7 @@ async def start(config: Config, parts: contextlib.AsyncExitStack) -> Status:
 class Core:
     """The parts between an event and what is done about it, made and joined. They run on one event loop.
 
-    event -> State -> history, tallies, journal, tool calls, sandboxes, holds (the sinks, in this order)
+    event -> State -> history, tallies, journal, tool calls, sandboxes, holds, joins (the sinks, in this order)
     decision -> the engine's hook, or the actuator
     """
 
@@ -159,8 +160,9 @@ class Core:
         self.history = History()
         self.tallies = Tallies()
         self.recorder = Recorder(journal, lambda: self.loop.snapshot)
-        self.kernel = KernelEvents(probes, emit, now_ns)
-        self.hook = EngineHook(emit, now_ns)
+        self.kernel = KernelEvents(probes, self._from_kernel, now_ns)
+        self.joins = Joins(self.state, self.kernel.drain, emit)
+        self.hook = EngineHook(emit, now_ns, self.joins.who)
         self.sandboxes = SandboxKeeper(driver, probes, self.state, emit, self.settle, now_ns)
         self.calls = ToolCallKeeper(self.sandboxes.book, driver, probes, self.state, emit, now_ns)
         self.holds = Holds(journal, driver)
@@ -180,7 +182,7 @@ class Core:
             disarm=self.sandboxes.disarm,
             own_cgroups=driver is not None,
         )
-        sinks += [self.history, self.tallies, self.recorder, self.calls, self.sandboxes, following]
+        sinks += [self.history, self.tallies, self.recorder, self.calls, self.sandboxes, following, self.joins]
         self.loop.every_turn(self._at_turn)
 
     def status(self, started_ns: int) -> Status:
@@ -217,6 +219,11 @@ class Core:
             self.actuator.release_all(ending=True)
             self.calls.close()
             self.sandboxes.close()
+
+    def _from_kernel(self, event: Event) -> None:
+        if isinstance(event, ConnectionOpened):
+            self.joins.opened(event)  # now: an engine may ask before the loop's next turn
+        self.loop.emit(event)
 
     def _act(self, decision: Decision) -> Outcome | None:
         action = decision.action
