@@ -50,6 +50,7 @@ from .rpc.server import claim_socket, serve
 from .sandboxes.cgroups import CgroupDriver, sweep
 from .sandboxes.keeper import SandboxKeeper
 from .sandboxes.processes import boot_id
+from .sandboxes.roles import RoleKeeper
 from .sandboxes.tool_calls import ToolCallKeeper
 from .status import Host, Status
 
@@ -160,10 +161,11 @@ class Core:
         self.history = History()
         self.tallies = Tallies()
         self.recorder = Recorder(journal, lambda: self.loop.snapshot)
-        self.kernel = KernelEvents(probes, self._from_kernel, now_ns)
+        self.sandboxes = SandboxKeeper(driver, probes, self.state, emit, self.settle, now_ns)
+        self.roles = RoleKeeper(self.sandboxes.book, probes, self.state, now_ns)
+        self.kernel = KernelEvents(probes, self._from_kernel, now_ns, self.roles.sift)
         self.joins = Joins(self.state, self.kernel.drain, emit)
         self.hook = EngineHook(emit, now_ns, self.joins.who)
-        self.sandboxes = SandboxKeeper(driver, probes, self.state, emit, self.settle, now_ns)
         self.calls = ToolCallKeeper(self.sandboxes.book, driver, probes, self.state, emit, now_ns)
         self.holds = Holds(journal, driver)
         self.polling: FallbackBudget | None = None
@@ -182,7 +184,8 @@ class Core:
             disarm=self.sandboxes.disarm,
             own_cgroups=driver is not None,
         )
-        sinks += [self.history, self.tallies, self.recorder, self.calls, self.sandboxes, following, self.joins]
+        sinks += [self.history, self.tallies, self.recorder, self.roles, self.calls, self.sandboxes, following]
+        sinks.append(self.joins)
         self.loop.every_turn(self._at_turn)
 
     def status(self, started_ns: int) -> Status:
@@ -234,6 +237,8 @@ class Core:
 
     def _at_turn(self, snapshot: Snapshot) -> None:
         self.kernel.beat()
+        for event in self.roles.at_turn():
+            self.loop.emit(event)
         for outcome in self.actuator.expire(snapshot.now_ns):
             self.loop.emit(OutcomeObserved(outcome.at_ns, outcome))
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass
 from ipaddress import IPv6Address
 from typing import TypeVar
 
@@ -19,6 +18,7 @@ from ..policies.events import (
     Event,
     EventsLost,
     ProcessesGone,
+    ProcessExeced,
     ToolCallEnded,
     ToolCallMemoryStepped,
     ToolCallStarted,
@@ -31,16 +31,6 @@ LINEAGE_CONFIDENCE = 0.9
 """An agent's fork exec'd: a tool call, unless it is a helper that the agent keeps for itself (a language server)."""
 
 Record = TypeVar("Record", bound=ctypes.Structure)
-
-
-@dataclass(frozen=True, slots=True)
-class ChildExec:
-    """An exec inside a tool call; reported only with Tuning.report_child_execs."""
-
-    at_ns: int
-    tag: int
-    pid: int
-    command: str
 
 
 class EventReader:
@@ -66,8 +56,6 @@ class EventReader:
         self._on_found = on_found
         self._on_gone = on_gone
         self._events: list[Event] = []
-        self.child_execs: list[ChildExec] = []
-        """Filled by drain(); whoever wants them empties it."""
 
     def fileno(self) -> int:
         """For loop.add_reader()."""
@@ -102,8 +90,8 @@ class EventReader:
                 self._on_found(header.tag, header.slot)
                 self._events.append(self._started(_read(ExecEvent, data)))
             case EventKind.CHILD_EXEC:
-                event = _read(ExecEvent, data)
-                self.child_execs.append(ChildExec(header.time_ns, header.tag, header.tgid, command_of(event)))
+                command = command_of(_read(ExecEvent, data))
+                self._events.append(ProcessExeced(header.time_ns, ToolCallId(header.tag), header.tgid, command))
             case EventKind.MEMORY:
                 step = _read(MemoryEvent, data)
                 self._events.append(
@@ -143,6 +131,7 @@ class EventReader:
             pid=header.tgid,
             soft_bytes=record.soft_bytes if known else 0,
             hard_bytes=record.hard_bytes if known else 0,
+            agent=ToolCallId(header.agent_tag) if header.agent_tag else None,
             session_leader=event.session_id == header.tgid,
             group_leader=event.group_id == header.tgid,
         )

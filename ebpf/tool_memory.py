@@ -158,14 +158,23 @@ class ToolMemory:
         self._last_tag += 1
         return ToolCallId(self._probes.tag_epoch << 32 | 1 << 31 | self._last_tag)
 
-    def register_agent(self, pid: int, sandbox: CgroupId, *, soft_bytes: int = 0, hard_bytes: int = 0) -> ToolCallId:
+    def register_agent(
+        self, pid: int, sandbox: CgroupId, *, soft_bytes: int = 0, hard_bytes: int = 0, starting: bool = False
+    ) -> ToolCallId:
         """Follow an agent: the process `pid`, whatever it execs itself, its threads and its forks that do not exec.
 
         Every exec by such a fork becomes a tool call of `sandbox`, with the two budgets (0: none) to begin with.
+        `starting`: what is found below it is `starting` too, see set_starting().
         Returns the agent's own tag; usage(tag) is its runtime's memory. Raises ProcessLookupError when pid is gone.
         """
         return self._begin(
-            self.new_tag(), sandbox, Role.AGENT, pid, child_soft_bytes=soft_bytes, child_hard_bytes=hard_bytes
+            self.new_tag(),
+            sandbox,
+            Role.AGENT,
+            pid,
+            child_soft_bytes=soft_bytes,
+            child_hard_bytes=hard_bytes,
+            flags=abi.TOOL_STARTING if starting else 0,
         )
 
     def begin_tool(
@@ -301,7 +310,15 @@ class ToolMemory:
 
     def set_own_memcg(self, tag: ToolCallId, own: bool) -> None:
         """Whether its processes, and no others, are in one memory cgroup now. Raises UnknownTag."""
-        self._tools[self._slot(tag)].flags = abi.TOOL_OWN_MEMCG if own else 0
+        self._set_flag(tag, abi.TOOL_OWN_MEMCG, own)
+
+    def set_starting(self, tag: ToolCallId, starting: bool) -> None:
+        """Whether it may become the agent yet: every exec below it has a record of its own then. Raises UnknownTag."""
+        self._set_flag(tag, abi.TOOL_STARTING, starting)
+
+    def _set_flag(self, tag: ToolCallId, flag: int, on: bool) -> None:
+        record = self._tools[self._slot(tag)]
+        record.flags = record.flags | flag if on else record.flags & ~flag
 
     def resume(self, tag: ToolCallId) -> int:
         """Continue every process of a tool call; returns how many. Raise the budget first, or it stops again.
@@ -383,6 +400,7 @@ def _found(record: abi.ToolRecord) -> ToolCallStarted:
         pid=record.root_tgid,
         soft_bytes=record.soft_bytes,
         hard_bytes=record.hard_bytes,
+        agent=ToolCallId(record.agent_tag) if record.agent_tag else None,
     )
 
 

@@ -114,7 +114,7 @@ class Translation(Generic[T, M]):
         self.message = message
         self.descriptor = cast(Descriptor, message.DESCRIPTOR)
         pairs = self._paired(renamed, frozenset(here), None if there is None else frozenset(there))
-        self.there = frozenset(pairs.values())
+        self.message_fields = frozenset(pairs.values())
         self._names = tuple(pairs.items())
         self._encoders: list[tuple[str, _Convert]] = []
         self._decoders: list[tuple[str, str | None, _Convert | None]] = []
@@ -144,6 +144,8 @@ class Translation(Generic[T, M]):
         refuse((here | renamed.keys()) - set(ours), "the first has no {}")
         refuse(((there or frozenset()) | set(renamed.values())) - set(theirs), "the second has no {}")
         pairs = {each: renamed.get(each, each) for each in ours if each not in here}
+        taken = list(pairs.values())
+        refuse({each for each in taken if taken.count(each) > 1}, "two fields of the first are {}")
         refuse(set(pairs.values()) - set(theirs), "the second lacks {}: name it in `here`")
         if there is not None:
             refuse(set(theirs) - set(pairs.values()) - there, "the first lacks {}: name it in `there`")
@@ -173,7 +175,7 @@ class Translation(Generic[T, M]):
 def check_parts(message: type[Message], parts: Iterable[Translation[Any, Any]], *, there: Iterable[str] = ()) -> None:
     """Raise TypeError where several dataclasses together do not make up a message: each field once, none left out."""
     descriptor = cast(Descriptor, message.DESCRIPTOR)
-    named = [name for part in parts for name in part.there] + list(there)
+    named = [name for part in parts for name in part.message_fields] + list(there)
     if twice := sorted({name for name in named if named.count(name) > 1}):
         raise TypeError(f"{descriptor.full_name}: {', '.join(twice)} is in several parts")
     if odd := sorted(set(descriptor.fields_by_name) ^ set(named)):

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from .model import Tenant, TenantId
+from .model import Role, RoleRule, Tenant, TenantId
 from .policy import Budget, KvPolicy, MemoryPolicy, Policy
 
 API_VERSION = "equipoise/v1"
@@ -66,6 +66,15 @@ class _Mapping:
 
     def mapping(self, key: str) -> _Mapping:
         return _Mapping(self._value.get(key), self.at(key))
+
+    def entries(self, key: str) -> list[_Mapping]:
+        """The mappings of a list; none where the key is absent."""
+        value = self._value.get(key)
+        if value is None:
+            return []
+        if not isinstance(value, list):
+            raise DocumentError(self.at(key), f"expected a list, found {_kind(value)}")
+        return [_Mapping(each, f"{self.at(key)}[{number}]") for number, each in enumerate(value)]
 
     def items(self) -> list[tuple[str, object]]:
         return list(self._value.items())
@@ -144,7 +153,7 @@ def parse_policy(document: object) -> Policy:
         problem = f"must be letters, digits, `.`, `_` or `-`, at most 64, found {_kind(name)}"
         raise DocumentError("metadata.name", problem)
     spec = top.mapping("spec")
-    spec.only(("mode", "tenants", "memory", "kv"))
+    spec.only(("mode", "tenants", "memory", "kv", "roles"))
     mode = spec.text("mode", "enforce")
     if mode not in ("enforce", "observe"):
         raise DocumentError("spec.mode", f"must be `enforce` or `observe`, found {_kind(mode)}")
@@ -154,6 +163,7 @@ def parse_policy(document: object) -> Policy:
         tenants=_tenants(spec.mapping("tenants")),
         memory=_memory(spec.mapping("memory")),
         kv=_kv(spec.mapping("kv")),
+        roles=_roles(spec),
     )
 
 
@@ -170,6 +180,27 @@ def _tenants(tenants: _Mapping) -> tuple[Tenant, ...]:
             raise DocumentError(entry.at("weight"), problem)
         parsed.append(Tenant(TenantId(name), float(weight)))
     return tuple(sorted(parsed, key=lambda t: t.id)) or Policy().tenants
+
+
+_ROLES = {role.value: role for role in (Role.TOOL_CALL, Role.SERVICE, Role.HOUSEKEEPING, Role.SHELL)}
+
+
+def _roles(spec: _Mapping) -> tuple[RoleRule, ...]:
+    """`roles: [{match: REGEX, role: service}]`."""
+    rules: list[RoleRule] = []
+    for entry in spec.entries("roles"):
+        entry.only(("match", "role"))
+        match, role = entry.text("match", ""), entry.text("role", "")
+        try:
+            re.compile(match)
+        except re.error as error:
+            raise DocumentError(entry.at("match"), f"no regular expression: {error}") from None
+        if not match:
+            raise DocumentError(entry.at("match"), "expected a regular expression for the command line")
+        if role not in _ROLES:
+            raise DocumentError(entry.at("role"), f"must be one of {', '.join(_ROLES)}; found {_kind(role)}")
+        rules.append(RoleRule(match, _ROLES[role]))
+    return tuple(rules)
 
 
 def _budget(entry: _Mapping, default: Budget, extra: tuple[str, ...] = ()) -> Budget:

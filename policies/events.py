@@ -19,6 +19,7 @@ from .model import (
     EngineTotals,
     FinishReason,
     KvTier,
+    ProcessRole,
     Sandbox,
     Session,
     SessionId,
@@ -91,6 +92,12 @@ class ToolCallStarted:
     """It led a terminal session of its own (setsid) when it began."""
     group_leader: bool = False
     """Likewise a process group (setpgid)."""
+    agent: ToolCallId | None = None
+    """The kernel's record of the process that forked it: the agent's runtime, its first program, a shell of it."""
+    call_id: str | None = None
+    """By which the conversation, and the agent's own log, know the call."""
+    exempt: bool = False
+    """No budget may stop it: it could be the agent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +120,25 @@ class ConnectionOpened:
 
 
 @dataclass(frozen=True, slots=True)
+class RoleObserved:
+    """A process below an agent is taken for something else than a tool call, or is gone."""
+
+    at_ns: int
+    process: ProcessRole
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessExeced:
+    """A process of a tool call became another program: its root (`env X=1 pytest`), or any where that is asked for."""
+
+    at_ns: int
+    id: ToolCallId
+    pid: int
+    command: str
+    """As ToolCallStarted's."""
+
+
+@dataclass(frozen=True, slots=True)
 class ToolCallAttributed:
     """A known tool call is told more exactly what it is (a wrapper or a hook speaks after the kernel did)."""
 
@@ -122,6 +148,7 @@ class ToolCallAttributed:
     confidence: float
     command: str | None = None
     session: SessionId | None = None
+    call_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,6 +353,8 @@ Event = (
     | HostSampled
     | ToolCallStarted
     | ConnectionOpened
+    | RoleObserved
+    | ProcessExeced
     | ToolCallAttributed
     | ToolCallMerged
     | PolicyApplied

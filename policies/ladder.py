@@ -157,7 +157,7 @@ def _payer(
 
 
 def _holds_a_grant(call: ToolCall, policy: Policy) -> bool:
-    return _holds_memory(call) and call.used_bytes > policy.memory.budget_for(call.kind).hard_bytes
+    return _holds_memory(call) and not call.exempt and call.used_bytes > policy.memory.budget_for(call.kind).hard_bytes
 
 
 def _pays_first(call: ToolCall, by_tenant: dict[TenantId, Share]) -> tuple[float, int, int]:
@@ -280,7 +280,10 @@ def _relieve(snapshot: Snapshot, policy: Policy, by_tenant: dict[TenantId, Share
     running = [
         c
         for c in snapshot.tool_calls
-        if c.phase is ToolCallPhase.RUNNING and c.gone_ns is None and c.used_bytes >= THROTTLE_AT_LEAST_RATIO * pool
+        if c.phase is ToolCallPhase.RUNNING
+        and c.gone_ns is None
+        and not c.exempt
+        and c.used_bytes >= THROTTLE_AT_LEAST_RATIO * pool
     ]
     running.sort(key=lambda c: _pays_first(c, by_tenant))
     if not running:

@@ -107,6 +107,23 @@ class Role(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class ProcessRole:
+    """A process below an agent that is no tool call."""
+
+    id: ToolCallId
+    """Of its record in the kernel."""
+    sandbox: CgroupId
+    pid: int
+    command: str
+    role: Role
+    confidence: float
+    """0..1."""
+    why: str
+    since_ns: int
+    gone: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class RoleRule:
     """A policy's own word on what a command is."""
 
@@ -209,6 +226,12 @@ class ToolCall:
     expected_bytes: int | None = None
     """Declared by the agent, or None."""
     expected_ns: int | None = None
+    agent: ToolCallId | None = None
+    """The kernel's record of the process that forked it; None: it was not found by lineage."""
+    call_id: str | None = None
+    """By which the conversation, and the agent's own log, know the call."""
+    exempt: bool = False
+    """No budget may stop it, and nothing holds it back: it could be the agent."""
 
     @property
     def running(self) -> bool:

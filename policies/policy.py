@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .model import MIB, NS_PER_S, Tenant, TenantId
+from .model import MIB, NS_PER_S, RoleRule, Tenant, TenantId
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,3 +76,5 @@ class Policy:
     tenants: tuple[Tenant, ...] = (Tenant(TenantId("default")),)
     memory: MemoryPolicy = field(default_factory=MemoryPolicy)
     kv: KvPolicy = field(default_factory=KvPolicy)
+    roles: tuple[RoleRule, ...] = ()
+    """What commands are, by the operator's own word; the first that matches counts."""

@@ -41,7 +41,7 @@ _TOOL = re.compile(
 """Programs that may connect to anything and are no agent for it."""
 _SERVICE = re.compile(
     r"multiprocessing\.(resource_tracker|forkserver|spawn)( |$)"
-    r"|(^|[/ @-])mcp([-_ /.]|$)|[-_]mcp( |$)|model-?context-?protocol"
+    r"|(^|[/ @_.-])mcp([-_ /.]|$)|model-?context-?protocol"
     r"|(^|/| )(\S*language-?server\S*|\S*-ls|\S*langserver|gopls|rust-analyzer|clangd|tsserver(\.js)?|pylsp|jdtls)( |$)"
 )
 """Children that stay and are spoken to: their memory is the sandbox's, they take no part in any wait."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from .estimate import Estimates
-from .model import Engine, EngineId, Host, Sandbox, Session, SessionId, Tenant, TenantId, ToolCall
+from .model import Engine, EngineId, Host, ProcessRole, Sandbox, Session, SessionId, Tenant, TenantId, ToolCall
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +18,8 @@ class Snapshot:
     sandboxes: tuple[Sandbox, ...] = ()
     tool_calls: tuple[ToolCall, ...] = ()
     """Those that run, or whose processes are not all gone, or that ended within the last minute."""
+    processes: tuple[ProcessRole, ...] = ()
+    """What runs below the agents and is no tool call. No decision looks at it."""
     sessions: tuple[Session, ...] = ()
     engines: tuple[Engine, ...] = ()
     estimates: Estimates = field(default_factory=Estimates)

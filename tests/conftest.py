@@ -1,7 +1,8 @@
 """Which tiers of tests ran, and why the others did not: a summary at the end of every run.
 
-Owns that report and nothing else; fixtures live in the folders that use them. A tier is a marker (kernel, engine, vm);
-a test without one is of the pure tier. A file that skips itself while it is collected counts for its folder's tier.
+Owns that report and nothing else; fixtures live in the folders that use them. A tier is a marker (kernel, engine, vm,
+agents); a test without one is of the pure tier. A file that skips itself while it is collected counts for its folder's
+tier.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from pathlib import PurePosixPath
 
 import pytest
 
-TIERS = ("pure", "kernel", "engine", "vm")
+TIERS = ("pure", "kernel", "engine", "vm", "agents")
 
 
 class TierSummary:

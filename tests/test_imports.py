@@ -33,7 +33,7 @@ WINGS: dict[str, tuple[str, ...]] = {
     "gpuctl.engine.compute": ("gpuctl.engine.schedule", "gpuctl.engine.errors"),
     "gpuctl.engine.tiers": (
         "gpuctl.reports", "gpuctl.directives", "gpuctl.engine.schedule", "gpuctl.engine.compute",
-        "gpuctl.engine.reporter", "gpuctl.engine.errors",
+        "gpuctl.engine.reporter", "gpuctl.engine.totals", "gpuctl.engine.errors",
     ),
     "gpuctl.engine.openai": ("gpuctl", "gpuctl.engine", "gpuctl.engine.schedule", "gpuctl.engine.compute"),
     "gpuctl.engine.peer": (

@@ -192,13 +192,16 @@ def _add_run(commands: Commands) -> None:
     parser.add_argument("--tenant", default="default", help="a tenant of the policy (default: %(default)s)")
     parser.add_argument("--name", help="unique within the tenant (default: the command's name and our pid)")
     parser.add_argument("--session", help="session of its requests to the engine (default: TENANT/NAME)")
+    parser.add_argument("--direct", action="store_true", help="CMD is the agent itself and no launcher of it: whatever "
+                        "it starts is a tool call at once (default: when somebody has spoken to a model)")  # fmt: skip
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- CMD ...", help="what to run")
 
 
 def _run(arguments: argparse.Namespace) -> int:
     command = _after_dashes(arguments.command, "run")
     name = arguments.name or f"{Path(command[0]).name}-{os.getpid()}"
-    return client.run_agent(arguments.socket, arguments.tenant, name, arguments.session, command)
+    tenant, session, direct = arguments.tenant, arguments.session, arguments.direct
+    return client.run_agent(arguments.socket, tenant, name, session, command, direct=direct)
 
 
 def _add_tool(commands: Commands) -> None:

@@ -1,29 +1,32 @@
 """What the kernel's probes report, as events for the loop.
 
-Owns the draining of the ring, the resynchronising after a loss, and the heartbeat. Leaves out what is about the hooks
-that our own integrations install: they are no tool calls.
+Owns the draining of the ring, the resynchronising after a loss, and the heartbeat. What each process is taken for is
+said by `sift`: it answers what the loop shall hear of an event.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from ...ebpf.tool_memory import ToolMemory
-from ...policies.events import Event, EventsLost, ProcessesGone, ToolCallMemoryStepped, ToolCallStarted
+from ...policies.events import Event, EventsLost, ToolCallMemoryStepped
 from ...policies.model import ToolCallId
-
-HOOK_MODULES = "equipoise.integrations."
-"""In the command line of every hook that our integrations install."""
 
 
 class KernelEvents:
     """Over the probes; without them (None) everything here is a safe no-op."""
 
-    def __init__(self, probes: ToolMemory | None, emit: Callable[[Event], None], now_ns: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        probes: ToolMemory | None,
+        emit: Callable[[Event], None],
+        now_ns: Callable[[], int],
+        sift: Callable[[Event], Iterable[Event]] = lambda event: (event,),
+    ) -> None:
         self._probes = probes
+        self._sift = sift
         self._emit = emit
         self._now_ns = now_ns
-        self._own_hooks: set[ToolCallId] = set()
 
     @property
     def lost_count(self) -> int:
@@ -38,8 +41,8 @@ class KernelEvents:
         if any(isinstance(event, EventsLost) for event in events):
             events += self._probes.resync()
         for event in events:
-            if not self._is_own_hook(event):
-                self._emit(event)
+            for told in self._sift(event):
+                self._emit(told)
 
     def beat(self) -> None:
         """At each turn of the loop: the kernel stops nobody without it."""
@@ -52,14 +55,3 @@ class KernelEvents:
         usage = self._probes.usage(tool_call) if self._probes is not None else None
         if usage is not None:
             self._emit(ToolCallMemoryStepped(self._now_ns(), tool_call, usage.used_bytes, usage.peak_bytes))
-
-    def _is_own_hook(self, event: Event) -> bool:
-        """Whether it is about a hook of ours that an agent ran: it must not be taken for the call it announces."""
-        call = getattr(event, "id", None)
-        if isinstance(event, ToolCallStarted) and HOOK_MODULES in event.command:
-            self._own_hooks.add(event.id)
-        if call not in self._own_hooks:
-            return False
-        if isinstance(event, ProcessesGone):
-            self._own_hooks.discard(event.id)
-        return True

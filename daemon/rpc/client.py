@@ -116,11 +116,15 @@ def release(opened: grpc.Channel) -> list[str]:
     return list(answered.released)
 
 
-def run_agent(socket: str, tenant: str, name: str, session: str | None, command: list[str]) -> int:
+def run_agent(
+    socket: str, tenant: str, name: str, session: str | None, command: list[str], *, direct: bool = False
+) -> int:
     """Become an agent: register this process, then exec the command in its place. Returns only on failure."""
     with channel(socket) as opened:
         registered = sandbox_pb2_grpc.SandboxServiceStub(opened).RegisterSandbox(
-            sandbox_pb2.RegisterSandboxRequest(tenant_id=tenant, name=name, pid=os.getpid(), session_id=session or ""),
+            sandbox_pb2.RegisterSandboxRequest(
+                tenant_id=tenant, name=name, pid=os.getpid(), session_id=session or "", direct=direct
+            ),
             timeout=TIMEOUT_S,
         )
         answered = policy_pb2_grpc.PolicyServiceStub(opened).GetStatus(policy_pb2.GetStatusRequest(), timeout=TIMEOUT_S)

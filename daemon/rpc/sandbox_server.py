@@ -60,6 +60,7 @@ class SandboxServer(sandbox_pb2_grpc.SandboxServiceServicer):
                 request.pid or None,
                 request.cgroup_path or None,
                 SessionId(request.session_id) if request.session_id else None,
+                direct=request.direct,
             )
         except ProcessLookupError:
             await _refuse(context, grpc.StatusCode.NOT_FOUND, f"no process {request.pid}")

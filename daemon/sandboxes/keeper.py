@@ -13,8 +13,8 @@ from itertools import count
 from ...ebpf.errors import EbpfError
 from ...ebpf.tool_memory import ToolMemory
 from ...policies.document import NAME
-from ...policies.events import Event, ProcessesGone, SandboxRegistered, SandboxRemoved
-from ...policies.model import CgroupId, Sandbox, SessionId, TenantId
+from ...policies.events import Event, ProcessesGone, RoleObserved, SandboxRegistered, SandboxRemoved
+from ...policies.model import CgroupId, Role, Sandbox, SessionId, TenantId
 from ...policies.state import State
 from .. import log
 from ..errors import CgroupError
@@ -56,7 +56,7 @@ class SandboxKeeper:
             call = self._state.tool_calls.get(self._state.resolve(tag))
             if call is not None:
                 return self._state.sandboxes.get(call.sandbox)
-            kept = next((key for key, k in self.book.items() if k.agent_tag == tag), None)
+            kept = next((key for key, k in self.book.items() if tag in (k.agent_tag, *k.runtimes, *k.shells)), None)
             if kept is not None:
                 return self._state.sandboxes.get(kept)
         if self._driver is None:
@@ -78,7 +78,14 @@ class SandboxKeeper:
         return sandbox
 
     def register(
-        self, tenant: TenantId, name: str, pid: int | None, cgroup_path: str | None, session: SessionId | None
+        self,
+        tenant: TenantId,
+        name: str,
+        pid: int | None,
+        cgroup_path: str | None,
+        session: SessionId | None,
+        *,
+        direct: bool = False,
     ) -> Sandbox:
         """Make or adopt the sandbox's cgroup, move the agent into it and follow what it execs.
 
@@ -91,6 +98,7 @@ class SandboxKeeper:
         else:
             cgroup = self._cgroup(tenant, name, cgroup_path)
         kept = self.book.get(cgroup.cgroup_id) or Kept(cgroup)
+        kept.direct = direct
         try:
             if pid is not None:
                 self._take_in_agent(kept, pid)
@@ -137,13 +145,17 @@ class SandboxKeeper:
         if self._probes is not None:
             if kept.agent_tag is not None:
                 self._probes.forget(kept.agent_tag)
-            budget = self._state.policy.memory.budget if self._state.policy.enforce else None
+            # Whose children have budgets is known when somebody has spoken to a model (roles.py), or has been said.
+            budget = self._state.policy.memory.budget if self._state.policy.enforce and kept.direct else None
             kept.agent_tag = self._probes.register_agent(
                 pid,
                 cgroup.cgroup_id,
                 soft_bytes=budget.soft_bytes if budget else 0,
                 hard_bytes=budget.hard_bytes if budget else 0,
+                starting=not kept.direct,
             )
+            kept.runtimes = {kept.agent_tag: pid} if kept.direct else {}
+        kept.agent_pid = pid
         unwatch(kept.pidfd)
         kept.pidfd = watch(pid, lambda: self._agent_exited(cgroup.cgroup_id))
 
@@ -159,7 +171,9 @@ class SandboxKeeper:
         self._remove_unless_used(cgroup_id)
 
     def _remove_unless_used(self, cgroup_id: CgroupId) -> None:
-        if not any(c.sandbox == cgroup_id and c.gone_ns is None for c in self._state.tool_calls.values()):
+        calls = (c.sandbox == cgroup_id and c.gone_ns is None for c in self._state.tool_calls.values())
+        others = (p.sandbox == cgroup_id and p.role is not Role.WRAPPER for p in self._state.processes.values())
+        if not any(calls) and not any(others):
             self.remove(cgroup_id)
 
     def remove(self, cgroup_id: CgroupId) -> str:
@@ -168,8 +182,9 @@ class SandboxKeeper:
         if kept is None:
             return ""
         unwatch(kept.pidfd)
-        if kept.agent_tag is not None and self._probes is not None:
-            self._probes.forget(kept.agent_tag)
+        if self._probes is not None:
+            for tag in {*kept.runtimes, *kept.shells, *([kept.agent_tag] if kept.agent_tag is not None else [])}:
+                self._probes.forget(tag)
         self._emit(SandboxRemoved(self._now_ns(), cgroup_id, kept.cgroup.path))
         if self._driver is None:
             return ""
@@ -182,8 +197,9 @@ class SandboxKeeper:
     def disarm(self, cgroup_id: CgroupId) -> None:
         """Take the hard budgets of a sandbox's tool calls away: nobody could undo a stop there."""
         kept = self.book.get(cgroup_id)
-        if kept is not None and kept.agent_tag is not None and self._probes is not None:
-            self._probes.set_child_budget(kept.agent_tag, soft_bytes=0, hard_bytes=0)
+        if kept is not None and self._probes is not None:
+            for tag in {*kept.runtimes, *kept.shells, *([kept.agent_tag] if kept.agent_tag is not None else [])}:
+                self._probes.set_child_budget(tag, soft_bytes=0, hard_bytes=0)
 
     def close(self) -> None:
         """Forget everything; sandboxes in which something still runs keep their cgroups."""
@@ -194,9 +210,14 @@ class SandboxKeeper:
     # -- as a sink of the loop
 
     def __call__(self, event: Event, state: State) -> None:
-        if not isinstance(event, ProcessesGone):
-            return
-        known = state.tool_calls.get(state.resolve(event.id))
-        kept = self.book.get(known.sandbox) if known else None
-        if known is not None and kept is not None and kept.pidfd is None and kept.agent_tag is not None:
-            self._remove_unless_used(known.sandbox)  # the agent has gone before its last escapee
+        match event:
+            case ProcessesGone():
+                known = state.tool_calls.get(state.resolve(event.id))
+                sandbox = known.sandbox if known else None
+            case RoleObserved() if event.process.gone:
+                sandbox = event.process.sandbox
+            case _:
+                return
+        kept = self.book.get(sandbox) if sandbox is not None else None
+        if sandbox is not None and kept is not None and kept.pidfd is None and kept.agent_tag is not None:
+            self._remove_unless_used(sandbox)  # the agent has gone before the last of what it left

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from ...policies.model import CgroupId, ToolCallId
+from ...policies.roles import Profile
 from .cgroups import SandboxCgroup
 
 
@@ -16,6 +17,16 @@ class Kept:
     cgroup: SandboxCgroup
     agent_tag: ToolCallId | None = None
     pidfd: int | None = None
+    agent_pid: int | None = None
+    """Its first program, as it was registered."""
+    direct: bool = False
+    """The registered process is the agent itself, not what may start it: so the caller said."""
+    runtimes: dict[ToolCallId, int] = field(default_factory=dict)
+    """Who speaks to a model, by the record that their children's calls name as their parent; the process."""
+    shells: dict[ToolCallId, int] = field(default_factory=dict)
+    """Persistent shells likewise: each command in one is a tool call."""
+    profile: Profile | None = None
+    """Of the runtime, where the agent is known."""
     announced: list[ToolCallId] = field(default_factory=list)
     """Hook calls that no process has been matched with yet, oldest first."""
 

@@ -221,7 +221,7 @@ class ToolCallKeeper:
     def _set_kind_budget(self, call: ToolCall, state: State) -> None:
         budget = state.policy.memory.budget_for(call.kind)
         hard = self._hard(max(budget.hard_bytes, min(call.expected_bytes or 0, state.policy.memory.max_bytes)))
-        if call.pid is None or (budget.soft_bytes, hard) == (call.soft_bytes, call.hard_bytes):
+        if call.pid is None or call.exempt or (budget.soft_bytes, hard) == (call.soft_bytes, call.hard_bytes):
             return
         if self._probes is not None:
             try:

@@ -23,7 +23,7 @@ enum role {
 
 enum event_kind {
 	EVENT_TOOL_EXEC = 1,   /* an agent's fork exec'd: a tool call began */
-	EVENT_CHILD_EXEC = 2,  /* an exec inside a tool call (only with tunables.report_child_execs) */
+	EVENT_CHILD_EXEC = 2,  /* the root process exec'd again; with tunables.report_child_execs any other inside as well */
 	EVENT_MEMORY = 3,      /* usage moved by a step, up or down */
 	EVENT_SOFT_BUDGET = 4, /* usage rose above soft_bytes */
 	EVENT_HARD_BUDGET = 5, /* usage rose above hard_bytes; the charging process was stopped where `enforced` is 1 */
@@ -113,6 +113,8 @@ _Static_assert(sizeof(struct connection_event) == 128, "connection_event");
 
 /* Flags of tool_record.flags, written by user space */
 #define TOOL_OWN_MEMCG 1u /* its processes, and no others, are in one memory cgroup: report that counter too */
+/* It may still become the agent: what its processes exec gets a record of its own, which inherits this. */
+#define TOOL_STARTING 2u
 
 /*
  * One tool call (or one agent's runtime: role says which). An element of the mmapable array `tools`, so user space reads
@@ -144,7 +146,7 @@ struct tool_record {
 	/* from here on written by user space */
 	__u64 soft_bytes; /* 0: no budget */
 	__u64 hard_bytes; /* 0: no budget; never enforced on ROLE_AGENT */
-	__u64 child_soft_bytes; /* role AGENT: budgets that a tool call found by exec starts with */
+	__u64 child_soft_bytes; /* budgets that a tool call found by an exec below this record starts with */
 	__u64 child_hard_bytes;
 	__u32 flags;
 	__u32 padding;

@@ -107,6 +107,7 @@ static __always_inline struct tool_record *new_tool(struct tool_record *agent, u
 	tool->root_tgid = tgid;
 	tool->soft_bytes = agent->child_soft_bytes;
 	tool->hard_bytes = agent->child_hard_bytes;
+	tool->flags = agent->flags & TOOL_STARTING;
 	tool->tag = (u64)tunables.tag_epoch << 32 | (u32)(__sync_fetch_and_add(&block->tool_counter, 1) + 1);
 	return tool;
 }
@@ -190,8 +191,11 @@ static __always_inline int follow_exec(struct task_struct *task, struct linux_bi
 	if (!tool)
 		return 0;
 
-	/* The registered process may exec (a shell or env that becomes the agent): it stays the agent. */
-	if (tag->role == ROLE_AGENT && tool->root_tgid != tgid) {
+	/*
+	 * The registered process may exec (a shell or env that becomes the agent): it stays the agent. Below what may still
+	 * become the agent every exec gets a record of its own, as below the agent: which of them it is shows later.
+	 */
+	if ((tag->role == ROLE_AGENT || tool->flags & TOOL_STARTING) && tool->root_tgid != tgid) {
 		agent = tool;
 		tool = new_tool(agent, tag->tag, tgid, &slot);
 		if (!tool) {
@@ -204,7 +208,7 @@ static __always_inline int follow_exec(struct task_struct *task, struct linux_bi
 		process->role = tag->role = ROLE_TOOL;
 		emit_exec(EVENT_TOOL_EXEC, tool, slot, task, bprm);
 		remove_process(agent, agent_slot, task);
-	} else if (tunables.report_child_execs) {
+	} else if (tunables.report_child_execs || (tool->role == ROLE_TOOL && tool->root_tgid == tgid)) {
 		emit_exec(EVENT_CHILD_EXEC, tool, slot, task, bprm);
 	}
 	__sync_fetch_and_add(&tool->execs, 1);

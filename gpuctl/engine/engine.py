@@ -53,7 +53,8 @@ from .stepper import Stepper
 from .tiers.disk_tier import DiskTier
 from .tiers.mover import Mover
 from .tiers.swapper import Swapper
-from .turn_cost import Accounts, AccountsNow, Totals
+from .totals import Totals
+from .turn_cost import Accounts, AccountsNow
 
 _log = logging.getLogger(__name__)
 

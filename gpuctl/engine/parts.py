@@ -18,7 +18,8 @@ from .schedule.sequence import FinishReason, SessionId, TurnId
 from .schedule.session_index import SessionIndex
 from .tiers.mover import Mover
 from .tiers.swapper import Swapper
-from .turn_cost import Accounts, Totals
+from .totals import Totals
+from .turn_cost import Accounts
 
 
 @dataclass(frozen=True, slots=True)

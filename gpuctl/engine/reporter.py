@@ -14,7 +14,7 @@ from ..reports import Listener, Occupancy, Report, Reported, SessionKv, TurnEnde
 from .schedule.cost_figures import CostFigures
 from .schedule.scheduler import Scheduler
 from .schedule.sequence import FinishReason, Turn, TurnFinished
-from .turn_cost import Totals
+from .totals import Totals
 
 OCCUPANCY_PERIOD_NS = 200_000_000
 

@@ -8,47 +8,17 @@ anything. On the engine's thread only.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 
 from ...policies.accounting import Gamma, TurnCost, Work, gamma_from_times, pte, work_of
-from ...policies.model import EngineTotals
 from ..energy import EnergyMeter
 from .schedule.cost_figures import CostFigures
 from .schedule.plan import Slice
 from .schedule.sequence import Session, TenantId, Turn, TurnId
+from .totals import Totals
 
 READING_PERIOD_NS = 100_000_000
 """Counters are read no more often while turns run on: GPUs renew theirs every 20 to 100 ms, and reading costs 1 ms."""
-
-
-@dataclass(slots=True)
-class Totals:
-    """Running totals since the engine started: those every engine tells (EngineTotals), and this one's own."""
-
-    prefill_tokens: int = 0
-    decode_tokens: int = 0
-    cached_tokens: int = 0
-    recomputed_tokens: int = 0
-    swap_out_count: int = 0
-    swap_out_bytes: int = 0
-    swap_out_ns: int = 0
-    swap_in_count: int = 0
-    swap_in_bytes: int = 0
-    swap_in_ns: int = 0
-    preempted_count: int = 0
-
-    steps: int = 0
-    turns_finished: int = 0
-    swap_failures: int = 0
-    interrupted_steps: int = 0
-    shared_tokens: int = 0
-
-    def told(self) -> EngineTotals:
-        """What the daemon is told of them."""
-        return EngineTotals(**{name: getattr(self, name) for name in _TOLD})
-
-
-_TOLD = tuple(field.name for field in fields(EngineTotals))
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ def _sandbox_removed(picture: Picture, event: SandboxRemoved) -> None:
     removed = picture.sandboxes.pop(event.cgroup_id, None)
     if removed and all(s.session != removed.session for s in picture.sandboxes.values()):
         picture._left_behind.add(removed.session)
+    picture.processes = {key: p for key, p in picture.processes.items() if p.sandbox != event.cgroup_id}
     picture._intents = {key: i for key, i in picture._intents.items() if key[0] != event.cgroup_id}
     sandbox_changed(picture, event.cgroup_id)
 

@@ -8,13 +8,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..events import ConnectionOpened, SessionJoined
+from ..events import SessionJoined
 from ..model import CgroupId, EngineId, FinishReason, Sandbox, Session, SessionId
 from .picture import Picture, arm
-
-
-def _connection_opened(_picture: Picture, _event: ConnectionOpened) -> None:
-    """Nothing: most connections lead to no engine. A turn that came over one joins its session."""
 
 
 def _joined(picture: Picture, event: SessionJoined) -> None:
@@ -83,7 +79,4 @@ def check(picture: Picture) -> None:
         assert session_id in picture._joins, f"{session_id}: asked for a tool, and is forgotten"
 
 
-ARMS = (
-    arm(ConnectionOpened, _connection_opened),
-    arm(SessionJoined, _joined),
-)
+ARMS = (arm(SessionJoined, _joined),)

@@ -20,6 +20,7 @@ from ..model import (
     Engine,
     EngineId,
     Host,
+    ProcessRole,
     Sandbox,
     Session,
     SessionId,
@@ -41,6 +42,8 @@ class Picture:
         self.host = Host()
         self.sandboxes: dict[CgroupId, Sandbox] = {}
         self.tool_calls: dict[ToolCallId, ToolCall] = {}
+        self.processes: dict[ToolCallId, ProcessRole] = {}
+        """What runs below the agents and is no tool call."""
         self.sessions: dict[SessionId, Session] = {}
         self.engines: dict[EngineId, Engine] = {}
         self.estimates = Estimates()

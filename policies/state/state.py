@@ -1,9 +1,9 @@
 """The one mutable picture of the host. Events go in through `apply`, a frozen Snapshot comes out.
 
 Owns the table of what each event means; the meanings themselves are in the files of their subjects (`tool_calls.py`,
-`sessions.py`, `joins.py`, `outcomes.py`, `host.py`). One owner drives it (the daemon's loop, or a replay); it has no
-clock: time comes with the events and with `snapshot(now_ns)`. It mutates in place, because a replay of 10,000 sessions
-would otherwise spend its time copying; what leaves it is frozen.
+`sessions.py`, `joins.py`, `outcomes.py`, `processes.py`, `host.py`). One owner drives it (the daemon's loop, or a
+replay); it has no clock: time comes with the events and with `snapshot(now_ns)`. It mutates in place, because a replay
+of 10,000 sessions would otherwise spend its time copying; what leaves it is frozen.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from __future__ import annotations
 from ..events import Event
 from ..model import NS_PER_S
 from ..snapshot import Snapshot
-from . import host, joins, outcomes, sessions, tool_calls
+from . import host, joins, outcomes, processes, sessions, tool_calls
 from .picture import Picture
 
 REMEMBER_NS = 60 * NS_PER_S
 """How long a finished tool call stays in the picture."""
-ARMS = dict((*tool_calls.ARMS, *sessions.ARMS, *outcomes.ARMS, *joins.ARMS, *host.ARMS))
+ARMS = dict((*tool_calls.ARMS, *sessions.ARMS, *joins.ARMS, *outcomes.ARMS, *host.ARMS, *processes.ARMS))
 """What each event does; a test holds it against the closed union `Event`."""
 
 
@@ -42,6 +42,7 @@ class State(Picture):
             tenants=self.policy.tenants,
             sandboxes=tuple(self.sandboxes[key] for key in sorted(self.sandboxes)),
             tool_calls=tuple(self.tool_calls[key] for key in sorted(self.tool_calls)),
+            processes=tuple(self.processes[key] for key in sorted(self.processes)),
             sessions=tuple(self.sessions[key] for key in sorted(self.sessions)),
             engines=tuple(self.engines[key] for key in sorted(self.engines)),
             estimates=self.estimates,

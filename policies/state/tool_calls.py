@@ -60,6 +60,9 @@ def _started(picture: Picture, event: ToolCallStarted) -> None:
             phase_since_ns=event.at_ns,
             soft_bytes=event.soft_bytes,
             hard_bytes=event.hard_bytes,
+            agent=event.agent,
+            call_id=event.call_id,
+            exempt=event.exempt,
             expected_bytes=intent.expected_bytes if intent else None,
             expected_ns=intent.expected_ns if intent else None,
         )
@@ -79,6 +82,7 @@ def _attributed(picture: Picture, event: ToolCallAttributed) -> None:
             command=command,
             kind=command_kind(command),
             session=event.session or call.session,
+            call_id=event.call_id or call.call_id,
         )
     )
 

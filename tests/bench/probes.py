@@ -135,11 +135,11 @@ def program_time() -> list[Row]:
 class Agent:
     """A registered process that runs one tool call."""
 
-    def __init__(self, tools: ToolMemory, code: str, **budgets: int) -> None:
+    def __init__(self, tools: ToolMemory, code: str, *, soft_bytes: int = 0, hard_bytes: int = 0) -> None:
         self.tools = tools
         starter = f"import os, subprocess, sys; os.read(0, 1); subprocess.run([{PYTHON!r}, '-S', '-c', {code!r}])"
         self.process = subprocess.Popen([PYTHON, "-S", "-c", starter], stdin=subprocess.PIPE)
-        self.tag = tools.register_agent(self.process.pid, SANDBOX, **budgets)
+        self.tag = tools.register_agent(self.process.pid, SANDBOX, soft_bytes=soft_bytes, hard_bytes=hard_bytes)
         tools.beat()
         assert self.process.stdin is not None
         self.process.stdin.write(b"x")

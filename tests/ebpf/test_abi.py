@@ -46,7 +46,8 @@ def test_every_enum_has_the_same_names_and_numbers(compiled, name, prefix, mirro
 
 
 @pytest.mark.parametrize(
-    "name", ["ABI_VERSION", "COMM_BYTES", "FILENAME_BYTES", "ARGV_BYTES", "ADDRESS_BYTES", "TOOL_OWN_MEMCG"]
+    "name",
+    ["ABI_VERSION", "COMM_BYTES", "FILENAME_BYTES", "ARGV_BYTES", "ADDRESS_BYTES", "TOOL_OWN_MEMCG", "TOOL_STARTING"],
 )
 def test_every_constant_has_the_same_value(name):
     header = (build.SOURCES / "events.h").read_text()

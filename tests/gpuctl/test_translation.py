@@ -215,6 +215,7 @@ class Tiered:
         (Drop, pb.Drop, {"renamed": {"session": "session_id"}}, "no session"),
         (Drop, pb.Drop, {"renamed": {"session_id": "session"}}, "no session"),
         (Drop, pb.Drop, {"here": ("from_token",)}, "lacks from_token"),
+        (Drop, pb.Drop, {"renamed": {"session_id": "from_token"}}, "two fields .* from_token"),
     ],
 )
 def test_fields_that_do_not_match_up_are_refused_by_name(kind, message, more, named):

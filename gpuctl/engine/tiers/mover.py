@@ -16,7 +16,7 @@ from ..reporter import Reporter
 from ..schedule.plan import Discard, Move, MoveDown, MoveIn, MoveOut, Share
 from ..schedule.scheduler import Scheduler
 from ..schedule.sequence import SessionId, Slot, Tier
-from ..turn_cost import Totals
+from ..totals import Totals
 from .swapper import Copied, Swapper
 
 _log = logging.getLogger(__name__)

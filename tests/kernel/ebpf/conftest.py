@@ -42,10 +42,14 @@ class Bench:
         """False lets the heartbeat go stale."""
         self._children: list[subprocess.Popen[bytes]] = []
 
-    def agent(self, code: str, **budgets: int) -> tuple[subprocess.Popen[bytes], ToolCallId]:
+    def agent(
+        self, code: str, *, soft_bytes: int = 0, hard_bytes: int = 0, starting: bool = False
+    ) -> tuple[subprocess.Popen[bytes], ToolCallId]:
         """Start an agent that runs `code`, with `run` and `tool` to start tool calls; it begins once it is tagged."""
         child = self.waiting(code)
-        tag = self.tools.register_agent(child.pid, SANDBOX, **budgets)
+        tag = self.tools.register_agent(
+            child.pid, SANDBOX, soft_bytes=soft_bytes, hard_bytes=hard_bytes, starting=starting
+        )
         self.release(child)
         return child, tag
 

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from equipoise.policies.events import ProcessExeced
 
 pytestmark = pytest.mark.kernel
 
@@ -42,7 +43,7 @@ def test_execs_inside_a_tool_call_are_reported_on_request(make_bench):
     agent, _ = bench.agent("subprocess.run(['sh', '-c', 'true; uname -r > /dev/null; true'])")
     bench.finish(agent)
     (call,) = bench.started()
-    assert [(child.tag, child.command) for child in bench.tools.reader.child_execs] == [(call.id, "uname -r")]
+    assert [(e.id, e.command) for e in bench.events if isinstance(e, ProcessExeced)] == [(call.id, "uname -r")]
 
 
 def test_a_setsid_double_fork_keeps_the_tag_and_counts_as_escaped(bench):
@@ -257,3 +258,29 @@ def test_an_exit_that_no_program_saw_is_found_by_the_dead_process(bench):
     assert bench.tools.usage(call.id) is None
     assert agent.poll() is None, "the living are left alone"
     assert agent.pid in [pid for tag in bench.tools.tags() for pid in bench.tools.processes(tag)]
+
+
+def test_below_what_may_become_the_agent_every_exec_has_a_record_of_its_own(bench):
+    agent, tag = bench.agent("subprocess.run(['sh', '-c', 'true; uname -r > /dev/null; true'])", starting=True)
+    bench.finish(agent)
+    shell, inner = bench.started()
+    assert (shell.agent, inner.agent, inner.command) == (tag, shell.id, "uname -r")
+
+
+def test_what_a_call_execs_is_its_own_once_it_is_known_for_one(bench):
+    code = "subprocess.run(['sh', '-c', 'read -r _; uname -r > /dev/null; true'])"
+    agent, _ = bench.agent(code, starting=True)
+    bench.wait(bench.started, "the call's start")
+    (call,) = bench.started()
+    bench.tools.set_starting(call.id, False)
+    agent.stdin.write(b"\n")
+    agent.stdin.flush()
+    bench.finish(agent)
+    assert [started.id for started in bench.started()] == [call.id]
+
+
+def test_a_root_that_becomes_another_program_says_so(bench):
+    agent, _ = bench.agent("subprocess.run(['env', 'X=1', 'uname', '-r'], stdout=subprocess.DEVNULL)")
+    bench.finish(agent)
+    (call,) = bench.started()
+    assert [(e.id, e.command) for e in bench.events if isinstance(e, ProcessExeced)] == [(call.id, "uname -r")]

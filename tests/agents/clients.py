@@ -1,0 +1,164 @@
+"""How each agent is started against a model endpoint: command line, environment, settings in a home of its own.
+
+Owns those recipes and the workspace an agent works in. Knows neither our daemon nor what the model says.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from equipoise.tests.agents.install import NPM_FOLDER, install_npm_agents
+
+PATH = f"{NPM_FOLDER}/node_modules/.bin:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """An agent's recipe."""
+
+    name: str
+    argv: Callable[[str], list[str]]
+    """From the prompt."""
+    environment: Callable[[str], dict[str, str]]
+    """From the endpoint's URL; what is beside HOME and PATH."""
+    settings: Callable[[str], dict[str, str]]
+    """From the endpoint's URL: files below HOME, by relative path."""
+    install: Callable[[], Path] = install_npm_agents
+    """Makes it be there; CannotInstall says why not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """An agent that is ready to start: what Popen wants, and the label by which the model knows its conversation."""
+
+    argv: tuple[str, ...]
+    environment: Mapping[str, str]
+    workspace: Path
+    label: str
+
+
+def _claude_environment(url: str) -> dict[str, str]:
+    return {
+        "ANTHROPIC_BASE_URL": url,
+        "ANTHROPIC_API_KEY": "none",
+        "IS_SANDBOX": "1",
+        "DISABLE_TELEMETRY": "1",
+        "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+        "DISABLE_AUTOUPDATER": "1",
+    }
+
+
+def _codex_settings(url: str) -> dict[str, str]:
+    text = f"""model = "m"
+model_provider = "scripted"
+[model_providers.scripted]
+name = "scripted"
+base_url = "{url}/v1"
+env_key = "SCRIPTED_KEY"
+wire_api = "responses"
+"""
+    return {".codex/config.toml": text}
+
+
+def _opencode_settings(url: str) -> dict[str, str]:
+    provider = {
+        "npm": "@ai-sdk/openai-compatible",
+        "name": "scripted",
+        "options": {"baseURL": f"{url}/v1", "apiKey": "none"},
+        "models": {"m": {"name": "m", "limit": {"context": 32768, "output": 1024}}},
+    }
+    settings = {
+        "$schema": "https://opencode.ai/config.json",
+        "autoupdate": False,
+        "share": "disabled",
+        "model": "scripted/m",
+        "small_model": "scripted/m",
+        "provider": {"scripted": provider},
+        "permission": {"edit": "allow", "bash": "allow", "webfetch": "allow"},
+    }
+    return {".config/opencode/opencode.json": json.dumps(settings)}
+
+
+def _gemini_settings(url: str) -> dict[str, str]:
+    settings = {
+        "security": {"auth": {"selectedType": "gemini-api-key"}},
+        "privacy": {"usageStatisticsEnabled": False},
+        "general": {"disableAutoUpdate": True},
+    }
+    return {".gemini/settings.json": json.dumps(settings)}
+
+
+CLAUDE = Client(
+    "claude",
+    lambda prompt: ["claude", "-p", prompt, "--dangerously-skip-permissions", "--model", "m"],
+    _claude_environment,
+    lambda url: {},
+)
+CODEX = Client(
+    "codex",
+    lambda prompt: ["codex", "exec", "--dangerously-bypass-approvals-and-sandbox", prompt],
+    lambda url: {"SCRIPTED_KEY": "none"},
+    _codex_settings,
+)
+OPENCODE = Client("opencode", lambda prompt: ["opencode", "run", prompt], lambda url: {}, _opencode_settings)
+GEMINI = Client(
+    "gemini",
+    lambda prompt: ["gemini", "--yolo", "--skip-trust", "-m", "gemini-2.5-pro", "-p", prompt],
+    lambda url: {"GEMINI_API_KEY": "none", "GOOGLE_GEMINI_BASE_URL": url},
+    _gemini_settings,
+)
+CLIENTS = {client.name: client for client in (CLAUDE, CODEX, OPENCODE, GEMINI)}
+
+LAUNCHERS: dict[str, Callable[[list[str]], list[str]]] = {
+    "plain": lambda argv: argv,
+    "timeout": lambda argv: ["timeout", "300", *argv],
+    "env": lambda argv: ["env", "-u", "NOT_SET", *argv],
+    "sh": lambda argv: ["sh", "-c", shlex.join(argv)],
+    # What `sh -c` alone does not show: a shell that stays, with the agent as its child.
+    "script": lambda argv: ["sh", "-c", f"cd . && {shlex.join(argv)}; code=$?; echo left with $code; exit $code"],
+    "npx": lambda argv: ["npx", "--no-install", "--prefix", str(NPM_FOLDER), "--", *argv],
+    "npm-exec": lambda argv: ["npm", "exec", "--offline", "--prefix", str(NPM_FOLDER), "--", *argv],
+}
+
+
+def prepare(client: Client, url: str, folder: Path, launcher: str = "plain") -> Launch:
+    """Make a home and a workspace below `folder`, which must not exist."""
+    home, workspace = folder / "home", folder / "work"
+    for path, text in client.settings(url).items():
+        file = home / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    home.mkdir(parents=True, exist_ok=True)
+    make_workspace(workspace)
+    label = f"run {uuid.uuid4().hex[:8]}"
+    environment = {
+        "HOME": str(home),
+        "PATH": PATH,
+        "TERM": "xterm",
+        "LANG": "C.UTF-8",
+        "SHELL": "/bin/bash",
+        "USER": os.environ.get("USER", "root"),
+        "NPM_CONFIG_UPDATE_NOTIFIER": "false",
+        **client.environment(url),
+    }
+    argv = LAUNCHERS[launcher](client.argv(f"Run the tools, please ({label})."))
+    return Launch(tuple(argv), environment, workspace, label)
+
+
+def make_workspace(folder: Path) -> None:
+    """A small git repository with a change that is not committed."""
+    (folder / "sub").mkdir(parents=True)
+    for number in (1, 2, 3):
+        (folder / "sub" / f"part-{number}.txt").write_text(f"part {number}\n")
+    (folder / "README.md").write_text("# A workspace\n")
+    git = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "gc.auto=0"]
+    for arguments in (["init", "-q", "-b", "main"], ["add", "."], ["commit", "-q", "-m", "start"]):
+        subprocess.run([*git, *arguments], check=True, capture_output=True)
+    (folder / "README.md").write_text("# A workspace\n\nA change.\n")

@@ -1,0 +1,68 @@
+"""What a scripted model asks for: turns of shell commands, then a last word.
+
+Owns the commands and their texts. Every command is one that real models write; none needs more than coreutils, git and
+`python3`, and each works in the workspace that clients.py makes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One shell command as the model writes it."""
+
+    name: str
+    text: str
+    exit_code: int = 0
+    peak_bytes: int = 0
+    """The least that it has in RAM at once; 0: not worth a look."""
+    leaves_behind: bool = False
+    """A process of it lives on for some seconds after it has returned."""
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """Turn by turn: the commands of one turn are asked for in one answer, and may run side by side."""
+
+    turns: tuple[tuple[Command, ...], ...]
+    last_word: str = "All done."
+
+    @property
+    def commands(self) -> tuple[Command, ...]:
+        return tuple(command for turn in self.turns for command in turn)
+
+
+ECHO = Command("echo", "echo one two three")
+PIPELINE = Command("pipeline", "ls -la | sort -k5 | head -n 3 | wc -l")
+ALLOCATE = Command(
+    "allocate",
+    "python3 -c 'import time; held = b\"x\" * (300 << 20); time.sleep(1); print(len(held))'",
+    peak_bytes=300 * MIB,
+)
+BACKGROUND = Command("background", "nohup sleep 4 >/dev/null 2>&1 & echo left one behind", leaves_behind=True)
+FAILING = Command("failing", "python3 -c 'import sys; print(\"it failed\"); sys.exit(3)'", exit_code=3)
+QUOTES = Command(
+    "quotes",
+    """printf '%s\\n' "it's" 'a "quoted" word' "\\$HOME is $HOME"
+cat <<'END' | tr a-z A-Z
+it's "here" $HOME \\n
+END""",
+)
+GIT_STATUS = Command("git-status", "git status --short")
+PYTHON = Command("python", 'python3 -c "print(sum(range(1000)))"')
+SLOW = Command("slow", "cd sub && for n in 1 2 3; do sleep 0.3; cat part-$n.txt; done")
+GIT_AGAIN = Command("git-again", "git status --short")
+"""The same text as an earlier one: only the time tells them apart."""
+
+TEN = Script(tuple((c,) for c in (ECHO, PIPELINE, ALLOCATE, BACKGROUND, FAILING, QUOTES, GIT_STATUS, PYTHON, SLOW,
+                                  GIT_AGAIN)))  # fmt: skip
+"""The default: ten, one after another."""
+
+SIDE_BY_SIDE = Script(((ECHO,), (SLOW, ALLOCATE, GIT_STATUS), (PYTHON,)))
+"""Three of its five in one answer."""
+
+SCRIPTS = {"ten": TEN, "side-by-side": SIDE_BY_SIDE}

@@ -1,0 +1,115 @@
+"""One agent under the daemon, start to end, and the score of that run.
+
+Owns the run: the agent inside `equipoise run` under a daemon of tests/fixtures, the scripted model beside it. What it
+asks of the daemon is ListToolCalls alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from equipoise.daemon.api.v1 import policy_pb2
+from equipoise.tests.agents.clients import Client, prepare
+from equipoise.tests.agents.model import Conversation, ScriptedModel
+from equipoise.tests.agents.score import Asked, Said, Score, score
+from equipoise.tests.agents.script import Script
+from equipoise.tests.fixtures.running_daemon import CLI, RunningDaemon
+
+RUN_S = 300.0
+SETTLE_S = 1.0
+"""How long after the agent's end the daemon may take to have heard of it."""
+_NUMBER = itertools.count(1)
+
+POLICY = """
+apiVersion: equipoise/v1
+kind: Policy
+metadata: {name: agents}
+spec:
+  mode: enforce
+  tenants: {gold: {weight: 1}}
+  memory:
+    toolPool: 4GiB
+    budget: {soft: 64MiB, hard: 128MiB, step: 128MiB, max: 384MiB}
+    maxWait: 20s
+"""
+"""Room for the call of 300 MiB; none for an agent's runtime with that call on top."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What came of one run."""
+
+    name: str
+    score: Score
+    returncode: int | None
+    """None: it had to be killed, having stood still."""
+    took_s: float
+    output: str
+
+
+def run(daemon: RunningDaemon, client: Client, folder: Path, launcher: str, script: Script) -> Trial:
+    """Run one agent to its end. `folder` must not exist."""
+    name = f"{client.name}-{launcher}-{next(_NUMBER)}"
+    with ScriptedModel(script) as model:
+        launch = prepare(client, model.url, folder, launcher)
+        began = time.monotonic()
+        process = subprocess.Popen(
+            [*CLI, "run", "--tenant", "gold", "--name", name, "--", *launch.argv],
+            env={**launch.environment, "EQUIPOISE_SOCKET": str(daemon.socket)},
+            cwd=launch.workspace,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        returncode: int | None = None
+        try:
+            output, _ = process.communicate(timeout=RUN_S)
+            returncode = process.returncode
+        except subprocess.TimeoutExpired:
+            process.kill()
+            output, _ = process.communicate()
+        took_s = time.monotonic() - began
+        time.sleep(SETTLE_S)
+        conversations = model.conversations
+    rows = [said_of(view) for view in daemon.tool_calls() if view.sandbox == name]
+    pids = {pid for c in conversations for call in c.calls for pid in call.peer_pids} | {process.pid}
+    survived = returncode == 0 and any(c.complete and c.ended_ns for c in conversations)
+    return Trial(name, score(asked_in(conversations), rows, pids - {os.getpid()}, survived), returncode, took_s, output)
+
+
+def asked_in(conversations: Iterable[Conversation]) -> list[Asked]:
+    calls = [call for conversation in conversations for call in conversation.calls]
+    return [
+        Asked(
+            number=number,
+            text=call.command.text,
+            asked_ns=call.asked_ns,
+            answered_ns=call.answered_ns,
+            exit_code=call.command.exit_code,
+            peak_bytes=call.command.peak_bytes,
+            leaves_behind=call.command.leaves_behind,
+        )
+        for number, call in enumerate(calls)
+    ]
+
+
+def said_of(view: policy_pb2.ToolCallView) -> Said:
+    """A row of ListToolCalls. Where the daemon comes to tell roles apart, this is the place that reads them."""
+    return Said(
+        id=view.tool_call_id,
+        pid=view.pid,
+        command=view.command,
+        start_ns=view.start_ns,
+        end_ns=view.end_ns or None,
+        exit_code=view.exit_code if view.HasField("exit_code") else None,
+        peak_bytes=view.peak_bytes,
+        escaped_count=view.escaped_count,
+        actions=tuple(view.actions),
+    )

@@ -1,0 +1,178 @@
+"""Who is who: the rules on what real agents were seen to exec, and on what nobody has recorded.
+
+`tests/fixtures/agents/*.jsonl` are recordings of Claude Code, Codex, opencode and Gemini CLI, plain and behind
+launchers (tests/agents/trace.py): each direct exec of the runtime that differs from the others, and whether it was one
+of the ten scripted tool calls.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from equipoise.policies.model import Role, RoleRule, SessionId
+from equipoise.policies.roles import (
+    PROFILES,
+    Asked,
+    Exec,
+    asked_text,
+    matching,
+    may_be_agent,
+    profile_of,
+    rule,
+    same_program,
+)
+
+RECORDINGS = sorted((Path(__file__).parents[1] / "fixtures" / "agents").glob("*.jsonl"))
+SESSION = SessionId("gold/ada")
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("path", RECORDINGS, ids=lambda path: path.stem)
+def test_of_a_recorded_agent_exactly_the_scripted_calls_are_tool_calls(path):
+    recorded = rows(path)
+    above = [row["command"] for row in recorded if row["truth"] in ("launcher", "runtime")]
+    runtime = next(row["command"] for row in recorded if row["truth"] == "runtime")
+    profile = profile_of(above)
+    assert profile is not None
+    wrong = []
+    for row in recorded:
+        if row["truth"] not in ("call", "other"):
+            continue
+        seen = Exec(row["command"], session_leader=row["session_leader"], below_runtime=row["after_connection"])
+        ruling = rule(seen, profile, runtime)
+        if (ruling.role is Role.TOOL_CALL) != (row["truth"] == "call") or ruling.budgeted != (row["truth"] == "call"):
+            wrong.append((row["truth"], ruling))
+    assert wrong == []
+    assert sum(row["truth"] == "call" for row in recorded) >= 9
+
+
+@pytest.mark.parametrize("path", RECORDINGS, ids=lambda path: path.stem)
+def test_launchers_and_shims_of_a_recorded_agent_are_protected_and_only_the_runtime_may_be_it(path):
+    for row in rows(path):
+        if row["truth"] == "launcher":
+            assert rule(Exec(row["command"])).role is Role.START_UP
+        if row["truth"] == "runtime":
+            assert may_be_agent(row["command"])
+
+
+@pytest.mark.parametrize(
+    ("profile", "command", "text"),
+    [
+        ("claude-code", "/bin/bash -c source /s 2>/dev/null || true && eval 'git status' < /dev/null && pwd -P >| /t",
+         "git status"),
+        ("claude-code", "/bin/bash -c source /s.sh && eval 'echo '\"'\"'a b'\"'\"'' < /dev/null && pwd -P >| /t",
+         "echo 'a b'"),
+        ("codex", "/bin/bash -c pytest -q", "pytest -q"),
+        ("opencode", "/bin/bash -c cd x && make", "cd x && make"),
+        ("gemini-cli", "/usr/bin/bash -c shopt -u x; _bgpids_file=/t\n(\n  trap 'jobs -p > \"$_bgpids_file\"' EXIT\n"
+         "ls -l\nwc\n)\n__code=$?\nexit $__code", "ls -l\nwc"),
+    ],
+)  # fmt: skip
+def test_an_agents_wrapping_is_taken_off_its_command(profile, command, text):
+    assert asked_text(command, next(p for p in PROFILES if p.name == profile)) == text
+
+
+def test_before_anybody_has_spoken_to_a_model_nothing_is_a_tool_call():
+    for command in ("/bin/bash -c make", "pytest -q", "node cli.js", "/opt/x/agent-bin --flag"):
+        ruling = rule(Exec(command, session_leader=True))
+        assert (ruling.role, ruling.budgeted) == (Role.START_UP, False)
+
+
+def test_the_command_that_the_conversation_asked_for_is_that_call_whatever_the_agent_looks_like():
+    asked = [Asked("call_1", SESSION, "pytest -q tests"), Asked("call_2", SESSION, "echo 'two words' | wc -c")]
+    seen = Exec('/bin/zsh -lc cd /w && { echo "two words" | wc -c; }', below_runtime=True)
+    ruling = rule(seen, PROFILES[0], "claude -p x", asked)
+    assert (ruling.role, ruling.call_id, ruling.session, ruling.budgeted) == (Role.TOOL_CALL, "call_2", SESSION, True)
+    assert ruling.confidence > 0.98
+
+
+def test_a_command_line_that_was_cut_short_ends_in_the_beginning_of_what_was_asked():
+    asked = [Asked("a", SESSION, "python3 -c 'print(sum(range(1000)))'")]
+    assert matching("/bin/bash -c python3 -c 'print(su…", asked) is asked[0]
+    assert matching("/bin/bash -c python3 -c 'print(mi…", asked) is None
+
+
+def test_a_very_short_command_is_matched_whole_or_not_at_all():
+    asked = [Asked("a", SESSION, "ls")]
+    assert matching("/bin/bash -c ls", asked) is asked[0]
+    assert matching("git ls-files --others", asked) is None
+
+
+def test_of_two_equal_commands_the_one_asked_for_first_is_meant():
+    asked = [Asked("a", SESSION, "make test"), Asked("b", SESSION, "make test")]
+    assert matching("sh -c make test", asked) is asked[0]
+
+
+def test_an_id_in_the_environment_names_the_call():
+    profile = next(p for p in PROFILES if p.name == "codex")
+    ruling = rule(Exec("/bin/bash -c ls", environment={"CODEX_TOOL_CALL_ID": "call_9"}), profile)
+    assert (ruling.role, ruling.call_id, ruling.command) == (Role.TOOL_CALL, "call_9", "ls")
+
+
+def test_the_operators_word_stands_above_profiles_and_shapes():
+    rules = (RoleRule(r"^vite ", Role.SERVICE), RoleRule("^git ", Role.TOOL_CALL))
+    assert rule(Exec("vite dev", below_runtime=True), rules=rules).role is Role.SERVICE
+    ruling = rule(Exec("git push", below_runtime=True), PROFILES[0], "claude", rules=rules)
+    assert (ruling.role, ruling.budgeted) == (Role.TOOL_CALL, True)
+
+
+@pytest.mark.parametrize(
+    ("command", "role", "budgeted"),
+    [
+        ("pytest -q", Role.TOOL_CALL, True),
+        ("/bin/sh -c make", Role.TOOL_CALL, True),
+        ("bash --norc", Role.SHELL, False),
+        ("/bin/bash", Role.SHELL, False),
+        ("bash -l", Role.SHELL, False),
+        ("bash build.sh", Role.TOOL_CALL, True),
+        ("npx @modelcontextprotocol/server-filesystem /", Role.SERVICE, False),
+        ("/usr/bin/python3 -m my_mcp_server", Role.SERVICE, False),
+        ("/usr/bin/python -c from multiprocessing.resource_tracker import main;main(7)", Role.SERVICE, False),
+        (
+            "python -c from multiprocessing.spawn import spawn_main; spawn_main(tracker_fd=8)",
+            Role.SERVICE,
+            False,
+        ),
+        ("typescript-language-server --stdio", Role.SERVICE, False),
+        ("claude -p help", Role.START_UP, False),
+        ("equipoise tool -- make", Role.WRAPPER, False),
+        ("python -m equipoise.daemon.cli run --name x -- y", Role.WRAPPER, False),
+        ("sh -c python -m equipoise.integrations.claude_code.hook", Role.WRAPPER, False),
+    ],
+)
+def test_below_an_agent_that_nobody_knows(command, role, budgeted):
+    ruling = rule(Exec(command, below_runtime=True), None, "python agent.py")
+    assert (ruling.role, ruling.budgeted) == (role, budgeted)
+
+
+def test_a_relaunch_of_the_agent_itself_is_protected():
+    runtime = "node /opt/agent/cli.js --yolo -p hi"
+    relaunch = "/usr/bin/node --max-old-space-size=8192 /opt/agent/cli.js --yolo -p hi"
+    assert same_program(relaunch, runtime) and not same_program("node build.js", runtime)
+    assert rule(Exec(relaunch, below_runtime=True), None, runtime).role is Role.START_UP
+
+
+def test_what_writes_where_the_agent_does_may_be_the_agent_and_has_no_budget():
+    ruling = rule(Exec("/opt/x/agent-bin --flag", below_runtime=True, shares_output=True), None, "node shim.js")
+    assert (ruling.role, ruling.budgeted) == (Role.TOOL_CALL, False)
+    assert rule(Exec("sh -c make", below_runtime=True, shares_output=True), None, "node shim.js").budgeted
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["timeout 90 codex", "env -u X codex", "sh -c codex", "npx codex", "node /usr/bin/npx codex", "npm exec codex",
+     "uv run agent", "sudo -u ada claude", "git clone https://x", "/usr/lib/git-core/git-remote-https x", "curl x",
+     "python3 -m pip install x", "bash start.sh"],
+)  # fmt: skip
+def test_a_launcher_or_a_tool_is_no_agent_whatever_it_connects_to(command):
+    assert not may_be_agent(command)
+
+
+@pytest.mark.parametrize("command", ["python agent.py", "/opt/codex exec x", "node cli.js", "claude", "ruby bot.rb"])
+def test_any_other_program_that_speaks_may_be_the_agent(command):
+    assert may_be_agent(command)
