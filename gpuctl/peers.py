@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import logging
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..policies.model import SessionId, TenantId
 from .reports import Listener, PeerSeen, Reported
+
+_log = logging.getLogger(__name__)
 
 ANSWER_S = 0.1
 """Longest wait for an answer, which usually comes within a millisecond."""
@@ -89,6 +92,7 @@ class Peers:
                 await peer.answered.wait()
         except TimeoutError:
             self._unanswered += 1
+            _log.warning("peer_not_told address=%s port=%d waited_s=%g", peer.address, peer.port, ANSWER_S)
 
 
 def plain_address(address: str) -> str:
