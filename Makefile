@@ -65,7 +65,7 @@ ebpf: venv ## compile the eBPF objects
 	@$(PY) -m equipoise.ebpf.build
 
 model: venv ## prepare the default model once
-	@$(PY) -m equipoise.gpuctl.engine.model
+	@$(PY) -m equipoise.gpuctl.engine.compute.model
 
 BENCHES := $(filter-out report,$(basename $(notdir $(wildcard tests/bench/*.py))))
 bench: $(addprefix bench-,$(BENCHES)) ## run every bench; `make bench-NAME` runs one family

@@ -18,6 +18,11 @@ from typing import TypeAlias
 from ... import __version__
 from ..errors import DaemonError
 
+if sys.argv[1:2] == ["engine"] and "hand-over" not in sys.argv:  # as in the engine's own __main__
+    from ...gpuctl.engine.ending import ending
+
+    ending()
+
 if sys.argv[1:2] == ["daemon"]:
     # Read by gRPC when it is imported: engine and guardian are forked beside its threads and exec at once, so its fork
     # handlers only complain. Not for other commands: an agent would inherit it.
@@ -240,13 +245,15 @@ def _add_ps(commands: Commands) -> None:
         commands,
         "ps",
         _ps,
-        "list tool calls, or sessions",
+        "list tool calls, sessions, or what else the agents run",
         "equipoise ps",
         "equipoise ps --all --json",
         "equipoise ps --sessions",
+        "equipoise ps --processes              who is the runtime, a service, housekeeping, and why",
     )
     parser.add_argument("--all", action="store_true", help="finished ones too")
     parser.add_argument("--sessions", action="store_true", help="the engines' sessions instead, and what they cost")
+    parser.add_argument("--processes", action="store_true", help="what else runs below the agents, by its role")
     parser.add_argument("--tenant", default="", help="of one tenant only")
     parser.add_argument("--json", action="store_true", help="one JSON array")
 
@@ -260,6 +267,13 @@ def _ps(arguments: argparse.Namespace) -> int:
             print(json.dumps([printing.session_dict(s) for s in sessions], indent=1))
         else:
             printing.sessions(sessions)
+        return 0
+    if arguments.processes:
+        processes = client.list_processes(arguments.socket, arguments.tenant)
+        if arguments.json:
+            print(json.dumps([printing.as_dict(p) for p in processes], indent=1))
+        else:
+            printing.processes(processes)
         return 0
     calls = client.list_tool_calls(arguments.socket, arguments.tenant)
     shown = [c for c in calls if arguments.all or not c.end_ns]

@@ -65,6 +65,26 @@ def tool_calls(calls: list[pb.ToolCallView], console: Console | None = None) -> 
     console.print(table)
 
 
+def processes(found: list[pb.ProcessView], console: Console | None = None) -> None:
+    """One row a process that is no tool call; a line where there are none."""
+    console = console or _console()
+    if not found:
+        console.print("no other processes are followed")
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("PID", "SANDBOX", "COMMAND", "ROLE", "WHY"):
+        table.add_column(name, no_wrap=True, overflow="ellipsis", max_width=60)
+    for process in found:
+        table.add_row(
+            str(process.pid),
+            escape(f"{process.tenant_id}/{process.sandbox}"),
+            escape(" ".join(process.command.split())),
+            f"{process.role} {process.confidence:.2f}",
+            escape(process.why),
+        )
+    console.print(table)
+
+
 def sessions(found: list[pb.SessionView], console: Console | None = None) -> None:
     """One row a session; a line where there are none."""
     console = console or _console()

@@ -101,6 +101,14 @@ def list_sessions(socket: str, tenant: str = "") -> list[policy_pb2.SessionView]
         return [session for session in picture.sessions if tenant in ("", session.tenant_id)]
 
 
+def list_processes(socket: str, tenant: str = "") -> list[policy_pb2.ProcessView]:
+    """What runs below the agents and is no tool call. Raises CommandError."""
+    with channel(socket) as opened:
+        stub = policy_pb2_grpc.PolicyServiceStub(opened)
+        (picture,) = stub.Watch(policy_pb2.WatchRequest(once=True), timeout=TIMEOUT_S)
+        return [process for process in picture.processes if tenant in ("", process.tenant_id)]
+
+
 def explain(
     socket: str, tool_call: str = "", session: str = "", tenant: str = "", limit: int = 20
 ) -> list[policy_pb2.DecisionView]:

@@ -10,7 +10,7 @@ from ...gpuctl.translation import Translation, check_parts
 from ...policies.actions import Candidate
 from ...policies.correlate import held_bytes
 from ...policies.fairness import shares
-from ...policies.model import CgroupId, Engine, EngineTotals, Sandbox, Session, ToolCall
+from ...policies.model import CgroupId, Engine, EngineTotals, ProcessRole, Sandbox, Session, ToolCall
 from ...policies.policy import Policy
 from ...policies.snapshot import Snapshot
 from ..api.v1 import policy_pb2 as pb
@@ -49,6 +49,7 @@ def watch_response(snapshot: Snapshot, policy: Policy, history: History) -> pb.W
         sessions=[session_view(s, snapshot) for s in snapshot.sessions],
         engines=[engine_view(e) for e in snapshot.engines],
         decisions=[decision_view(t) for t in history.newest(DECISIONS_SHOWN)],
+        processes=[process_view(p, snapshot) for p in snapshot.processes],
     )
 
 
@@ -112,6 +113,22 @@ def tool_call_view(call: ToolCall, names: dict[CgroupId, str], history: History)
         kv_at_peak_bytes=call.kv.at_peak_bytes,
         peak_ns=call.peak_ns,
         pid=call.pid or 0,
+        agent_call_id=call.call_id or "",
+        exempt=call.exempt,
+    )
+
+
+def process_view(process: ProcessRole, snapshot: Snapshot) -> pb.ProcessView:
+    sandbox = next((s for s in snapshot.sandboxes if s.cgroup_id == process.sandbox), None)
+    return pb.ProcessView(
+        tenant_id=sandbox.tenant if sandbox else "",
+        sandbox=sandbox.name if sandbox else str(process.sandbox),
+        pid=process.pid,
+        command=process.command,
+        role=process.role.value,
+        confidence=process.confidence,
+        why=process.why,
+        since_ns=process.since_ns,
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ...policies.roles import ENVIRONMENT_KEYS
 from .cgroups.files import read_text
-from .processes import PROC
+from .processes import PROC, stat
 
 _LONGEST = 64 << 10
 """Bytes read of a command line or an environment."""
@@ -38,8 +38,10 @@ def output_of(pid: int, proc_root: Path = PROC) -> str:
 
 
 def has_connection(pid: int, proc_root: Path = PROC) -> bool:
-    """Whether it holds an established TCP connection."""
-    return bool(_sockets(pid, _ESTABLISHED, proc_root) & _inodes(pid, proc_root))
+    """Whether it holds an established TCP connection that it did not inherit from its parent."""
+    held = _sockets(pid, _ESTABLISHED, proc_root) & _inodes(pid, proc_root)
+    found = stat(pid, proc_root) if held else None
+    return bool(held - _inodes(found.parent_pid, proc_root)) if found is not None else False
 
 
 def listens(pid: int, proc_root: Path = PROC) -> bool:

@@ -59,6 +59,8 @@ class RoleKeeper:
         self._state = state
         self._now_ns = now_ns
         self._helpers: dict[ToolCallId, _Helper] = {}
+        self._calls: dict[ToolCallId, ToolCallStarted] = {}
+        """Tool calls that run, as they were told: the state hears of one only at the loop's next turn."""
         self._asked: dict[CgroupId, list[Asked]] = {}
         self._surveyed_ns = 0
 
@@ -85,6 +87,8 @@ class RoleKeeper:
             case ProcessExeced():
                 return tuple(self._execed(event))
             case ToolCallEnded() | ToolCallMemoryStepped() | BudgetReached() | ProcessesGone():
+                if isinstance(event, ToolCallEnded | ProcessesGone):
+                    self._calls.pop(event.id, None)
                 helper = self._helpers.get(event.id)
                 if helper is None:
                     return (event,)
@@ -96,6 +100,7 @@ class RoleKeeper:
         """As a sink: forget what goes with its sandbox."""
         if isinstance(event, SandboxRemoved):
             self._helpers = {i: h for i, h in self._helpers.items() if h.fact.sandbox != event.cgroup_id}
+            self._calls = {i: c for i, c in self._calls.items() if c.sandbox != event.cgroup_id}
             self._asked.pop(event.cgroup_id, None)
 
     def at_turn(self) -> tuple[Event, ...]:
@@ -133,7 +138,7 @@ class RoleKeeper:
             yield event
             return
         parent = self._state.resolve(event.agent) if event.agent is not None else None
-        if parent is not None and parent in self._state.tool_calls:
+        if parent is not None and (parent in self._calls or parent in self._state.tool_calls):
             yield from self._join(event, parent, "forked by it before it was known for a call")
             return
         shell = parent is not None and parent in kept.shells
@@ -163,6 +168,7 @@ class RoleKeeper:
         if ruling.role is Role.TOOL_CALL:
             if not ruling.budgeted:
                 self._exempt(event.id)
+            self._calls[event.id] = event
             yield replace(
                 event,
                 command=ruling.command,
@@ -191,9 +197,8 @@ class RoleKeeper:
 
     def _line_of(self, event: ToolCallStarted) -> ToolCallId | None:
         """The call of the same command line of a persistent shell: begun just before, and still running."""
-        for call in self._state.tool_calls.values():
-            beside = call.running and call.sandbox == event.sandbox and call.agent == event.agent
-            if beside and 0 <= event.at_ns - call.start_ns < _ONE_LINE_NS:
+        for call in self._calls.values():
+            if call.agent == event.agent and 0 <= event.at_ns - call.at_ns < _ONE_LINE_NS:
                 return call.id
         return None
 

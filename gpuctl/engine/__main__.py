@@ -6,6 +6,13 @@ Prints `listening http://HOST:PORT` once it serves. Every failure to start is on
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__" and "hand-over" not in sys.argv:  # which is no success when it is cut short
+    from .ending import ending
+
+    ending()  # before the imports: they take a second, or many beside other load
+
 import argparse
 import asyncio
 import logging
@@ -13,7 +20,6 @@ import os
 import re
 import resource
 import socket
-import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -26,11 +32,12 @@ from ..energy import EnergyAbsence, open_meter
 from ..peers import Peers
 from .compute import llama
 from .compute.language_model import LanguageModel
-from .compute.model import cache_folder, content_fingerprint, resolve
+from .compute.model import cache_folder, content_fingerprint, remove_scratch, resolve
 from .compute.runner import ContextMode, LlamaRunner
 from .cost import gamma_of_gpus, load_or_fit
-from .ending import Ending
+from .ending import Ending, ending
 from .engine import Engine, EngineConfig
+from .engine_thread import threadsafe
 from .errors import EngineError, ListenError
 from .openai.connection import connection_of
 from .openai.http import Endpoint, HttpConfig
@@ -38,7 +45,7 @@ from .peer import command as hand_over
 from .peer.service import PeerService
 from .schedule.scheduler import SchedulerConfig
 from .schedule.sequence import IdlePolicy, TenantId
-from .tiers.disk_tier import DiskTier
+from .tiers.disk_tier import DiskTier, remove_own_folder
 
 _log = logging.getLogger(__name__)
 _MOST_FILES = 65536
@@ -72,15 +79,14 @@ def add_parser(commands: argparse._SubParsersAction[Any]) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     """Serve until told to stop."""
+    told = ending()
     logging.basicConfig(level=options.log_level, format="%(levelname)s %(name)s %(message)s", stream=sys.stderr)
     try:
         with _listen(options.listen) as listener:
-            return _serve(options, listener)
+            return _serve(options, listener, told)
     except EngineError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 130
 
 
 def _with_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -141,9 +147,10 @@ def _with_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def _serve(options: argparse.Namespace, listener: socket.socket) -> int:
+def _serve(options: argparse.Namespace, listener: socket.socket, told: Ending) -> int:
+    cache = cache_folder()
+    told.cleaning(lambda: remove_scratch(cache))
     path = resolve(options.model, lambda line: print(line, file=sys.stderr, flush=True))
-    ending = Ending()
     model = LanguageModel(path, gpu_layers=options.gpu_layers)
     runner = LlamaRunner(
         model,
@@ -158,8 +165,9 @@ def _serve(options: argparse.Namespace, listener: socket.socket) -> int:
     shared = options.share_prefix_tokens if runner.mode is ContextMode.UNIFIED else 0
     disk = None
     if options.disk_bytes:
-        disk = DiskTier(options.disk_folder or cache_folder() / "kv", f"{path} {path.stat().st_size} {llama.VERSION}")
-        ending.cleaning(disk.remove_files)
+        swapped = options.disk_folder or cache / "kv"
+        told.cleaning(lambda: remove_own_folder(swapped))
+        disk = DiskTier(swapped, f"{path} {path.stat().st_size} {llama.VERSION}")
     meter = open_meter(on_gpu=options.gpu_layers != 0 and llama.library().llama_supports_gpu_offload())
     if isinstance(meter, EnergyAbsence):
         _log.info("energy_not_measured reason=%r remedy=%r", meter.reason, meter.remedy)
@@ -185,29 +193,29 @@ def _serve(options: argparse.Namespace, listener: socket.socket) -> int:
         gamma=gamma_of_gpus(model, options.gpu_layers),
         meter=None if isinstance(meter, EnergyAbsence) else meter,
     )
-    engine.cost = load_or_fit(runner, path, options.threads, cache_folder(), disk.folder if disk else None)
+    engine.cost = load_or_fit(runner, path, options.threads, cache, disk.folder if disk else None)
     engine.start()
     try:
-        asyncio.run(_serve_http(options, engine, listener, ending))
+        asyncio.run(_serve_http(options, engine, listener, told))
     finally:
-        ending.leaving(None)
+        told.leaving(None)
         engine.stop()
         if not isinstance(meter, EnergyAbsence):
             meter.close()
         runner.close()
         model.close()
-    return ending.code
+    return told.code
 
 
 class _Server(Server):
-    """uvicorn's server without its signal handlers: `Ending` has the signals."""
+    """uvicorn's server without its signal handlers: ending.py has the signals."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
 
-async def _serve_http(options: argparse.Namespace, engine: Engine, listener: socket.socket, ending: Ending) -> None:
+async def _serve_http(options: argparse.Namespace, engine: Engine, listener: socket.socket, told: Ending) -> None:
     server: Server
 
     @asynccontextmanager
@@ -219,8 +227,8 @@ async def _serve_http(options: argparse.Namespace, engine: Engine, listener: soc
             server.should_exit = True
             loop.run_in_executor(None, engine.stop)
 
-        ending.leaving(lambda: loop.call_soon_threadsafe(leave))
-        tasks = [asyncio.create_task(_leave_when_failed(engine, server, ending))]
+        told.leaving(lambda: threadsafe(loop, leave))
+        tasks = [asyncio.create_task(_leave_when_failed(engine, server, told))]
         if options.attach:
             tasks.append(asyncio.create_task(_attach(options.attach, engine, peers)))
         yield
@@ -260,11 +268,11 @@ async def _serve_http(options: argparse.Namespace, engine: Engine, listener: soc
         await handing_over.stop()
 
 
-async def _leave_when_failed(engine: Engine, server: Server, ending: Ending) -> None:
+async def _leave_when_failed(engine: Engine, server: Server, told: Ending) -> None:
     """Who started us can start another one; a server without an engine is of no use to anybody."""
     while not engine.failed:
         await asyncio.sleep(_FAILURE_CHECK_S)
-    ending.code = 1
+    told.code = 1
     server.should_exit = True
 
 

@@ -23,6 +23,7 @@ from ..nvml import NvmlAbsence, open_nvml
 from ..tiers import disk_bytes_per_second
 from .compute import llama
 from .compute.language_model import LanguageModel
+from .compute.model import scratch_file
 from .compute.runner import BatchSlice, Runner
 from .schedule.cost_figures import CostFigures
 from .schedule.sequence import SamplingParams, Slot
@@ -140,7 +141,7 @@ def load_or_fit(runner: Runner, model: Path, threads: int, folder: Path, disk_fo
     figures = fit(runner, disk_folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_suffix(".new")
+        scratch = scratch_file(folder, path.name)
         scratch.write_text(json.dumps(dataclasses.asdict(figures)))
         scratch.replace(path)
     except OSError:

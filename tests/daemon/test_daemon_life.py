@@ -87,7 +87,7 @@ def test_the_guardian_frees_everybody_when_the_daemon_is_killed(daemon):
     squeeze = Squeeze(daemon)
     guardian = daemon.guardian()
     daemon.kill()
-    eventually(squeeze.free, within_s=3.0)
+    eventually(squeeze.free)
     result = squeeze.waiting.result()
     assert (result.returncode, result.stdout) == (0, "grown\nwent on\n")
     eventually(lambda: not guardian.is_running() or guardian.status() == psutil.STATUS_ZOMBIE)

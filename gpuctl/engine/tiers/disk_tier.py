@@ -41,7 +41,7 @@ class DiskTier:
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             _clear_abandoned(folder)
-            self.folder = folder / f"engine-{os.getpid()}"
+            self.folder = _own(folder)
             self.folder.mkdir(mode=0o700, exist_ok=True)
             self._lock = os.open(self.folder / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -94,12 +94,8 @@ class DiskTier:
     def close(self) -> None:
         """Stop the thread and remove the files."""
         self._thread.shutdown(wait=True, cancel_futures=True)
-        self.remove_files()
-        os.close(self._lock)
-
-    def remove_files(self) -> None:
-        """Remove the folder at once: the process ends. From any thread."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        os.close(self._lock)
 
     # On the thread
 
@@ -165,6 +161,15 @@ class DiskTier:
             chunks.append(parse(payload))
             at += size
         return chunks
+
+
+def remove_own_folder(folder: Path) -> None:
+    """Remove at once what this process has in `folder`: it ends. From any thread; safe where it has nothing."""
+    shutil.rmtree(_own(folder), ignore_errors=True)
+
+
+def _own(folder: Path) -> Path:
+    return folder / f"engine-{os.getpid()}"
 
 
 def _clear_abandoned(folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import time
 
+import psutil
 import pytest
 from equipoise.daemon.enforce.actuator import Actuator
 from equipoise.daemon.enforce.fallback_budget import TIER, FallbackBudget
@@ -68,6 +69,11 @@ class Bench:
         self.budget.poll()
         return level in self.levels()
 
+    def stands(self) -> bool:
+        if self.driver is not None and self.leaf is not None:
+            return self.driver.frozen(self.leaf) is True
+        return psutil.Process(self.child.pid).status() == psutil.STATUS_STOPPED
+
     def do(self, action: ToolCallAction) -> tuple[OutcomeStatus, str]:
         now_ns = time.monotonic_ns()
         made = Decision(DecisionId("d"), now_ns, "r", 0, 0, "", action, TenantId("t"), "s", "e")
@@ -90,7 +96,7 @@ def test_at_the_hard_budget_it_stands_still_until_a_grant(bench: Bench) -> None:
     (hold,) = bench.holds.all()
     assert hold.cause == HoldCause.BUDGET
     assert hold.kind == (FREEZE if bench.leaf else STOP)
-    time.sleep(0.1)
+    assert eventually(bench.stands)
     used = processes.resident_bytes([bench.child.pid])
     time.sleep(0.2)
     assert processes.resident_bytes([bench.child.pid]) == used, "it grows no further"

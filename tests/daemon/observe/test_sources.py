@@ -91,7 +91,9 @@ async def test_a_source_that_meets_a_vanished_proc_keeps_running(tmp_path: Path)
     events: list[Event] = []
     sampler = HostSampler(events.append, lambda: 1, proc_root=tmp_path, interval_s=0.001)
     task = asyncio.create_task(sampler.run())
-    await asyncio.sleep(0.05)
+    async with asyncio.timeout(5):
+        while not sampler.failure_count:
+            await asyncio.sleep(0.001)
     assert sampler.failure_count == 1 and not task.done() and not events
     task.cancel()
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -15,21 +16,31 @@ class EngineProcess:
     process: subprocess.Popen[str]
 
 
-_PROGRAM = ("-m", "equipoise.gpuctl.engine")
+PROGRAM = ("-m", "equipoise.gpuctl.engine")
+_INTERRUPTS_IGNORED = ("sh", "-c", 'trap "" INT; exec "$@"', "sh")
 
 
-def start(*arguments: str, program: tuple[str, str] = _PROGRAM) -> subprocess.Popen[str]:
-    """`program`: how Python is told what to run."""
+def start(
+    *arguments: str,
+    program: tuple[str, ...] = PROGRAM,
+    environment: Mapping[str, str] | None = None,
+    in_background: bool = False,
+) -> subprocess.Popen[str]:
+    """`program`: how Python is told what to run. `environment`: what to add.
+
+    `in_background`: as by `&` in a shell script, with SIGINT ignored from the start.
+    """
     return subprocess.Popen(
-        [sys.executable, *program, "--threads", "1", *arguments],
+        [*(_INTERRUPTS_IGNORED if in_background else ()), sys.executable, *program, "--threads", "1", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        env={**os.environ, **(environment or {})},
     )
 
 
 @contextmanager
-def running(*arguments: str, program: tuple[str, str] = _PROGRAM) -> Iterator[EngineProcess]:
+def running(*arguments: str, program: tuple[str, ...] = PROGRAM) -> Iterator[EngineProcess]:
     process = start("--listen", "127.0.0.1:0", *arguments, program=program)
     try:
         assert process.stdout is not None

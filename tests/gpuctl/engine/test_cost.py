@@ -50,10 +50,13 @@ def test_a_prefill_takes_about_what_the_fit_says(make_runner):
     assert figures.decode_step_seconds > 0
     assert figures.host_bytes_per_second > 1e8
     assert all(runner.held_tokens(Slot(n)) == 0 for n in range(runner.slot_count))
-    began = time.perf_counter()
-    for start in range(0, 384, 128):
-        runner.step([BatchSlice(Slot(0), start, list(range(10, 138)))])
-    took = time.perf_counter() - began
+    took = float("inf")
+    for _ in range(3):  # the least of three, as the fit takes it
+        began = time.perf_counter()
+        for start in range(0, 384, 128):
+            runner.step([BatchSlice(Slot(0), start, list(range(10, 138)))])
+        took = min(took, time.perf_counter() - began)
+        runner.cut(Slot(0), 0)
     said = figures.prefill_seconds_per_token * 384 + figures.prefill_seconds_per_token2 * 384**2
     assert said / 3 < took < said * 5  # a shared machine: an order of magnitude is what the economy needs
 
