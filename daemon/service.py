@@ -20,7 +20,7 @@ from ..ebpf.tool_memory import ToolMemory
 from ..gpuctl import nvml
 from ..gpuctl.hook import EngineHook
 from ..policies.actions import Decision, EngineAction, Outcome
-from ..policies.events import OutcomeObserved
+from ..policies.events import ConnectionOpened, Event, OutcomeObserved
 from ..policies.policy import Policy
 from ..policies.snapshot import Snapshot
 from ..policies.state import State
@@ -38,6 +38,7 @@ from .engine_process import EngineConfig, EngineProcess
 from .errors import CgroupError
 from .loop import Loop, Sink
 from .observe.history import History
+from .observe.joins import Joins
 from .observe.journal import Journal
 from .observe.kernel import KernelEvents
 from .observe.metrics import MetricsServer
@@ -142,7 +143,7 @@ async def start(config: Config, parts: contextlib.AsyncExitStack) -> Status:
 class Core:
     """The parts between an event and what is done about it, made and joined. They run on one event loop.
 
-    event -> State -> history, tallies, journal, tool calls, sandboxes, holds (the sinks, in this order)
+    event -> State -> history, tallies, journal, tool calls, sandboxes, holds, joins (the sinks, in this order)
     decision -> the engine's hook, or the actuator
     """
 
@@ -165,10 +166,11 @@ class Core:
         self.history = History()
         self.tallies = Tallies()
         self.recorder = Recorder(journal, lambda: self.loop.snapshot)
-        self.hook = EngineHook(emit, now_ns)
         self.sandboxes = SandboxKeeper(driver, probes, self.state, emit, self.settle, now_ns)
         self.roles = RoleKeeper(self.sandboxes.book, probes, self.state, now_ns)
-        self.kernel = KernelEvents(probes, emit, now_ns, self.roles.sift)
+        self.kernel = KernelEvents(probes, self._from_kernel, now_ns, self.roles.sift)
+        self.joins = Joins(self.state, self.kernel.drain, emit)
+        self.hook = EngineHook(emit, now_ns, self.joins.who)
         self.calls = ToolCallKeeper(
             self.sandboxes.book, driver, probes, self.state, emit, now_ns, self.sandboxes.find_by_pid
         )
@@ -190,6 +192,7 @@ class Core:
             own_cgroups=driver is not None,
         )
         sinks += [self.history, self.tallies, self.recorder, self.roles, self.calls, self.sandboxes, following]
+        sinks.append(self.joins)
         self.loop.every_turn(self._at_turn)
 
     def status(self, started_ns: int) -> Status:
@@ -226,6 +229,11 @@ class Core:
             self.actuator.release_all(ending=True)
             self.calls.close()
             self.sandboxes.close()
+
+    def _from_kernel(self, event: Event) -> None:
+        if isinstance(event, ConnectionOpened):
+            self.joins.opened(event)  # now: an engine may ask before the loop's next turn
+        self.loop.emit(event)
 
     def _act(self, decision: Decision) -> Outcome | None:
         action = decision.action

@@ -28,9 +28,8 @@ _PROGRAMS = {
     "fmod_ret": "refusing memory with ENOMEM instead of a stop",
     "lsm": "security hooks",
     "cgroup_skb": "network traffic per sandbox",
-    "cgroup_connect": "joining sessions to sandboxes",
 }
-_LOAD_ONLY = {"iter_task", "iter_cgroup", "cpu_sampling", "cgroup_skb", "cgroup_connect"}
+_LOAD_ONLY = {"iter_task", "iter_cgroup", "cpu_sampling", "cgroup_skb"}
 """Attaching needs a target (a walk, a perf event, a cgroup) that a mere question should not touch."""
 _MAPS = {
     "ring_buffer": "events to the daemon",

@@ -22,10 +22,12 @@ from .api.v1 import engine_pb2 as pb
 from .api.v1 import engine_pb2_grpc
 from .directives import DIRECTIVES, Directive, DirectiveBase, Outcome, OutcomeStatus, PreemptMode
 from .messages import SHARED
+from .peers import PeerIs, Peers
 from .reports import (
     EngineFacts,
     Listener,
     Occupancy,
+    PeerSeen,
     Report,
     Reported,
     SessionMoved,
@@ -60,13 +62,16 @@ class HookedEngine(Protocol):
         """The daemon is gone: every hold it made ends."""
 
 
-async def attach(address: str, engine: HookedEngine) -> None:
-    """Stay attached to the daemon at `address` (`unix:/path`) until cancelled; retry with backoff for ever."""
+async def attach(address: str, engine: HookedEngine, peers: Peers | None = None) -> None:
+    """Stay attached to the daemon at `address` (`unix:/path`) until cancelled; retry with backoff for ever.
+
+    `peers`: of an engine that asks who its clients are, on this event loop.
+    """
     retry_s = FIRST_RETRY_S
     while True:
         connected_at = time.monotonic()
         try:
-            await _one_stream(address, engine)
+            await _one_stream(address, engine, peers)
             reason = "the daemon closed the stream"
         except grpc.aio.AioRpcError as error:
             reason = f"{error.code().name}: {error.details()}"
@@ -79,7 +84,7 @@ async def attach(address: str, engine: HookedEngine) -> None:
         retry_s = min(LONGEST_RETRY_S, retry_s * 2)
 
 
-async def _one_stream(address: str, engine: HookedEngine) -> None:
+async def _one_stream(address: str, engine: HookedEngine, peers: Peers | None) -> None:
     """Serve one stream to its end. Raises AioRpcError where it could not be opened or was cut."""
     loop = asyncio.get_running_loop()
     reports: asyncio.Queue[pb.EngineReport] = asyncio.Queue(_MAX_QUEUED_REPORTS)
@@ -101,12 +106,18 @@ async def _one_stream(address: str, engine: HookedEngine) -> None:
         facts = engine.facts()
         await call.write(hello_message(facts))
         stop_listening = engine.listen(carry)
+        stop_asking = peers.listen(lambda asked: put(report_message(asked))) if peers is not None else None
         writer = asyncio.create_task(_write(call, reports))
         try:
             async for message in call:
-                _take(message, engine, facts.directives, put)
+                if message.WhichOneof("directive") == "peer_is" and peers is not None:
+                    peers.take(_PEER_IS.decode(message.peer_is))
+                else:
+                    _take(message, engine, facts.directives, put)
         finally:
             stop_listening()
+            if stop_asking is not None:
+                stop_asking()
             writer.cancel()
             await asyncio.gather(writer, return_exceptions=True)
             call.cancel()
@@ -145,7 +156,9 @@ _DIRECTIVES: OneOf[Directive, pb.EngineDirective] = OneOf(
         Translation(kind, getattr(pb, kind.__name__), here=("directive_id", "deadline_ns"), using=(_TIERS, _MODES))
         for kind in DIRECTIVES
     ),
+    there=("peer_is",),
 )
+_PEER_IS = Translation(PeerIs, pb.PeerIs)
 _STATUSES = Enumeration(OutcomeStatus, pb.DirectiveStatus, unknown=OutcomeStatus.REJECTED)
 _REPORTS: OneOf[Report, pb.EngineReport] = OneOf(
     pb.EngineReport,
@@ -153,6 +166,7 @@ _REPORTS: OneOf[Report, pb.EngineReport] = OneOf(
     (
         Translation(Occupancy, pb.Occupancy, using=SHARED),
         Translation(TurnStarted, pb.TurnStarted),
+        Translation(PeerSeen, pb.PeerSeen),
         Translation(TurnEnded, pb.TurnEnded, using=SHARED),
         Translation(SessionMoved, pb.SessionMoved, using=SHARED),
         Translation(TurnPreempted, pb.TurnPreempted, using=SHARED),

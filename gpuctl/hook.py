@@ -18,7 +18,7 @@ from google.protobuf.message import Message
 from ..policies import actions
 from ..policies.actions import Decision, EngineAction, Outcome, OutcomeStatus
 from ..policies.events import EngineAttached, EngineDetached, Event, OutcomeObserved
-from ..policies.model import DecisionId, EngineId
+from ..policies.model import DecisionId, Engine, EngineId, Sandbox
 from .api.v1 import engine_pb2 as pb
 from .api.v1 import engine_pb2_grpc
 from .messages import SHARED, engine_of, event_of
@@ -36,25 +36,37 @@ _STATUSES = Enumeration(
 _FINAL = {OutcomeStatus.CLIPPED, OutcomeStatus.REJECTED, OutcomeStatus.COMPLETED, OutcomeStatus.EXPIRED}
 
 
+Who = Callable[[Engine, str, int, int], Sandbox | None]
+"""Whose connection an engine has accepted: engine, the peer's address and port, when. None: nobody's we know."""
+
+
 @dataclass(slots=True)
 class _Stream:
     """One attached engine."""
 
-    id: EngineId
-    kind: str
+    engine: Engine
     directives: asyncio.Queue[pb.EngineDirective | None] = field(
         default_factory=lambda: asyncio.Queue(maxsize=QUEUE_LENGTH)
     )
     open: dict[DecisionId, int] = field(default_factory=dict)
     """Directives without a final outcome, and when they were sent."""
 
+    @property
+    def id(self) -> EngineId:
+        return self.engine.id
+
+    @property
+    def kind(self) -> str:
+        return self.engine.kind
+
 
 class EngineHook(engine_pb2_grpc.EngineServiceServicer):
     """The EngineService servicer. `emit` takes events in the order they came; `now_ns` is CLOCK_MONOTONIC."""
 
-    def __init__(self, emit: Callable[[Event], None], now_ns: Callable[[], int]) -> None:
+    def __init__(self, emit: Callable[[Event], None], now_ns: Callable[[], int], who: Who = lambda *peer: None) -> None:
         self._emit = emit
         self._now_ns = now_ns
+        self._who = who
         self._streams: dict[EngineId, _Stream] = {}
 
     @property
@@ -70,7 +82,7 @@ class EngineHook(engine_pb2_grpc.EngineServiceServicer):
         if first is None or first.WhichOneof("report") != "hello" or not first.hello.engine_id:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first report must be a Hello with an engine_id")
         engine = engine_of(first.hello)
-        stream = _Stream(engine.id, engine.kind)
+        stream = _Stream(engine)
         if replaced := self._streams.get(engine.id):
             self._close(replaced)
         self._streams[engine.id] = stream
@@ -90,12 +102,25 @@ class EngineHook(engine_pb2_grpc.EngineServiceServicer):
             async for report in reports:
                 if report.WhichOneof("report") == "directive_outcome":
                     self._outcome(stream, report)
+                elif report.WhichOneof("report") == "peer_seen":
+                    self._peer_seen(stream, report)
                 elif (event := event_of(report, stream.id)) is not None:
                     self._emit(event)
         except grpc.aio.AioRpcError:
             pass  # the engine went away; the stream's end below says so
         finally:
             await stream.directives.put(None)
+
+    def _peer_seen(self, stream: _Stream, report: pb.EngineReport) -> None:
+        seen = report.peer_seen
+        sandbox = self._who(stream.engine, seen.peer_address, seen.peer_port, report.at_ns or self._now_ns())
+        answer = pb.PeerIs(peer_address=seen.peer_address, peer_port=seen.peer_port)
+        if sandbox is not None:
+            answer.tenant_id, answer.sandbox, answer.session_id = sandbox.tenant, sandbox.label, sandbox.session
+        try:
+            stream.directives.put_nowait(pb.EngineDirective(peer_is=answer))
+        except asyncio.QueueFull:
+            pass  # the engine does not wait for long
 
     def _outcome(self, stream: _Stream, report: pb.EngineReport) -> None:
         told = report.directive_outcome
@@ -160,9 +185,9 @@ _DIRECTIVES: OneOf[EngineAction, pb.EngineDirective] = OneOf(
         _asks(actions.SetTenantWeight, pb.SetTenantWeight, "tenant"),
         _asks(actions.SetHostTierCapacity, pb.SetHostTierCapacity),
     ),
-    there=("hold", "release", "preempt", "set_capacity"),
+    there=("hold", "release", "preempt", "set_capacity", "peer_is"),
 )
-"""What no action stands for, nobody has asked yet."""
+"""What no action stands for, nobody has asked yet; and PeerIs is an answer."""
 
 
 def directive_of(decision: Decision, action: EngineAction) -> pb.EngineDirective:

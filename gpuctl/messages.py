@@ -43,7 +43,7 @@ _SESSION = Translation(
     Session,
     pb.SessionKv,
     renamed={"id": "session_id", "tenant": "tenant_id"},
-    here=("engine", "observed_ns", "last_finish", "turn_count", "verdict", "verdict_ns", "cost"),
+    here=("engine", "observed_ns", "last_finish", "turn_count", "verdict", "verdict_ns", "cost", "sandbox"),
     there=("charged_tokens",),
     using=SHARED,
 )
@@ -63,7 +63,7 @@ _EVENTS: OneOf[Event, pb.EngineReport] = OneOf(
         _of_a_session(SessionMoved, pb.SessionMoved, "directive"),
         _of_a_session(TurnPreempted, pb.TurnPreempted, "turn", "directive"),
     ),
-    there=("hello", "occupancy", "directive_outcome"),
+    there=("hello", "occupancy", "directive_outcome", "peer_seen"),
 )
 
 

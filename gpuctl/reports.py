@@ -40,6 +40,8 @@ class EngineFacts:
     cost: CostModel
     directives: frozenset[type[DirectiveBase]]
     """What it can apply; the rest is answered for it, and never reaches it."""
+    listen_addresses: tuple[str, ...] = ()
+    """Where it serves, as bound: "127.0.0.1:8800", "[::1]:8800". Empty: not told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,15 @@ class TurnStarted:
     prompt_tokens: int
     cached_tokens: int
     peer_port: int | None
+    peer_address: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PeerSeen:
+    """A client has connected: who is it? True since its connection was accepted."""
+
+    peer_address: str
+    peer_port: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +131,7 @@ class TurnPreempted:
     directive_id: str = ""
 
 
-Report = Occupancy | TurnStarted | TurnEnded | SessionMoved | TurnPreempted | Outcome
+Report = Occupancy | TurnStarted | PeerSeen | TurnEnded | SessionMoved | TurnPreempted | Outcome
 
 
 @dataclass(frozen=True, slots=True)

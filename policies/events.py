@@ -273,6 +273,17 @@ class TurnStarted:
     prompt_tokens: int
     cached_tokens: int
     peer_port: int | None = None
+    peer_address: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SessionJoined:
+    """A turn of the session came from a sandbox, as its connection shows."""
+
+    at_ns: int
+    engine: EngineId
+    session: SessionId
+    sandbox: CgroupId
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,6 +368,7 @@ Event = (
     | EngineDetached
     | KvObserved
     | TurnStarted
+    | SessionJoined
     | TurnEnded
     | SessionMoved
     | TurnPreempted

@@ -299,6 +299,8 @@ class Engine:
     waiting_count: int = 0
     totals: EngineTotals = field(default_factory=EngineTotals)
     observed_ns: int = 0
+    listen_addresses: tuple[str, ...] = ()
+    """Where it serves, as bound: "127.0.0.1:8800", "[::1]:8800". Empty: not told."""
 
     @property
     def device_used_ratio(self) -> float:
@@ -328,6 +330,8 @@ class Session:
     verdict_ns: int = 0
     cost: SessionCost = field(default_factory=SessionCost)
     """Of its turns that ended while this daemon and the engine knew each other."""
+    sandbox: CgroupId | None = None
+    """Where its requests come from, as their connections show; None: not known."""
 
     def device_tokens(self) -> int:
         return self.held_tokens if self.tier is KvTier.DEVICE else 0

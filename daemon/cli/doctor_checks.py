@@ -164,6 +164,11 @@ def probes() -> Iterator[Row]:
         detail += "; refused: " + ", ".join(f"{p.section} ({p.reason})" for p in refused)
     degraded = refused or not report.exact_counters
     yield Row("probes", Status.DEGRADED if degraded else Status.OK, detail, "" if not refused else "see the rows below")
+    if report.sees_connections:
+        yield Row("joining sessions to sandboxes", Status.OK, "the kernel sees who opens a connection")
+    else:
+        remedy = "optional: agents name their tenant and session in headers, which the engine then believes"
+        yield Row("joining sessions to sandboxes", Status.ABSENT, "no program at inet_sock_set_state", remedy)
 
 
 def program_kinds() -> Iterator[Row]:

@@ -92,7 +92,7 @@ def sessions(found: list[pb.SessionView], console: Console | None = None) -> Non
         console.print("no sessions")
         return
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("SESSION", "TENANT", "STATE", "KV"):
+    for name in ("SESSION", "TENANT", "SANDBOX", "STATE", "KV"):
         table.add_column(name, no_wrap=True, overflow="ellipsis", max_width=44)
     for name in ("TOKENS", "TURNS", "PTE", "WASTED", "JOULES", "SLOWDOWN"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -100,6 +100,7 @@ def sessions(found: list[pb.SessionView], console: Console | None = None) -> Non
         table.add_row(
             escape(session.session_id),
             escape(session.tenant_id),
+            escape(session.sandbox),
             session.phase,
             session.tier,
             f"{session.held_tokens}/{session.context_tokens}",

@@ -25,6 +25,8 @@ from ..errors import CommandError
 SOCKET_NAME = "equipoise.sock"
 TIMEOUT_S = 10.0
 EXIT_NOT_FOUND = 127
+OPENAI_VARIABLES = ("OPENAI_BASE_URL", "OPENAI_API_BASE")
+"""Where OpenAI's libraries, and those that go by the older name, find the engine. Set already: it stays."""
 
 
 def default_state_dir() -> Path:
@@ -142,6 +144,8 @@ def run_agent(
     }
     if answered.engine_url:
         environment["EQUIPOISE_ENGINE_URL"] = answered.engine_url
+        for variable in OPENAI_VARIABLES:
+            environment.setdefault(variable, f"{answered.engine_url}/v1")
     try:
         os.execvpe(command[0], command, environment)
     except OSError as error:

@@ -29,7 +29,7 @@ _ENGINE = Translation(
     Engine,
     pb.EngineView,
     renamed={"id": "engine_id"},
-    here=("pid", "disk_capacity_bytes", "cost", "supported_directives", "totals", "observed_ns"),
+    here=("pid", "disk_capacity_bytes", "cost", "supported_directives", "listen_addresses", "totals", "observed_ns"),
     there=None,
 )
 _TOTALS = Translation(EngineTotals, pb.EngineView, there=None)
@@ -134,6 +134,7 @@ def process_view(process: ProcessRole, snapshot: Snapshot) -> pb.ProcessView:
 
 def session_view(session: Session, snapshot: Snapshot) -> pb.SessionView:
     engine = snapshot.engine(session.engine)
+    sandbox = next((s.label for s in snapshot.sandboxes if s.cgroup_id == session.sandbox), "")
     return pb.SessionView(
         session_id=session.id,
         tenant_id=session.tenant,
@@ -151,6 +152,7 @@ def session_view(session: Session, snapshot: Snapshot) -> pb.SessionView:
         wasted_pte=session.cost.wasted_pte,
         energy_joules=session.cost.energy_joules,
         slowdown_ratio=session.cost.slowdown_ratio,
+        sandbox=sandbox,
     )
 
 

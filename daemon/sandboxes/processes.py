@@ -164,3 +164,11 @@ def tied_to_us(argv: Sequence[str]) -> tuple[str, ...]:
     """
     setpriv = shutil.which("setpriv")
     return (setpriv, "--pdeathsig", "TERM", "--", *argv) if setpriv else tuple(argv)
+
+
+def network_namespace(pid: int, proc_root: Path = Path("/proc")) -> int | None:
+    """Inode of the network namespace a process is in; None where it is gone or not ours to see."""
+    try:
+        return (proc_root / str(pid) / "ns/net").stat().st_ino
+    except OSError:
+        return None

@@ -50,15 +50,9 @@ PROBE(fentry, "fentry/vfs_fsync")
 PROBE(fmod_ret, "fmod_ret/security_vm_enough_memory_mm")
 PROBE(lsm, "lsm/vm_enough_memory")
 
-/* Filters: 1 lets the packet or the call pass. Loaded only, never attached. */
+/* A filter: 1 lets the packet pass. Loaded only, never attached. */
 SEC("cgroup_skb/egress")
 int cgroup_skb(void *context)
-{
-	return 1;
-}
-
-SEC("cgroup/connect4")
-int cgroup_connect(void *context)
 {
 	return 1;
 }

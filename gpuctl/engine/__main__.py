@@ -29,6 +29,7 @@ from starlette.applications import Starlette
 from uvicorn import Config, Server
 
 from ..energy import EnergyAbsence, open_meter
+from ..peers import Peers
 from .compute import llama
 from .compute.language_model import LanguageModel
 from .compute.model import cache_folder, content_fingerprint, remove_scratch, resolve
@@ -229,19 +230,20 @@ async def _serve_http(options: argparse.Namespace, engine: Engine, listener: soc
         told.leaving(lambda: threadsafe(loop, leave))
         tasks = [asyncio.create_task(_leave_when_failed(engine, server, told))]
         if options.attach:
-            tasks.append(asyncio.create_task(_attach(options.attach, engine)))
+            tasks.append(asyncio.create_task(_attach(options.attach, engine, peers)))
         yield
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    peers = None
+    handing_over = None
     if options.peer:
-        peers = PeerService(engine, f"{llama.VERSION} {content_fingerprint(engine.model.path)}")
-        await peers.start(options.peer)
+        handing_over = PeerService(engine, f"{llama.VERSION} {content_fingerprint(engine.model.path)}")
+        await handing_over.start(options.peer)
     keys = dict(_key(entry) for entry in options.api_key)
     timeout_s = options.client_timeout_s
-    endpoint = Endpoint(engine, HttpConfig(api_keys=keys, body_timeout_s=timeout_s))
+    peers = Peers()
+    endpoint = Endpoint(engine, HttpConfig(api_keys=keys, body_timeout_s=timeout_s), peers)
     config = Config(
         endpoint.application(while_serving),
         http=connection_of(timeout_s),
@@ -250,17 +252,20 @@ async def _serve_http(options: argparse.Namespace, engine: Engine, listener: soc
         access_log=False,
         timeout_graceful_shutdown=3,
         lifespan="on",
+        proxy_headers=False,  # who a client is, its socket says and no header
     )
     server = _Server(config)
     host, port = listener.getsockname()[:2]
+    listening = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    engine.listen_addresses = (listening,)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     while not server.started and not serving.done():
         await asyncio.sleep(0.01)
     if server.started:
-        _announce(f"http://{host}:{port}", options.ready_fd)
+        _announce(f"http://{listening}", options.ready_fd)
     await serving
-    if peers is not None:
-        await peers.stop()
+    if handing_over is not None:
+        await handing_over.stop()
 
 
 async def _leave_when_failed(engine: Engine, server: Server, told: Ending) -> None:
@@ -271,10 +276,10 @@ async def _leave_when_failed(engine: Engine, server: Server, told: Ending) -> No
     server.should_exit = True
 
 
-async def _attach(address: str, engine: Engine) -> None:
+async def _attach(address: str, engine: Engine, peers: Peers) -> None:
     from ..client import attach
 
-    await attach(address, engine)
+    await attach(address, engine, peers)
 
 
 def _announce(url: str, ready_fd: int | None) -> None:

@@ -117,6 +117,8 @@ class Engine:
         self._stuck = False
         self.model = model
         self.config = config
+        self.listen_addresses: tuple[str, ...] = ()
+        """Where it is served, for its facts; whoever serves it says so before a daemon is told."""
         self.engine_id = f"embedded-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self.totals = Totals()
         self._runner = runner
@@ -248,6 +250,7 @@ class Engine:
             disk_capacity_bytes=self._ledger.disk_capacity_bytes,
             cost=self.cost,
             directives=DIRECTIVES,
+            listen_addresses=self.listen_addresses,
         )
 
     @property
@@ -463,6 +466,12 @@ class Engine:
         self._reporter.occupancy_due = True
         self._reporter.report(
             TurnStarted(
-                session_id, turn.tenant_id, turn.id, turn.prompt_tokens, turn.cached_tokens, live.request.peer_port
+                session_id=session_id,
+                tenant_id=turn.tenant_id,
+                turn_id=turn.id,
+                prompt_tokens=turn.prompt_tokens,
+                cached_tokens=turn.cached_tokens,
+                peer_port=live.request.peer_port,
+                peer_address=live.request.peer_address,
             )
         )

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from ..events import EventsLost, HostSampled, PolicyApplied, SandboxRegistered, SandboxRemoved, SandboxSampled
 from ..model import Host
+from .joins import sandbox_changed
 from .picture import Picture, arm
 
 
@@ -20,6 +21,7 @@ def _policy_applied(picture: Picture, event: PolicyApplied) -> None:
 def _sandbox_registered(picture: Picture, event: SandboxRegistered) -> None:
     picture.sandboxes[event.sandbox.cgroup_id] = event.sandbox
     picture._left_behind.discard(event.sandbox.session)
+    sandbox_changed(picture, event.sandbox.cgroup_id)
 
 
 def _sandbox_removed(picture: Picture, event: SandboxRemoved) -> None:
@@ -28,6 +30,7 @@ def _sandbox_removed(picture: Picture, event: SandboxRemoved) -> None:
         picture._left_behind.add(removed.session)
     picture.processes = {key: p for key, p in picture.processes.items() if p.sandbox != event.cgroup_id}
     picture._intents = {key: i for key, i in picture._intents.items() if key[0] != event.cgroup_id}
+    sandbox_changed(picture, event.cgroup_id)
 
 
 def _sandbox_sampled(picture: Picture, event: SandboxSampled) -> None:

@@ -63,6 +63,10 @@ class Picture:
         self._left_behind: set[SessionId] = set()
         self._early_costs: dict[SessionId, tuple[EngineId, SessionCost]] = {}
         """Of sessions whose turns ended before their engine's first picture of them."""
+        self._joins: dict[SessionId, tuple[EngineId, CgroupId]] = {}
+        """Where sessions' requests come from; of those, too, that their engine has not shown yet."""
+        self._last_asked: dict[CgroupId, SessionId] = {}
+        """Which of a sandbox's sessions last ended a turn by asking for a tool."""
         self._pressure_since_ns: int | None = None
 
     def resolve(self, tool_call: ToolCallId) -> ToolCallId:

@@ -21,6 +21,7 @@ from ..events import (
 )
 from ..model import EngineId, KvTier, SessionPhase
 from .charges import accrue_all
+from .joins import forget_engine, sandbox_of, turn_ended
 from .picture import Picture, arm
 
 
@@ -46,6 +47,7 @@ def _engine_detached(picture: Picture, event: EngineDetached) -> None:
         waiting_count=0,
     )
     picture.sessions = {key: s for key, s in picture.sessions.items() if s.engine != event.engine}
+    forget_engine(picture, event.engine)
     _forget_weights(picture, event.engine)
     _forget_early_costs(picture, event.engine)
 
@@ -81,8 +83,10 @@ def _kv_observed(picture: Picture, event: KvObserved) -> None:
             verdict=known.verdict,
             verdict_ns=known.verdict_ns,
             cost=picture._early_costs.get(session.id, (event.engine, known.cost))[1],
+            sandbox=sandbox_of(picture, session),
         )
     picture.sessions = seen
+    forget_engine(picture, event.engine)
     # The picture is whole: a session that is not in it is gone, and its early costs with it.
     _forget_early_costs(picture, event.engine)
 
@@ -97,6 +101,7 @@ def _turn_started(picture: Picture, event: TurnStarted) -> None:
 
 
 def _turn_ended(picture: Picture, event: TurnEnded) -> None:
+    turn_ended(picture, event.session, event.finish_reason)
     if session := picture.sessions.get(event.session):
         accrue_all(picture, event.at_ns)
         cost = session.cost.plus(event.cost)

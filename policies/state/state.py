@@ -1,9 +1,9 @@
 """The one mutable picture of the host. Events go in through `apply`, a frozen Snapshot comes out.
 
 Owns the table of what each event means; the meanings themselves are in the files of their subjects (`tool_calls.py`,
-`sessions.py`, `outcomes.py`, `processes.py`, `host.py`). One owner drives it (the daemon's loop, or a replay); it has
-no clock: time comes with the events and with `snapshot(now_ns)`. It mutates in place, because a replay of 10,000
-sessions would otherwise spend its time copying; what leaves it is frozen.
+`sessions.py`, `joins.py`, `outcomes.py`, `processes.py`, `host.py`). One owner drives it (the daemon's loop, or a
+replay); it has no clock: time comes with the events and with `snapshot(now_ns)`. It mutates in place, because a replay
+of 10,000 sessions would otherwise spend its time copying; what leaves it is frozen.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from __future__ import annotations
 from ..events import Event
 from ..model import NS_PER_S
 from ..snapshot import Snapshot
-from . import host, outcomes, processes, sessions, tool_calls
+from . import host, joins, outcomes, processes, sessions, tool_calls
 from .picture import Picture
 
 REMEMBER_NS = 60 * NS_PER_S
 """How long a finished tool call stays in the picture."""
-ARMS = dict((*tool_calls.ARMS, *sessions.ARMS, *outcomes.ARMS, *host.ARMS, *processes.ARMS))
+ARMS = dict((*tool_calls.ARMS, *sessions.ARMS, *joins.ARMS, *outcomes.ARMS, *host.ARMS, *processes.ARMS))
 """What each event does; a test holds it against the closed union `Event`."""
 
 
@@ -55,6 +55,7 @@ class State(Picture):
         """Raise AssertionError where an invariant is broken; for tests."""
         tool_calls.check(self)
         sessions.check(self)
+        joins.check(self)
 
     def _forget(self, now_ns: int) -> None:
         tool_calls.forget(self, now_ns - REMEMBER_NS)

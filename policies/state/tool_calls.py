@@ -24,6 +24,7 @@ from ..events import (
 )
 from ..model import ToolCall, ToolCallPhase, ToolCallSource, Verdict
 from .charges import accrue, kv_at_peak
+from .joins import session_of
 from .phases import answered, to_phase
 from .picture import Picture, arm
 
@@ -49,7 +50,7 @@ def _started(picture: Picture, event: ToolCallStarted) -> None:
             id=event.id,
             tenant=sandbox.tenant,
             sandbox=event.sandbox,
-            session=event.session or sandbox.session,
+            session=event.session or session_of(picture, sandbox),
             command=event.command,
             kind=kind,
             source=event.source,

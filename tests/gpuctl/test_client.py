@@ -10,6 +10,7 @@ from pathlib import Path
 from equipoise.gpuctl.api.v1 import engine_pb2 as pb
 from equipoise.gpuctl.client import attach
 from equipoise.gpuctl.directives import Directive, DirectiveBase, Drop, Outcome, OutcomeStatus, Retain
+from equipoise.gpuctl.peers import Peer, PeerIs, Peers
 from equipoise.gpuctl.reports import EngineFacts, Listener, Reported, TurnStarted
 from equipoise.policies.model import CostModel, SessionId, TenantId, TurnId
 from equipoise.tests.gpuctl.engine.attaching import Daemon, serving
@@ -42,9 +43,9 @@ class OtherEngine:
 
 
 @asynccontextmanager
-async def attached(engine: OtherEngine, path: Path) -> AsyncIterator[Daemon]:
+async def attached(engine: OtherEngine, path: Path, peers: Peers | None = None) -> AsyncIterator[Daemon]:
     async with serving(str(path)) as daemon:
-        attaching = asyncio.create_task(attach(f"unix:{path}", engine))
+        attaching = asyncio.create_task(attach(f"unix:{path}", engine, peers))
         await daemon.until(lambda: bool(daemon.of("hello")) and bool(engine.listeners))
         yield daemon
         attaching.cancel()
@@ -86,3 +87,20 @@ async def test_when_the_stream_is_lost_the_holds_end_and_nobody_listens_any_more
     async with attached(engine, tmp_path / "s"):
         assert engine.released_count == 0
     assert engine.released_count == 1 and engine.listeners == []
+
+
+async def test_who_a_client_is_goes_up_as_a_question_and_comes_down_as_an_answer(tmp_path):
+    peers, peer = Peers(), Peer("127.0.0.1", 4711, 55)
+    async with attached(OtherEngine(), tmp_path / "s", peers) as daemon:
+        asking = asyncio.create_task(peers.who(peer))
+        await daemon.until(lambda: bool(daemon.of("peer_seen")))
+        [seen] = daemon.of("peer_seen")
+        assert (seen.peer_address, seen.peer_port, daemon.reports[-1].at_ns) == ("127.0.0.1", 4711, 55)
+        told = pb.PeerIs(peer_address="127.0.0.1", peer_port=4711, tenant_id="gold", sandbox="gold/ada", session_id="s")
+        await daemon.send("", peer_is=told)
+        while (known := await peers.who(peer)) is None:
+            await asyncio.sleep(0.01)
+        assert known == PeerIs("127.0.0.1", 4711, TenantId("gold"), "gold/ada", SessionId("s"))
+        assert await asking in (None, known)
+        assert not daemon.of("directive_outcome"), "it is no directive"
+    assert await peers.who(Peer("127.0.0.1", 4712, 56)) is None, "the daemon is gone: nobody is asked"

@@ -16,7 +16,7 @@ from equipoise.gpuctl.hook import EngineHook
 from equipoise.policies.accounting import TurnCost
 from equipoise.policies.actions import Decision, Drop, EngineAction, OutcomeStatus, Retain, SetTenantWeight, SwapOut
 from equipoise.policies.events import EngineAttached, EngineDetached, Event, KvObserved, OutcomeObserved, TurnEnded
-from equipoise.policies.model import DecisionId, EngineId, KvTier, SessionId, TenantId
+from equipoise.policies.model import CgroupId, DecisionId, EngineId, KvTier, Sandbox, SessionId, TenantId
 
 ENGINE = EngineId("e1")
 SESSION = SessionId("s1")
@@ -252,3 +252,23 @@ async def test_a_slow_engine_is_not_asked_without_end(served, monkeypatch):
     assert answers[:3] == [None] * 3
     assert answers[3] is not None and answers[3].status is OutcomeStatus.REJECTED
     assert answers[3].detail == "3 directives wait for the engine"
+
+
+async def test_an_engine_that_asks_who_a_peer_is_gets_its_answer(served):
+    ada = Sandbox(CgroupId(1), TenantId("gold"), "ada", "a/b", SessionId("talk"), None, 0)
+    asked = []
+
+    def who(engine, *peer):
+        asked.append((engine.id, engine.listen_addresses, *peer))
+        return ada if peer[1] == 1 else None
+
+    served.hook._who = who
+    engine = served.engine()
+    await engine.report(hello=pb.EngineHello(engine_id=ENGINE, listen_addresses=["127.0.0.1:80"]))
+    for port in (1, 2):
+        await engine.report(77, peer_seen=pb.PeerSeen(peer_address="::1", peer_port=port))
+    known, unknown = (await engine.directive()).peer_is, (await engine.directive()).peer_is
+    assert known == pb.PeerIs(peer_address="::1", peer_port=1, tenant_id="gold", sandbox="gold/ada", session_id="talk")
+    assert unknown == pb.PeerIs(peer_address="::1", peer_port=2)
+    assert asked == [(ENGINE, ("127.0.0.1:80",), "::1", port, 77) for port in (1, 2)]
+    assert [type(event) for event in served.events] == [EngineAttached], "it is no event"

@@ -272,6 +272,7 @@ REST = (
     "retain",
     "set_capacity",
     "set_host_tier_capacity",
+    "peer_is",
 )
 
 

@@ -203,12 +203,17 @@ def observed(at_s: float, *sessions: Session, engine: str = ENGINE, **more: Any)
     return KvObserved(ns(at_s), EngineId(engine), tuple(sessions), **(values | more))
 
 
-def turn_started(at_s: float, turn: str = "t1") -> TurnStarted:
-    return TurnStarted(ns(at_s), ENGINE, ADA, turn, prompt_tokens=10, cached_tokens=0)
+def turn_started(at_s: float, turn: str = "t1", session: SessionId = ADA, **more: Any) -> TurnStarted:
+    return TurnStarted(ns(at_s), ENGINE, session, turn, prompt_tokens=10, cached_tokens=0, **more)
 
 
-def turn_ended(at_s: float, reason: FinishReason = FinishReason.TOOL_CALLS, cost: TurnCost | None = None) -> TurnEnded:
-    return TurnEnded(ns(at_s), ENGINE, ADA, "t1", reason, 10, 0, 0, 5, 0, 0, cost or TurnCost())
+def turn_ended(
+    at_s: float,
+    reason: FinishReason = FinishReason.TOOL_CALLS,
+    cost: TurnCost | None = None,
+    session: SessionId = ADA,
+) -> TurnEnded:
+    return TurnEnded(ns(at_s), ENGINE, session, "t1", reason, 10, 0, 0, 5, 0, 0, cost or TurnCost())
 
 
 def moved(at_s: float, to: KvTier, directive: str | None = None) -> SessionMoved:

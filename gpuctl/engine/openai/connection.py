@@ -1,16 +1,20 @@
-"""uvicorn's HTTP/1.1 connection with bounds on how long a client may keep it without doing its part.
+"""uvicorn's HTTP/1.1 connection: who is at its other end, with bounds on how long a client may leave its part undone.
 
-Owns: two clocks uvicorn has not. One from connecting, or a request's first byte, until its head is whole: then
-408. One while the client does not read its response: then the connection is closed, which cancels the turn. Must not:
-read requests (uvicorn) or their bodies (http.py has a clock of its own for those).
+Owns: the connection's peer, for its requests (`request.state.peer`), and two clocks uvicorn has not. One from
+connecting, or a request's first byte, until its head is whole: then 408. One while the client does not read its
+response: then the connection is closed, which cancels the turn. Must not: read requests (uvicorn) or their bodies
+(http.py has a clock of its own for those).
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from ...peers import Peer
 
 _LATE = (
     b"HTTP/1.1 408 Request Timeout\r\n"
@@ -34,6 +38,8 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # uvicorn narrows it, too
         super().connection_made(transport)
+        if self.client is not None:  # from the socket: no header speaks for it
+            self.app_state = {**self.app_state, "peer": Peer(*self.client, time.monotonic_ns())}
         self._head_clock = self.loop.call_later(self.timeout_s, self._give_up_on_head)
 
     def data_received(self, data: bytes) -> None:

@@ -23,6 +23,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from ...peers import Peer, PeerIs, Peers
 from .. import metrics
 from ..compute.language_model import LanguageModel
 from ..compute.tool_calls import ToolCall, ToolCallStream, tool_calls_in
@@ -61,7 +62,8 @@ _HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
 class HttpConfig:
     max_body_bytes: int = 8 << 20
     api_keys: Mapping[str, TenantId] = field(default_factory=dict)
-    """Key to tenant. Empty: no key is asked for and the tenant header is believed."""
+    """Key to tenant. Empty: no key is asked for. A client is then of its sandbox's tenant where the daemon knows that,
+    else the tenant header is believed."""
     body_timeout_s: float = 30.0
     """A body that has not arrived whole after this is answered with 408."""
 
@@ -114,8 +116,10 @@ class TurnStream:
 class Endpoint:
     """The routes over one engine."""
 
-    def __init__(self, engine: Engine, config: HttpConfig) -> None:
+    def __init__(self, engine: Engine, config: HttpConfig, peers: Peers | None = None) -> None:
+        """`peers`: who the clients are, where a daemon may know."""
         self._engine = engine
+        self._peers = peers
         self._deliveries = Deliveries(engine)
         self._config = config
         self._loaded_at = int(time.time())
@@ -161,11 +165,11 @@ class Endpoint:
         return await self._answer(request, await asyncio.to_thread(parse, body, caller, self._engine.model))
 
     async def models(self, request: Request) -> Response:
-        self._tenant(request)
+        await self._tenant(request)
         return JSONResponse(wire.models_json(self._engine.model, self._loaded_at, self._engine.longest_turn_tokens))
 
     async def model(self, request: Request) -> Response:
-        self._tenant(request)
+        await self._tenant(request)
         self._check_model(request.path_params["model"])
         listing = wire.models_json(self._engine.model, self._loaded_at, self._engine.longest_turn_tokens)
         return JSONResponse(listing["data"][0])
@@ -180,7 +184,8 @@ class Endpoint:
     # Reading
 
     async def _read(self, request: Request) -> tuple[wire.Json, wire.Caller]:
-        tenant_id = self._tenant(request)
+        tenant_id = await self._tenant(request)
+        peer = _peer(request)
         body = await self._body(request)
         if (model := body.get("model")) is not None:
             self._check_model(model)
@@ -190,7 +195,8 @@ class Endpoint:
         caller = wire.Caller(
             tenant_id=tenant_id,
             session_id=SessionId(session) if session else None,
-            peer_port=request.client.port if request.client else None,
+            peer_port=peer.port if peer else None,
+            peer_address=peer.address if peer else None,
             awaits_tool=request.headers.get(AWAITS_TOOL_HEADER, "").lower() in ("1", "true"),
             slo=Slo(
                 ttft_ns=_milliseconds(request, TTFT_HEADER),
@@ -230,15 +236,26 @@ class Endpoint:
             raise RequestError("the body is not a JSON object")
         return body
 
-    def _tenant(self, request: Request) -> TenantId:
+    async def _tenant(self, request: Request) -> TenantId:
+        """Whose the request is: its key's, else its sandbox's, else as it says."""
         named = request.headers.get(TENANT_HEADER)
         if not self._config.api_keys:
             if named is not None and not 0 < len(named) <= _MAX_ID_CHARACTERS:
                 raise RequestError(f"{TENANT_HEADER}: give 1 to {_MAX_ID_CHARACTERS} characters")
-            return TenantId(named) if named else DEFAULT_TENANT
+            known = await self._known(request)
+            if known is None:
+                return TenantId(named) if named else DEFAULT_TENANT
+            if named not in (None, known.tenant_id):
+                raise RequestError(
+                    f"{TENANT_HEADER}: {named!r}: this request is from sandbox {known.sandbox}: leave the header out",
+                    status=403,
+                    kind="permission_error",
+                    code="another_tenant",
+                )
+            return known.tenant_id
         key = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
-        for known, tenant_id in self._config.api_keys.items():
-            if hmac.compare_digest(known.encode(), key.encode()):
+        for listed, tenant_id in self._config.api_keys.items():
+            if hmac.compare_digest(listed.encode(), key.encode()):
                 return tenant_id
         raise RequestError(
             "no such API key: send `Authorization: Bearer KEY`",
@@ -246,6 +263,10 @@ class Endpoint:
             kind="authentication_error",
             code="invalid_api_key",
         )
+
+    async def _known(self, request: Request) -> PeerIs | None:
+        peer = _peer(request)
+        return await self._peers.who(peer) if peer is not None and self._peers is not None else None
 
     def _check_model(self, model: object) -> None:
         if model not in (self._engine.model.name, "default"):
@@ -324,6 +345,12 @@ class Endpoint:
             yield wire.sse("[DONE]")
         finally:
             stream.close()
+
+
+def _peer(request: Request) -> Peer | None:
+    """The other end of the connection; None where there is no TCP connection."""
+    peer: Peer | None = getattr(request.state, "peer", None)
+    return peer
 
 
 def _milliseconds(request: Request, header: str) -> int | None:

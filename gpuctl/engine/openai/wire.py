@@ -44,6 +44,7 @@ class Caller:
     session_id: SessionId | None
     """None: the client names no conversation; the engine finds the one its prompt continues."""
     peer_port: int | None
+    peer_address: str | None
     awaits_tool: bool
     slo: Slo
 
@@ -125,6 +126,7 @@ def _ask(body: Json, caller: Caller, prompt: str, form: OutputFormat, *, chat: b
         slo=caller.slo,
         anonymous=caller.session_id is None,
         peer_port=caller.peer_port,
+        peer_address=caller.peer_address,
         may_call_tools=bool(form.tools),
         awaits_tool=caller.awaits_tool,
         ignore_end_of_text=body.get("ignore_eos") is True,

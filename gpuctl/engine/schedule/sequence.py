@@ -100,6 +100,7 @@ class TurnRequest:
     """The client names no session: the turn goes on with the one whose whole conversation its prompt continues."""
     peer_port: int | None = None
     """The client's TCP port: lets the daemon join the session to a sandbox."""
+    peer_address: str | None = None
     may_call_tools: bool = False
     """Tool calls are looked for in the output."""
     awaits_tool: bool = False

@@ -185,6 +185,9 @@ def test_the_command_tells_json_about_this_machine(tmp_path):
     assert done.returncode == (0 if told["fit"] else 1)
     names = {row["name"] for row in told["rows"]}
     assert {"host", "cgroups", "pressure (PSI)", "probes", "engine library", "model", "state folder", "daemon"} <= names
+    joining = [row["status"] for row in told["rows"] if row["name"] == "joining sessions to sandboxes"]
+    probed = next(row for row in told["rows"] if row["name"] == "probes")
+    assert joining == ([] if probed["status"] == "absent" else ["absent" if "set_state" in probed["detail"] else "ok"])
     assert {row["status"] for row in told["rows"]} <= {"ok", "degraded", "absent"}
     assert not any("the check itself failed" in row["detail"] for row in told["rows"]), told
 

@@ -292,9 +292,10 @@ def test_tables_are_one_line_a_call_whatever_its_command_holds():
 def test_sessions_are_a_table_that_says_what_was_not_measured():
     [measured] = sessions_of(TurnCost(pte=10.4, wasted_pte=4, energy_joules=2.0, duration_ns=30, ideal_ns=10))
     [bare] = sessions_of(TurnCost())
+    measured.sandbox = "gold/bo"
     head, first, second = printed(printing.sessions, [measured, bare]).splitlines()
-    assert head.split()[4:] == ["TOKENS", "TURNS", "PTE", "WASTED", "JOULES", "SLOWDOWN"]
-    assert first.split() == ["gold/ada", "gold", "idle", "device", "10/10", "1", "10", "4", "2.0", "3.00"]
+    assert head.split()[5:] == ["TOKENS", "TURNS", "PTE", "WASTED", "JOULES", "SLOWDOWN"]
+    assert first.split() == ["gold/ada", "gold", "gold/bo", "idle", "device", "10/10", "1", "10", "4", "2.0", "3.00"]
     assert second.split()[4:] == ["10/10", "1", "not", "known", "0", "not", "measured", "not", "known"]
     assert printed(printing.sessions, []) == "no sessions\n"
 

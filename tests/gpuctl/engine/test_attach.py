@@ -49,7 +49,11 @@ async def test_the_engine_reports_turns_and_obeys_directives(tmp_path):
             assert cost.duration_ns > ended.ttft_ns and cost.ideal_ns > 0
             measurable = isinstance(open_meter(on_gpu=False), EnergyMeter)
             assert cost.HasField("energy_joules") == measurable, "absent where nothing measures it, and never 0"
-            assert daemon.of("turn_started")[0].peer_port > 0
+            started = daemon.of("turn_started")[0]
+            assert started.peer_port > 0 and started.peer_address == "127.0.0.1"
+            assert list(hello.listen_addresses) == [engine.url.removeprefix("http://")]
+            [seen] = daemon.of("peer_seen")
+            assert (seen.peer_address, seen.peer_port) == ("127.0.0.1", started.peer_port)
 
             out = await daemon.ask("1", swap_out=pb.SwapOut(session_id="a", tier=pb.KV_TIER_HOST))
             assert out.status == pb.DIRECTIVE_STATUS_COMPLETED

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-import os
-import shutil
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from equipoise.ebpf import build
 from equipoise.ebpf.probes import ProgramState, Tuning
 from equipoise.policies.events import ConnectionOpened
+from equipoise.tests.fixtures.network_namespace import elsewhere
 from equipoise.tests.kernel.ebpf.conftest import PYTHON, SANDBOX
 
 pytestmark = pytest.mark.kernel
@@ -205,53 +203,17 @@ def test_hundreds_of_connections_are_all_seen(bench, server):
     assert {event.id for event in events} == {tag}
 
 
-@dataclass(frozen=True)
-class Elsewhere:
-    """A network namespace joined to ours by a pair of interfaces."""
-
-    name: str
-    here: str
-    there: str
-
-
-@pytest.fixture
-def elsewhere() -> Iterator[Elsewhere]:
-    if not shutil.which("ip"):
-        pytest.skip("ip is not installed: install iproute2")
-    name = f"eqt{os.getpid()}"
-    link, peer = f"{name}a"[-15:], f"{name}b"[-15:]
-    steps = (
-        f"netns add {name}",
-        f"link add {link} type veth peer name {peer} netns {name}",
-        f"addr add 10.213.77.1/30 dev {link}",
-        f"link set {link} up",
-        f"-n {name} addr add 10.213.77.2/30 dev {peer}",
-        f"-n {name} link set {peer} up",
-        f"-n {name} link set lo up",
-    )
-    try:
-        for step in steps:
-            done = subprocess.run(["ip", *step.split()], capture_output=True, text=True, check=False)
-            if done.returncode:
-                pytest.skip(f"no network namespace here: ip {step}: {done.stderr.strip()}")
-        yield Elsewhere(name, "10.213.77.1", "10.213.77.2")
-    finally:
-        subprocess.run(["ip", "link", "del", link], capture_output=True, check=False)
-        subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
-
-
-def test_another_network_namespace_is_named(bench, listen, elsewhere):
-    server = listen(address=elsewhere.here)
-    agent, _ = bench.agent(
-        f"subprocess.run(['ip', 'netns', 'exec', '{elsewhere.name}', PYTHON, '-S', '-c', {CONNECT!r},"
-        f" '{elsewhere.here}', '{server.port}'])"
-    )
-    bench.finish(agent)
-    (call,), (event,) = bench.started(), opened(bench)
-    assert event.id == call.id
-    assert (event.local_address, event.local_port) == server.peer()
-    assert (event.local_address, event.remote_address) == (elsewhere.there, elsewhere.here)
-    assert event.network_namespace == Path(f"/run/netns/{elsewhere.name}").stat().st_ino != network_namespace()
+def test_another_network_namespace_is_named(bench, listen):
+    with elsewhere() as other:
+        server = listen(address=other.here)
+        command = [*other.command(), PYTHON, "-S", "-c", CONNECT, other.here, str(server.port)]
+        agent, _ = bench.agent(f"subprocess.run({command!r})")
+        bench.finish(agent)
+        (call,), (event,) = bench.started(), opened(bench)
+        assert event.id == call.id
+        assert (event.local_address, event.local_port) == server.peer()
+        assert (event.local_address, event.remote_address) == (other.there, other.here)
+        assert event.network_namespace == other.inode != network_namespace()
 
 
 @pytest.mark.parametrize(

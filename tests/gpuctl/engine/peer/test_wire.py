@@ -44,6 +44,7 @@ def test_every_field_of_a_session_and_its_turn_survives_the_wire():
         ephemeral=True,
         anonymous=True,
         peer_port=4711,
+        peer_address="10.0.0.2",
         may_call_tools=True,
         awaits_tool=True,
         ignore_end_of_text=True,

@@ -1,0 +1,270 @@
+"""Sessions joined to sandboxes without the agent's help: plain clients, a real engine, a real kernel.
+
+No client here names a tenant or a session unless the test is about that.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from equipoise.daemon.api.v1 import policy_pb2
+from equipoise.tests.fixtures.network_namespace import Elsewhere, elsewhere
+from equipoise.tests.fixtures.running_daemon import CLI, RunningDaemon, eventually
+
+pytestmark = [pytest.mark.kernel, pytest.mark.engine, pytest.mark.slow]
+READY_S = 180.0
+
+_ASK = """
+import json, os, subprocess, sys, time
+URL, WHO = sys.argv[1:3]
+def body(*said):
+    messages = [{"role": "user" if n % 2 == 0 else "assistant", "content": text} for n, text in enumerate(said)]
+    return {"model": "default", "messages": messages, "max_tokens": 4, "temperature": 0}
+def talk(post):
+    first = f"I am {WHO}. Say one word."
+    answer = post(body(first))["choices"][0]["message"]["content"]
+    post(body(first, answer, "And another."))
+def stay():
+    print("done", flush=True)
+    sys.stdin.read()
+"""
+CLIENTS = {
+    "httpx, one connection": """
+import httpx
+with httpx.Client(timeout=120) as client:
+    talk(lambda body: client.post(f"{URL}/v1/chat/completions", json=body).raise_for_status().json())
+""",
+    "httpx, a connection a request": """
+import httpx
+talk(lambda body: httpx.post(f"{URL}/v1/chat/completions", json=body, timeout=120).raise_for_status().json())
+""",
+    "openai": """
+import openai
+client = openai.OpenAI(base_url=f"{URL}/v1", api_key="none", max_retries=0, timeout=120)
+talk(lambda body: client.chat.completions.create(**body).model_dump())
+""",
+    "openai, told by the environment": """
+import openai
+assert os.environ["OPENAI_BASE_URL"] == os.environ["OPENAI_API_BASE"] == os.environ["EQUIPOISE_ENGINE_URL"] + "/v1"
+os.environ["OPENAI_BASE_URL"] = f"{URL}/v1"
+client = openai.OpenAI(api_key="none", max_retries=0, timeout=120)
+talk(lambda body: client.chat.completions.create(**body).model_dump())
+""",
+    "curl, as a tool call": """
+def post(body):
+    command = ["curl", "-sSf", "-m", "120", "-H", "content-type: application/json", "-d", json.dumps(body)]
+    return json.loads(subprocess.run([*command, f"{URL}/v1/chat/completions"], capture_output=True, check=True).stdout)
+talk(post)
+""",
+    "node": """
+SCRIPT = '''
+const [url, ...bodies] = process.argv.slice(1);
+(async () => { for (const body of bodies) {
+  const answered = await fetch(url, {method: "POST", headers: {"content-type": "application/json"}, body});
+  if (!answered.ok) throw new Error(await answered.text());
+  await answered.json();
+} })();
+'''
+first = body(f"I am {WHO}. Say one word.")
+again = [json.dumps(first)] * 2
+subprocess.run(["node", "-e", SCRIPT, f"{URL}/v1/chat/completions", *again], check=True)
+""",
+}
+PROGRAMS = {"curl, as a tool call": "curl", "node": "node"}
+
+
+class Client:
+    """An agent in a sandbox that asks the engine and then stays, so that its sandbox does."""
+
+    def __init__(self, daemon: RunningDaemon, url: str, tenant: str, name: str, code: str, *via: str) -> None:
+        self.tenant, self.label = tenant, f"{tenant}/{name}"
+        command = [*CLI, "run", "--tenant", tenant, "--name", name, "--", *via]
+        self.process = subprocess.Popen(
+            [*command, sys.executable, "-c", f"{_ASK}{code}\nstay()", url, self.label],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "EQUIPOISE_SOCKET": str(daemon.socket)},
+        )
+
+    def said(self) -> list[str]:
+        """What it printed before it was done."""
+        assert self.process.stdout is not None and self.process.stderr is not None
+        lines = []
+        while (line := self.process.stdout.readline().strip()) != "done":
+            assert line or self.process.poll() is None, self.process.stderr.read()[-2000:]
+            lines.append(line)
+        return lines
+
+    def leave(self) -> None:
+        self.process.communicate(timeout=20)
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningDaemon]:
+    if os.geteuid() != 0:
+        pytest.skip("needs root to make cgroups and load eBPF programs")
+    running = RunningDaemon(tmp_path_factory.mktemp("daemon"))
+    try:
+        running.start("--engine", "embedded", "--engine-listen", "0.0.0.0:0", "--kv-tokens", "16384")
+        if not running.status().probe_backend.startswith("libbpf"):
+            pytest.skip(f"no probes here: {running.status().probe_backend}")
+        eventually(lambda: running.status().engine_url, within_s=READY_S)
+        eventually(lambda: running.watch().engines)
+        yield running
+    finally:
+        running.close()
+
+
+@pytest.fixture
+def url(daemon: RunningDaemon) -> str:
+    return f"http://127.0.0.1:{daemon.status().engine_url.rpartition(':')[2]}"
+
+
+@pytest.fixture(scope="module")
+def other() -> Iterator[Elsewhere]:
+    with elsewhere() as made:
+        yield made
+
+
+def sessions(daemon: RunningDaemon, label: str) -> list[policy_pb2.SessionView]:
+    """Those of one sandbox, as its connections show."""
+    return [session for session in daemon.watch().sessions if session.sandbox == label]
+
+
+def test_every_plain_client_is_joined_to_its_sandbox_and_tenant(daemon, url, other):
+    there = url.replace("127.0.0.1", other.here)
+    kinds = [kind for kind in CLIENTS if shutil.which(PROGRAMS.get(kind, "sh"))]
+    clients = []
+    for number in range(20):
+        kind, tenant = kinds[number % len(kinds)], ("gold", "silver")[number % 2]
+        away = number % 5 in (3, 4)
+        via = other.command() if away else ()
+        clients.append(Client(daemon, there if away else url, tenant, f"plain-{number}", CLIENTS[kind], *via))
+        if number % 4 == 3:
+            for client in clients[-4:]:
+                client.said()
+    eventually(lambda: {s.sandbox for s in daemon.watch().sessions} >= {client.label for client in clients})
+    for client in clients:
+        found = sessions(daemon, client.label)
+        assert {s.tenant_id for s in found} == {client.tenant}
+        assert {s.session_id.startswith("anonymous-") for s in found} == {True}
+    assert [s for s in daemon.watch().sessions if not s.sandbox] == [], "nobody's"
+    print(f"joined {len(clients)} of {len(clients)}")
+    for client in clients:
+        client.leave()
+
+
+FORGE = """
+import httpx
+def status(**headers):
+    headers = {name.replace("_", "-"): value for name, value in headers.items()}
+    answered = httpx.post(f"{URL}/v1/chat/completions", json=body("Hi."), headers=headers, timeout=120)
+    print(answered.status_code, answered.json().get("error", {}).get("message", ""), flush=True)
+"""
+
+
+def forged(daemon: RunningDaemon, url: str, name: str, code: str, *via: str) -> list[tuple[int, str]]:
+    client = Client(daemon, url, "silver", name, FORGE + code, *via)
+    said = [line.partition(" ") for line in client.said()]
+    client.leave()
+    return [(int(status), message) for status, _, message in said]
+
+
+def test_a_forged_tenant_is_refused_in_one_line(daemon, url, other):
+    code = """
+for n in range(5): status(x_equipoise_tenant="gold")
+with httpx.Client() as client:
+    for n in range(5):
+        headers = {"X-Equipoise-Tenant": "gold", "X-Forwarded-For": f"10.9.9.{n}", "X-Real-IP": "10.9.9.9"}
+        answered = client.post(f"{URL}/v1/chat/completions", json=body("Hi."), headers=headers)
+        print(answered.status_code, answered.json()["error"]["message"], flush=True)
+"""
+    there = url.replace("127.0.0.1", other.here)
+    answered = forged(daemon, url, "forger", code) + forged(daemon, there, "forger-2", code, *other.command())
+    assert len(answered) == 20
+    assert {status for status, _ in answered} == {403}
+    assert answered[0][1] == (
+        "x-equipoise-tenant: 'gold': this request is from sandbox silver/forger: leave the header out"
+    )
+    assert not [s for s in daemon.watch().sessions if s.sandbox.startswith("silver/forger")], "nothing was computed"
+
+
+def test_its_own_tenants_name_does_no_harm_and_nor_does_a_forwarded_address(daemon, url):
+    code = """
+status(x_equipoise_tenant="silver")
+status(x_forwarded_for="10.9.9.9")
+"""
+    assert [status for status, _ in forged(daemon, url, "honest", code)] == [200, 200]
+
+
+def test_another_tenants_session_is_refused(daemon, url):
+    owner = Client(daemon, url, "gold", "owner", FORGE + 'status(x_equipoise_session="private")')
+    assert owner.said()[0].startswith("200")
+    code = 'status(x_equipoise_session="private"); status(x_equipoise_session="private", x_equipoise_tenant="gold")'
+    first, second = forged(daemon, url, "thief", code)
+    assert first == (403, "session private belongs to another tenant")
+    assert second[0] == 403
+    owner.leave()
+
+
+def test_who_is_in_no_sandbox_is_believed_as_before(daemon, url):
+    done = ask(url, {"x-equipoise-tenant": "gold", "x-equipoise-session": "outside"})
+    assert done["choices"]
+    eventually(lambda: [s for s in daemon.watch().sessions if s.session_id == "outside"])
+    (outside,) = [s for s in daemon.watch().sessions if s.session_id == "outside"]
+    assert (outside.tenant_id, outside.sandbox) == ("gold", "")
+
+
+def ask(url: str, headers: dict[str, str]) -> dict[str, Any]:
+    import httpx
+
+    body = {"messages": [{"role": "user", "content": "Hi."}], "max_tokens": 2}
+    answer: dict[str, Any] = httpx.post(f"{url}/v1/chat/completions", json=body, headers=headers, timeout=120).json()
+    return answer
+
+
+def test_a_tool_call_is_of_the_conversation_that_asked_for_it(daemon, url):
+    code = """
+import httpx
+with httpx.Client(timeout=120) as client:
+    def post(text, **headers):
+        client.post(f"{URL}/v1/chat/completions", json=body(text), headers=headers).raise_for_status()
+    post("Give this conversation a title.")
+    post("Run the tests, please.", **{"x-equipoise-awaits-tool": "1"})
+    subprocess.run(["sh", "-c", "sleep 0.7; exit 3 # asked-for"])
+    post("Another title.")
+"""
+    client = Client(daemon, url, "gold", "works", code)
+    client.said()
+    eventually(lambda: len(sessions(daemon, client.label)) == 3)
+    (call,) = daemon.tool_calls("asked-for")
+    assert call.session_id in {s.session_id for s in sessions(daemon, client.label)}
+    assert call.session_id.startswith("anonymous-") and call.exit_code == 3
+    assert call.kv_held_bytes > 0, "the KV of that conversation lay idle meanwhile"
+    client.leave()
+    eventually(lambda: not sessions(daemon, client.label))
+
+
+def test_the_agent_finds_the_engine_by_the_variables_its_libraries_read(daemon):
+    def variables(**more: str) -> dict[str, str]:
+        code = "import json, os; print(json.dumps(dict(os.environ)))"
+        done = daemon.cli("run", "--tenant", "gold", "--name", "env", "--", sys.executable, "-c", code, **more)
+        found: dict[str, str] = json.loads(done.stdout)
+        return found
+
+    engine = daemon.status().engine_url
+    told = variables()
+    assert told["EQUIPOISE_ENGINE_URL"] == engine
+    assert told["OPENAI_BASE_URL"] == told["OPENAI_API_BASE"] == f"{engine}/v1"
+    assert "ANTHROPIC_BASE_URL" not in told, "the engine does not speak it"
+    own = variables(OPENAI_BASE_URL="https://example.org/v1")
+    assert own["OPENAI_BASE_URL"] == "https://example.org/v1" and own["OPENAI_API_BASE"] == f"{engine}/v1"
