@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from ...policies.model import CgroupId, ToolCallId
+from ...policies.model import NS_PER_S, CgroupId, ToolCallId
 from ...policies.roles import Profile
 from .cgroups import SandboxCgroup
 from .processes import ProcessRef
@@ -29,6 +29,10 @@ class Kept:
     """Persistent shells likewise: each command in one is a tool call."""
     profile: Profile | None = None
     """Of the runtime, where the agent is known."""
+    survey_due_ns: int = 0
+    """When to look for a runtime among its processes again, should no event tell of one ..."""
+    survey_pause_ns: int = NS_PER_S
+    """... and how long to leave it after that: twice as long each time."""
     announced: list[ToolCallId] = field(default_factory=list)
     """Hook calls that no process has been matched with yet, oldest first."""
 

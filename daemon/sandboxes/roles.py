@@ -39,6 +39,7 @@ STAYS_NS = 20 * NS_PER_S
 _ONE_LINE_NS = NS_PER_S // 10
 """Programs that a persistent shell starts so close together, while the first still runs, are one command line."""
 _SURVEY_NS = NS_PER_S
+_SURVEY_PAUSE_MAX_NS = 30 * NS_PER_S
 
 
 @dataclass(slots=True)
@@ -62,7 +63,7 @@ class RoleKeeper:
         self._calls: dict[ToolCallId, ToolCallStarted] = {}
         """Tool calls that run, as they were told: the state hears of one only at the loop's next turn."""
         self._asked: dict[CgroupId, list[Asked]] = {}
-        self._surveyed_ns = 0
+        self._looked_ns = 0
 
     # -- what the rest of the daemon asks
 
@@ -104,15 +105,22 @@ class RoleKeeper:
             self._asked.pop(event.cgroup_id, None)
 
     def at_turn(self) -> tuple[Event, ...]:
-        """Now and then: look for runtimes whose connection no event told of, and call what stays a service."""
+        """Now and then: look for runtimes whose connection no event told of, and call what stays a service.
+
+        One sandbox a turn, and less and less often: a look takes some 10 ms, in which the loop answers nobody.
+        """
         now_ns = self._now_ns()
-        if self._probes is None or now_ns - self._surveyed_ns < _SURVEY_NS:
+        if self._probes is None:
             return ()
-        self._surveyed_ns = now_ns
         found: list[Event] = []
-        for kept in self._book.values():
-            if not kept.runtimes:
-                found += self.survey(kept)
+        waiting = (k for k in self._book.values() if not k.runtimes and k.survey_due_ns <= now_ns)
+        if (kept := min(waiting, key=lambda k: k.survey_due_ns, default=None)) is not None:
+            kept.survey_due_ns = now_ns + kept.survey_pause_ns
+            kept.survey_pause_ns = min(_SURVEY_PAUSE_MAX_NS, 2 * kept.survey_pause_ns)
+            found += self.survey(kept)
+        if now_ns - self._looked_ns < _SURVEY_NS:
+            return tuple(found)
+        self._looked_ns = now_ns
         for tag, helper in self._helpers.items():
             fact = helper.fact
             if fact.role in (Role.HOUSEKEEPING, Role.START_UP) and now_ns - fact.since_ns > STAYS_NS:
