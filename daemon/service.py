@@ -170,7 +170,7 @@ class Core:
         self.roles = RoleKeeper(self.sandboxes.book, probes, self.state, now_ns)
         self.kernel = KernelEvents(probes, self._from_kernel, now_ns, self.roles.sift)
         self.joins = Joins(self.state, self.kernel.drain, emit)
-        self.hook = EngineHook(emit, now_ns, self.joins.who)
+        self.hook = EngineHook(self._from_engine, now_ns, self.joins.who)
         self.calls = ToolCallKeeper(
             self.sandboxes.book, driver, probes, self.state, emit, now_ns, self.sandboxes.find_by_pid
         )
@@ -229,6 +229,10 @@ class Core:
             self.actuator.release_all(ending=True)
             self.calls.close()
             self.sandboxes.close()
+
+    def _from_engine(self, event: Event) -> None:
+        self.roles.hear(event)  # now: what was asked for may be exec'd before the loop's next turn
+        self.loop.emit(event)
 
     def _from_kernel(self, event: Event) -> None:
         if isinstance(event, ConnectionOpened):

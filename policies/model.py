@@ -88,6 +88,17 @@ class Verdict(Enum):
     DROP = "drop"
 
 
+@dataclass(frozen=True, slots=True)
+class AskedToolCall:
+    """A tool call as the model asked for it."""
+
+    call_id: str
+    """By which the conversation knows it."""
+    name: str
+    command: str = ""
+    """What a shell is to run; empty: its arguments hold no command."""
+
+
 class Role(Enum):
     """What a process below an agent is taken for; roles.py has the rules."""
 
