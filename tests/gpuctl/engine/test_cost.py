@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import pytest
+from equipoise.gpuctl.engine import cost as costs
 from equipoise.gpuctl.engine.compute.runner import BatchSlice, ContextMode
 from equipoise.gpuctl.engine.cost import _solve, fit, load_or_fit
 from equipoise.gpuctl.engine.schedule.sequence import Slot
 from equipoise.gpuctl.reports import CostFigures
 from equipoise.gpuctl.tiers import disk_bytes_per_second, disk_free_bytes, host_available_bytes
 from equipoise.tests.gpuctl.engine.driving import Driven
+from equipoise.tests.gpuctl.engine.fakes import FakeRunner
 
 
 def test_the_fit_recovers_the_coefficients_it_was_made_from():
@@ -55,16 +58,20 @@ def test_a_prefill_takes_about_what_the_fit_says(make_runner):
     assert said / 3 < took < said * 5  # a shared machine: an order of magnitude is what the economy needs
 
 
-@pytest.mark.engine
-def test_figures_are_kept_and_a_broken_file_is_fitted_again(make_runner, model, tmp_path):
-    runner = make_runner(kv_tokens=512, slot_tokens=512)
-    first = load_or_fit(runner, model.path, 1, tmp_path, None)
-    assert load_or_fit(runner, model.path, 1, tmp_path, None) == first
-    (path,) = tmp_path.glob("cost-*.json")
+def test_figures_are_kept_and_a_broken_file_is_fitted_again(monkeypatch, tmp_path):
+    fits = (CostFigures(decode_step_seconds=float(number)) for number in itertools.count(1))
+    monkeypatch.setattr(costs, "fit", lambda runner, disk_folder: next(fits))
+    model, cache, runner = tmp_path / "model.gguf", tmp_path / "cache", FakeRunner()
+    model.write_bytes(b"GGUF")
+
+    def figures() -> float:
+        return load_or_fit(runner, model, 1, cache, None).decode_step_seconds
+
+    assert [figures(), figures()] == [1, 1]
+    (path,) = cache.iterdir()
     path.write_text("{")
-    again = load_or_fit(runner, model.path, 1, tmp_path, None)
-    assert again.decode_step_seconds > 0
-    assert load_or_fit(runner, model.path, 1, tmp_path, None) == again
+    assert [figures(), figures()] == [2, 2]
+    assert list(cache.iterdir()) == [path], "nothing is left beside it"
 
 
 def test_the_tiers_below_say_what_they_hold(tmp_path):
