@@ -14,9 +14,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from equipoise.tests.agents.install import NPM_FOLDER, install_npm_agents
+from equipoise.tests.agents.install import (
+    FOLDER,
+    NPM_FOLDER,
+    install_aider,
+    install_mini,
+    install_npm_agents,
+)
+from equipoise.tests.agents.script import Command, Script
 
-PATH = f"{NPM_FOLDER}/node_modules/.bin:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
+PATH = f"{NPM_FOLDER}/node_modules/.bin:{FOLDER}/bin:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +39,12 @@ class Client:
     """From the endpoint's URL: files below HOME, by relative path."""
     install: Callable[[], Path] = install_npm_agents
     """Makes it be there; CannotInstall says why not."""
+    fit: Callable[[Script], Script] = lambda script: script
+    """What it can follow of a script, and what it needs on top to end."""
+    in_words: bool = False
+    """It has no tools; see Book.expect()."""
+    typing: tuple[tuple[str, str], ...] = ()
+    """It asks its user: what it prints, as a regular expression, and what is typed then. () asks nobody."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +55,7 @@ class Launch:
     environment: Mapping[str, str]
     workspace: Path
     label: str
+    typing: tuple[tuple[str, str], ...] = ()
 
 
 def _claude_environment(url: str) -> dict[str, str]:
@@ -95,6 +109,15 @@ def _gemini_settings(url: str) -> dict[str, str]:
     return {".gemini/settings.json": json.dumps(settings)}
 
 
+SUBMIT = Command("submit", "echo COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT", ends_agent=True)
+"""mini-swe-agent ends by this command alone; words without a tool call are an error to it."""
+_AIDER_OPTIONS = (
+    "--model", "openai/m", "--edit-format", "diff", "--no-git", "--map-tokens", "0", "--no-stream", "--no-pretty",
+    "--no-fancy-input", "--no-check-update", "--analytics-disable", "--no-show-model-warnings",
+    "--no-show-release-notes", "--no-detect-urls", "--no-auto-lint",
+)  # fmt: skip
+"""With --yes-always it would say no to every shell command: those want an explicit yes."""
+
 CLAUDE = Client(
     "claude",
     lambda prompt: ["claude", "-p", prompt, "--dangerously-skip-permissions", "--model", "m"],
@@ -114,7 +137,39 @@ GEMINI = Client(
     lambda url: {"GEMINI_API_KEY": "none", "GOOGLE_GEMINI_BASE_URL": url},
     _gemini_settings,
 )
-CLIENTS = {client.name: client for client in (CLAUDE, CODEX, OPENCODE, GEMINI)}
+MINI = Client(
+    "mini",
+    lambda prompt: ["mini", "--yolo", "--exit-immediately", "--cost-limit", "0", "-m", "openai/m", "-t", prompt],
+    lambda url: {
+        "OPENAI_API_BASE": f"{url}/v1",
+        "OPENAI_API_KEY": "none",
+        "MSWEA_CONFIGURED": "true",
+        "MSWEA_COST_TRACKING": "ignore_errors",
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+    },
+    lambda url: {},
+    install=install_mini,
+    fit=lambda script: script.then(SUBMIT),
+)
+AIDER = Client(
+    "aider",
+    lambda prompt: ["aider", *_AIDER_OPTIONS],
+    lambda url: {
+        "OPENAI_API_BASE": f"{url}/v1",
+        "OPENAI_API_KEY": "none",
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+    },
+    lambda url: {},
+    install=install_aider,
+    fit=lambda script: script.of_lines(),
+    in_words=True,
+    typing=(
+        (r"All done\.[\s\S]*diff> $", "/exit\r"),
+        (r"\(Y\)es/\(N\)o[^\n]*: $", "y\r"),
+        (r"(?m)^diff> $", "Go on, please ({label}).\r"),
+    ),
+)
+CLIENTS = {client.name: client for client in (CLAUDE, CODEX, OPENCODE, GEMINI, MINI, AIDER)}
 
 LAUNCHERS: dict[str, Callable[[list[str]], list[str]]] = {
     "plain": lambda argv: argv,
@@ -126,6 +181,12 @@ LAUNCHERS: dict[str, Callable[[list[str]], list[str]]] = {
     "npx": lambda argv: ["npx", "--no-install", "--prefix", str(NPM_FOLDER), "--", *argv],
     "npm-exec": lambda argv: ["npm", "exec", "--offline", "--prefix", str(NPM_FOLDER), "--", *argv],
 }
+
+
+def launchers_of(client: Client) -> list[str]:
+    """Those that can start it: npx and npm exec know what npm installed."""
+    from_npm = client.install is install_npm_agents
+    return [launcher for launcher in LAUNCHERS if from_npm or not launcher.startswith("np")]
 
 
 def prepare(client: Client, url: str, folder: Path, launcher: str = "plain") -> Launch:
@@ -149,7 +210,8 @@ def prepare(client: Client, url: str, folder: Path, launcher: str = "plain") -> 
         **client.environment(url),
     }
     argv = LAUNCHERS[launcher](client.argv(f"Run the tools, please ({label})."))
-    return Launch(tuple(argv), environment, workspace, label)
+    typing = tuple((pattern, reply.replace("{label}", label)) for pattern, reply in client.typing)
+    return Launch(tuple(argv), environment, workspace, label, typing)
 
 
 def make_workspace(folder: Path) -> None:
