@@ -75,6 +75,7 @@ def details(trial: Trial, *, rows: bool) -> str:
         trial.score.confusion().items(), key=lambda item: item[0][0].value)]  # fmt: skip
     text = "    " + "; ".join(told) + "\n"
     text += "".join(f"    {why}\n" for why in trial.score.wrong)
+    text += "".join(f"    left behind: {command[:160]}\n" for command in trial.ended.left_over)
     for row in trial.score.rows:
         if rows or row.truth is Truth.RUNTIME:
             number = "" if row.call is None else f" {row.call}"

@@ -342,6 +342,10 @@ class ScriptedModel:
         assert len(found) == 1, f"{len(found)} conversations say {label!r}: {[c.opening[-80:] for c in found]}"
         return found[0]
 
+    def all_said(self) -> bool:
+        """Whether there was a conversation, and every one has heard its last word."""
+        return bool(self.conversations) and all(conversation.ended_ns for conversation in self.conversations)
+
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()

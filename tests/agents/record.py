@@ -35,7 +35,7 @@ def record(client: Client, launcher: str, script: Script, folder: Path) -> str:
     with ScriptedModel(script) as model:
         launch = prepare(client, model.url, folder, launcher)
         model.book.expect(launch.label, client.fit(script), in_words=client.in_words)
-        ended = drive(launch, trace.command(output))
+        ended = drive(launch, trace.command(output), until=model.all_said)
         processes, port, conversations = trace.read(output), model.port, model.conversations
     head = [f"# {' '.join(launch.argv)}", f"# exit {ended.returncode} after {ended.took_s:.1f} s under strace"]
     head += [f"# wire ids {key}: {sorted(values)[0][:200]}" for c in conversations for key, values in c.wire.items()]

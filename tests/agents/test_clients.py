@@ -29,7 +29,7 @@ def test_the_conversation_of_ten_calls_completes(name, model, tmp_path):
         pytest.skip(str(error))
     launch, script = prepare(client, model.url, tmp_path), client.fit(TEN)
     model.book.expect(launch.label, script, in_words=client.in_words)
-    ended = drive(launch)
+    ended = drive(launch, until=model.all_said)
     assert ended.returncode == 0, ended.output[-2000:]
     conversation = model.conversation(launch.label)
     assert conversation.complete, [call.as_json() for call in conversation.calls]

@@ -56,7 +56,7 @@ def run(daemon: RunningDaemon, client: Client, folder: Path, launcher: str, scri
         launch = prepare(client, model.url, folder, launcher)
         model.book.expect(launch.label, client.fit(script), in_words=client.in_words)
         under = [*CLI, "run", "--tenant", "gold", "--name", name, "--"]
-        ended = drive(launch, under, {"EQUIPOISE_SOCKET": str(daemon.socket)})
+        ended = drive(launch, under, {"EQUIPOISE_SOCKET": str(daemon.socket)}, model.all_said)
         time.sleep(SETTLE_S)
         conversations = model.conversations
     rows = [said_of(view) for view in daemon.tool_calls() if view.sandbox == name]
