@@ -152,6 +152,12 @@ def profile_of(commands: Sequence[str]) -> Profile | None:
     return next((p for p in PROFILES if any(p.program.search(command) for command in commands)), None)
 
 
+def is_agent(command: str) -> bool:
+    """Whether the program itself, or the script its interpreter runs, is that of a known agent."""
+    program = " ".join(command.split(" ", 2)[:2])
+    return not _SHELL.search(command) and not _LAUNCHER.search(command) and profile_of([program]) is not None
+
+
 def may_be_agent(command: str) -> bool:
     """Whether a process with a connection may be an agent: it is no launcher, and no program known to be a tool."""
     shell = _SHELL.search(command)
@@ -201,8 +207,9 @@ def _by_profile(seen: Exec, profile: Profile, runtime: str) -> Ruling:
     if profile.call.search(seen.command) and (seen.session_leader or not profile.own_session):
         why = f"looks as tool calls of {profile.name} do"
         return Ruling(Role.TOOL_CALL, 0.97, why, asked_text(seen.command, profile), budgeted=True)
-    if profile.program.search(seen.command) and same_program(seen.command, runtime):
-        return Ruling(Role.START_UP, 0.9, "a relaunch of the agent itself", seen.command)
+    if is_agent(seen.command) or same_program(seen.command, runtime):
+        # Codex's screen starts a server of its own that speaks to the model and runs the calls.
+        return Ruling(Role.START_UP, 0.9, "an agent's program: it is one once it speaks to a model", seen.command)
     if _SERVICE.search(seen.command):
         return Ruling(Role.SERVICE, 0.9, "a server by its name", seen.command)
     return Ruling(Role.HOUSEKEEPING, 0.95, f"no tool call of {profile.name} looks so", seen.command)
@@ -213,7 +220,7 @@ def _by_shape(seen: Exec, runtime: str) -> Ruling:
     command = seen.command
     if same_program(command, runtime):
         return Ruling(Role.START_UP, 0.9, "a relaunch of the agent itself", command)
-    if profile_of([command]) is not None and not _SHELL.search(command):
+    if is_agent(command):
         return Ruling(Role.START_UP, 0.8, "an agent of its own, until it speaks to a model", command)
     if _SERVICE.search(command):
         return Ruling(Role.SERVICE, 0.85, "a server by its name", command)

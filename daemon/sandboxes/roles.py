@@ -278,14 +278,16 @@ class RoleKeeper:
         if self._probes is None or pid in kept.runtimes.values():
             return
         command = evidence.command_line(pid)
+        helper = self._helpers.get(tag)
+        known = helper.fact.role.value if helper is not None else "none"
+        log.debug("connected", pid=pid, tag=f"{tag:x}", is_agent=is_agent, role=known, command=command[:80])
         if not command or not roles.may_be_agent(command):
             return
-        helper = self._helpers.get(tag)
         if is_agent and tag == kept.agent_tag and pid == kept.agent_pid:
             kept.runtimes[tag] = pid
             self._settled(tag)
             self._give_budgets(tag)
-        elif helper is not None and helper.fact.role is Role.START_UP:
+        elif helper is not None and (helper.fact.role is Role.START_UP or roles.is_agent(command)):
             try:
                 tag = self._follow(pid, kept)
             except (ProcessLookupError, EbpfError) as error:

@@ -34,7 +34,7 @@ def main() -> int:
     daemon = RunningDaemon(folder, options.policy.read_text() if options.policy else POLICY)
     perfect = True
     try:
-        daemon.start()
+        daemon.start("--verbose")
         print(f"probes {daemon.status().probe_backend}; traces in {folder}")
         print(HEADING)
         for name in names:

@@ -36,7 +36,7 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningDaemon]:
 
 
 @pytest.mark.parametrize(("name", "launcher"), STARTS)
-def every_tool_call_is_found_and_nothing_else(name, launcher, daemon, tmp_path):
+def test_every_tool_call_is_found_and_nothing_else(name, launcher, daemon, tmp_path):
     client = CLIENTS[name]
     try:
         client.install()
