@@ -6,12 +6,15 @@ DaemonError
 ├── JournalError      the journal cannot be opened, read or written
 ├── ListenError       an address or socket cannot be had
 ├── GuardianError     the guardian process did not start
+├── RegistrationRefused   a sandbox or call was asked for that must not be; nothing was touched
 └── CommandError      a command of the CLI cannot be carried out; the message is all that is printed
 
 That a cgroup, process or session is gone is never one of these: it is an outcome (see `cgroups.files.Effect`).
 """
 
 from __future__ import annotations
+
+from enum import Enum
 
 
 class DaemonError(Exception):
@@ -45,3 +48,23 @@ class GuardianError(DaemonError):
 
 class CommandError(DaemonError):
     """What the user asked for cannot be done."""
+
+
+class Refusal(Enum):
+    """Why a registration was refused; each is a gRPC status of its own."""
+
+    INVALID = "invalid"
+    """It makes no sense whatever the host looks like."""
+    NOT_FOUND = "not found"
+    TAKEN = "taken"
+    """Somebody else has it: the name, the process or the cgroup."""
+    FORBIDDEN = "forbidden"
+    """It would harm the host or the daemon."""
+
+
+class RegistrationRefused(DaemonError):
+    """Refused before anything was touched."""
+
+    def __init__(self, reason: Refusal, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason

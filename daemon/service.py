@@ -25,6 +25,7 @@ from ..policies.policy import Policy
 from ..policies.snapshot import Snapshot
 from ..policies.state import State
 from . import log, notify, policy_file
+from .alone import claim_base, claim_folder
 from .enforce import fallback_budget
 from .enforce.actuator import Actuator
 from .enforce.fallback_budget import FallbackBudget
@@ -101,10 +102,14 @@ async def start(config: Config, parts: contextlib.AsyncExitStack) -> Status:
     started_ns = now_ns()
     host = Host()
     policy = policy_file.load(config.policy or policy_file.BUILTIN)
+    driver = _find_cgroups(config, host, parts)
+    claim_folder(config.journal.parent, driver.base if driver is not None else "none", parts)
+    if driver is not None:
+        claim_base(driver, parts)
     claim_socket(config.socket)
     journal = Journal.open(config.journal, boot_id=boot_id(), started_ns=started_ns)
     parts.callback(lambda: journal.close(now_ns()))
-    driver = _open_cgroups(config, host, parts)
+    driver = _prepare_cgroups(config, host, driver, parts)
     guarding = Guarding(config.journal, driver.base if driver else None)
     parts.callback(guarding.close)
     probes = _open_probes(config, host, parts)
@@ -165,8 +170,10 @@ class Core:
         self.roles = RoleKeeper(self.sandboxes.book, probes, self.state, now_ns)
         self.kernel = KernelEvents(probes, self._from_kernel, now_ns, self.roles.sift)
         self.joins = Joins(self.state, self.kernel.drain, emit)
-        self.hook = EngineHook(emit, now_ns, self.joins.who)
-        self.calls = ToolCallKeeper(self.sandboxes.book, driver, probes, self.state, emit, now_ns)
+        self.hook = EngineHook(self._from_engine, now_ns, self.joins.who)
+        self.calls = ToolCallKeeper(
+            self.sandboxes.book, driver, probes, self.state, emit, now_ns, self.sandboxes.find_by_pid
+        )
         self.holds = Holds(journal, driver)
         self.polling: FallbackBudget | None = None
         """Stands in for the probes."""
@@ -223,6 +230,10 @@ class Core:
             self.calls.close()
             self.sandboxes.close()
 
+    def _from_engine(self, event: Event) -> None:
+        self.roles.hear(event)  # now: what was asked for may be exec'd before the loop's next turn
+        self.loop.emit(event)
+
     def _from_kernel(self, event: Event) -> None:
         if isinstance(event, ConnectionOpened):
             self.joins.opened(event)  # now: an engine may ask before the loop's next turn
@@ -246,26 +257,31 @@ class Core:
 # -- parts that a host may lack
 
 
-def _open_cgroups(config: Config, host: Host, parts: contextlib.AsyncExitStack) -> CgroupDriver | None:
-    """Undo what an earlier run left, then make the base. Without cgroups the daemon runs on, unless the base was
-    asked for by name.
-    """
+def _find_cgroups(config: Config, host: Host, parts: contextlib.AsyncExitStack) -> CgroupDriver | None:
+    """Which base is ours; nothing is touched. Without cgroups the daemon runs on, unless the base was asked for."""
     try:
         driver = CgroupDriver.open(base=config.cgroup_base)
     except CgroupError as error:
         _without_cgroups(config, host, error)
-        _release_earlier(config, None)
         return None
+    parts.callback(driver.close)
+    return driver
+
+
+def _prepare_cgroups(
+    config: Config, host: Host, driver: CgroupDriver | None, parts: contextlib.AsyncExitStack
+) -> CgroupDriver | None:
+    """Undo what an earlier run left, then make the base."""
     _release_earlier(config, driver)
+    if driver is None:
+        return None
     try:
         sweep(driver)
         driver.prepare()
     except CgroupError as error:
-        driver.close()
         _without_cgroups(config, host, error)
         return None
     host.cgroup_layout = driver.layout.kind.value
-    parts.callback(driver.close)
     parts.callback(sweep, driver)
     return driver
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from ..policies.accounting import TurnCost
 from ..policies.model import (
+    AskedToolCall,
     CostModel,
     EngineTotals,
     FinishReason,
@@ -108,6 +109,7 @@ class TurnEnded:
     ttft_ns: int | None
     queued_ns: int
     cost: TurnCost
+    asked: tuple[AskedToolCall, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from enum import Enum
 from .accounting import TurnCost
 from .actions import Decision, Outcome
 from .model import (
+    AskedToolCall,
     CgroupId,
     CostModel,
     Engine,
@@ -300,6 +301,8 @@ class TurnEnded:
     ttft_ns: int
     queued_ns: int
     cost: TurnCost = field(default_factory=TurnCost)
+    asked: tuple[AskedToolCall, ...] = ()
+    """The tool calls that the answer asks for, where the engine looks for them."""
 
 
 @dataclass(frozen=True, slots=True)

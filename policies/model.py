@@ -88,6 +88,17 @@ class Verdict(Enum):
     DROP = "drop"
 
 
+@dataclass(frozen=True, slots=True)
+class AskedToolCall:
+    """A tool call as the model asked for it."""
+
+    call_id: str
+    """By which the conversation knows it."""
+    name: str
+    command: str = ""
+    """What a shell is to run; empty: its arguments hold no command."""
+
+
 class Role(Enum):
     """What a process below an agent is taken for; roles.py has the rules."""
 
@@ -152,6 +163,8 @@ class Sandbox:
     """The session its agent uses unless it says otherwise."""
     agent_pid: int | None
     registered_ns: int
+    agent_start_ticks: int | None = None
+    """With its pid the agent's identity for one boot: field 22 of /proc/<pid>/stat. None: no agent, or not known."""
     memory_bytes: int = 0
     """Charged to the whole cgroup at the last sample."""
     peak_bytes: int = 0

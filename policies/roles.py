@@ -168,8 +168,13 @@ def rule(
     runtime: str = "",
     asked: Sequence[Asked] = (),
     rules: Sequence[RoleRule] = (),
+    *,
+    witnessed: bool = False,
 ) -> Ruling:
-    """What the process is. `runtime` is the command line of the runtime that forked it, `rules` are the policy's."""
+    """What the process is. `runtime` is the command line of the runtime that forked it, `rules` are the policy's.
+
+    `witnessed`: an engine of ours hears this agent's conversation, so that `asked` holds all that is asked for now.
+    """
     if OWN.search(seen.command):
         return Ruling(Role.WRAPPER, 1.0, "a program of ours", seen.command)
     if (wanted := matching(seen.command, asked)) is not None:
@@ -184,6 +189,9 @@ def rule(
             return Ruling(each.role, 0.99, f"the policy's rule {each.match!r}", seen.command, budgeted=called)
     if not seen.below_runtime:
         return Ruling(Role.START_UP, 0.9, "nobody above it has spoken to a model yet", seen.command)
+    if witnessed and all(each.command for each in asked):
+        # A call without a command in its arguments may start any program: then the shape decides.
+        return Ruling(Role.HOUSEKEEPING, 0.7, "nothing of the kind was asked for in the conversation", seen.command)
     if profile is not None:
         return _by_profile(seen, profile, runtime)
     return _by_shape(seen, runtime)

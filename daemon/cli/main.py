@@ -251,7 +251,7 @@ def _add_ps(commands: Commands) -> None:
         "equipoise ps --sessions",
         "equipoise ps --processes              who is the runtime, a service, housekeeping, and why",
     )
-    parser.add_argument("--all", action="store_true", help="finished ones too")
+    parser.add_argument("--all", action="store_true", help="finished ones too, whose processes are all gone")
     parser.add_argument("--sessions", action="store_true", help="the engines' sessions instead, and what they cost")
     parser.add_argument("--processes", action="store_true", help="what else runs below the agents, by its role")
     parser.add_argument("--tenant", default="", help="of one tenant only")
@@ -276,7 +276,8 @@ def _ps(arguments: argparse.Namespace) -> int:
             printing.processes(processes)
         return 0
     calls = client.list_tool_calls(arguments.socket, arguments.tenant)
-    shown = [c for c in calls if arguments.all or not c.end_ns]
+    # What has outlived its call is no less there while it holds memory.
+    shown = [c for c in calls if arguments.all or not c.end_ns or c.used_bytes]
     if arguments.json:
         print(json.dumps([printing.as_dict(c) for c in shown], indent=1))
     else:

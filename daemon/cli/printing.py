@@ -36,7 +36,7 @@ def _console() -> Console:
 
 
 def tool_calls(calls: list[pb.ToolCallView], console: Console | None = None) -> None:
-    """One row a tool call; a line where there are none."""
+    """One row a tool call; a line where there are none. "left behind": it has ended, and not all of its processes."""
     console = console or _console()
     if not calls:
         console.print("no tool calls")
@@ -54,7 +54,7 @@ def tool_calls(calls: list[pb.ToolCallView], console: Console | None = None) -> 
             escape(f"{call.tenant_id}/{call.sandbox}"),
             escape(" ".join(call.command.split())),
             f"{call.source} {call.confidence:.2f}",
-            call.phase,
+            "left behind" if call.end_ns and call.used_bytes else call.phase,
             seconds,
             f"{call.used_bytes / MIB:.0f}",
             f"{call.peak_bytes / MIB:.0f}",

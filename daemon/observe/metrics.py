@@ -214,12 +214,14 @@ def _engines(snapshot: Snapshot) -> Iterator[Metric]:
 
 
 def _counts(counts: Counts) -> Iterator[Metric]:
-    started = CounterMetricFamily(
-        "equipoise_tool_calls", "Tool calls begun, by program and by how they were found.", labels=["kind", "source"]
+    ended = CounterMetricFamily(
+        "equipoise_tool_calls",
+        "Tool calls that ended, by program and how they were found.",
+        labels=["kind", "source"],
     )
     for kind_and_source, count in counts.tool_calls.items():
-        started.add_metric(kind_and_source, count)
-    yield started
+        ended.add_metric(kind_and_source, count)
+    yield ended
     duration = SummaryMetricFamily(
         "equipoise_tool_call_duration_seconds", "Duration of tool calls that ended.", labels=["tenant"]
     )

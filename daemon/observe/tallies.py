@@ -18,9 +18,8 @@ from ...policies.events import (
     EventsLost,
     OutcomeObserved,
     ToolCallEnded,
-    ToolCallStarted,
 )
-from ...policies.model import NS_PER_S, DecisionId
+from ...policies.model import NS_PER_S, DecisionId, ToolCallId
 from ...policies.state import State
 
 OTHER = "other"
@@ -28,6 +27,7 @@ KINDS = 32
 RULES = 64
 TENANTS = 64
 _DECISIONS = 10_000
+_ENDED = 10_000
 
 
 @dataclass(slots=True)
@@ -35,7 +35,8 @@ class Counts:
     """Everything counted since the start."""
 
     tool_calls: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """By kind and source."""
+    """By kind and source, as they are known when a call has ended: until then a wrapper looks like a call of its own,
+    and a call that a hook announced like one of lineage."""
     tool_calls_ended: Counter[str] = field(default_factory=Counter)
     """By tenant."""
     tool_call_seconds: Counter[str] = field(default_factory=Counter)
@@ -60,6 +61,7 @@ class Tallies:
         self._counts = Counts()
         self._labels: dict[str, set[str]] = {}
         self._decisions: OrderedDict[DecisionId, tuple[str, str]] = OrderedDict()
+        self._ended: OrderedDict[ToolCallId, None] = OrderedDict()
 
     def __call__(self, event: Event, state: State) -> None:
         with self._lock:
@@ -83,12 +85,10 @@ class Tallies:
     def _count(self, event: Event, state: State) -> None:
         counts = self._counts
         match event:
-            case ToolCallStarted(id=tool_call, source=source):
-                call = state.tool_calls.get(state.resolve(tool_call))
-                kind = self._bounded("kind", call.kind if call is not None else OTHER, KINDS)
-                counts.tool_calls[kind, source.value] += 1
             case ToolCallEnded(id=tool_call):
-                if call := state.tool_calls.get(state.resolve(tool_call)):
+                call = state.tool_calls.get(state.resolve(tool_call))
+                if call is not None and call.end_ns is not None and self._first(call.id):
+                    counts.tool_calls[self._bounded("kind", call.kind, KINDS), call.source.value] += 1
                     tenant = self._bounded("tenant", call.tenant, TENANTS)
                     counts.tool_calls_ended[tenant] += 1
                     counts.tool_call_seconds[tenant] += call.elapsed_ns(event.at_ns) * 1000 // NS_PER_S
@@ -111,6 +111,15 @@ class Tallies:
                 counts.events_lost[self._bounded("source", source, KINDS)] += count
             case _:
                 pass
+
+    def _first(self, call: ToolCallId) -> bool:
+        """Whether it ends for the first time: its wrapper, its hook and the kernel each say so."""
+        if call in self._ended:
+            return False
+        self._ended[call] = None
+        if len(self._ended) > _ENDED:
+            self._ended.popitem(last=False)
+        return True
 
     def _bounded(self, label: str, value: str, limit: int) -> str:
         known = self._labels.setdefault(label, set())

@@ -14,13 +14,19 @@ from ...policies.model import MIB, NS_PER_S, Sandbox, SessionId, TenantId, ToolC
 from ...policies.state import State
 from ..api.v1 import sandbox_pb2 as pb
 from ..api.v1 import sandbox_pb2_grpc
-from ..errors import CgroupError
+from ..errors import CgroupError, Refusal, RegistrationRefused
 from ..observe.history import History
 from ..sandboxes.keeper import SandboxKeeper
 from ..sandboxes.tool_calls import ToolCallKeeper
 from .words import tool_call_hex
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"  # generic in the stubs only
+STATUS = {
+    Refusal.INVALID: grpc.StatusCode.INVALID_ARGUMENT,
+    Refusal.NOT_FOUND: grpc.StatusCode.NOT_FOUND,
+    Refusal.TAKEN: grpc.StatusCode.ALREADY_EXISTS,
+    Refusal.FORBIDDEN: grpc.StatusCode.PERMISSION_DENIED,
+}
 
 
 class SandboxServer(sandbox_pb2_grpc.SandboxServiceServicer):
@@ -62,6 +68,8 @@ class SandboxServer(sandbox_pb2_grpc.SandboxServiceServicer):
                 SessionId(request.session_id) if request.session_id else None,
                 direct=request.direct,
             )
+        except RegistrationRefused as error:
+            await _refuse(context, STATUS[error.reason], str(error))
         except ProcessLookupError:
             await _refuse(context, grpc.StatusCode.NOT_FOUND, f"no process {request.pid}")
         except (CgroupError, EbpfError) as error:
@@ -90,14 +98,16 @@ class SandboxServer(sandbox_pb2_grpc.SandboxServiceServicer):
                 request.external_id or None,
                 SessionId(request.session_id) if request.session_id else None,
             )
+        except RegistrationRefused as error:
+            await _refuse(context, STATUS[error.reason], str(error))
         except ProcessLookupError:
             await _refuse(context, grpc.StatusCode.NOT_FOUND, f"no process {request.pid}")
         except (CgroupError, EbpfError) as error:
             await _refuse(context, grpc.StatusCode.FAILED_PRECONDITION, str(error))
         self._settle()
-        known = self._state.tool_calls.get(self._state.resolve(call))
+        known = self._state.tool_calls.get(self._state.resolve(call)) if call is not None else None
         return pb.BeginToolCallResponse(
-            tool_call_id=tool_call_hex(call),
+            tool_call_id=tool_call_hex(call) if call is not None else "",
             soft_bytes=known.soft_bytes if known else 0,
             hard_bytes=known.hard_bytes if known else 0,
         )

@@ -8,19 +8,20 @@ and the processes below it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import count
 
 from ...ebpf.errors import EbpfError
 from ...ebpf.tool_memory import ToolMemory
-from ...policies.document import NAME
 from ...policies.events import Event, ProcessesGone, RoleObserved, SandboxRegistered, SandboxRemoved
 from ...policies.model import CgroupId, Role, Sandbox, SessionId, TenantId
 from ...policies.state import State
 from .. import log
 from ..errors import CgroupError
-from . import processes
+from . import processes, registering
 from .cgroups import CgroupDriver, SandboxCgroup
 from .kept import Book, Kept
+from .processes import ProcessRef
 from .watch import unwatch, watch
 
 
@@ -89,22 +90,37 @@ class SandboxKeeper:
     ) -> Sandbox:
         """Make or adopt the sandbox's cgroup, move the agent into it and follow what it execs.
 
-        Registering a known sandbox again only takes in a new agent. Raises CgroupError, ProcessLookupError; then
-        nothing of it is left.
+        A known sandbox takes in its first agent, or the next one after its agent has gone; with the agent that it has
+        it is answered as it is. Raises RegistrationRefused before anything is touched; CgroupError, EbpfError and
+        ProcessLookupError after everything is as it was again.
         """
+        registering.check_name(name)
+        agent = registering.check_process(pid) if pid is not None else None
         known = self.find(tenant, name)
-        if known is not None and known.cgroup_id in self.book:
-            cgroup, session = self.book[known.cgroup_id].cgroup, session or known.session
+        if cgroup_path and self._driver is not None:
+            others = (s for s in self._state.sandboxes.values() if s is not known)
+            cgroup_path = registering.check_cgroup(cgroup_path, self._driver, others)
+        if agent is not None:
+            registering.check_free(agent.pid, self.find_by_pid(agent.pid), f"{tenant}/{name}")
+        kept = self.book.get(known.cgroup_id) if known is not None else None
+        if known is not None and kept is not None:
+            if cgroup_path and cgroup_path != known.path:
+                raise registering.elsewhere(known, cgroup_path)
+            if agent is None or agent == kept.agent:
+                return self._with_session(known, session)
+            if kept.agent is not None and processes.look(kept.agent) is not None:
+                raise registering.held(known, self._now_ns())
+            cgroup, session = kept.cgroup, session or known.session
         else:
             cgroup = self._cgroup(tenant, name, cgroup_path)
-        kept = self.book.get(cgroup.cgroup_id) or Kept(cgroup)
+            kept = Kept(cgroup)
         kept.direct = direct
         try:
-            if pid is not None:
-                self._take_in_agent(kept, pid)
+            if agent is not None:
+                self._take_in_agent(kept, agent)
         except (CgroupError, EbpfError, ProcessLookupError):
             if known is None and cgroup.own:
-                self._cgroups.remove(cgroup.path)
+                self._remove_cgroup(cgroup)
             raise
         self.book[cgroup.cgroup_id] = kept
         sandbox = Sandbox(
@@ -113,12 +129,20 @@ class SandboxKeeper:
             name=name,
             path=cgroup.path,
             session=session or SessionId(f"{tenant}/{name}"),
-            agent_pid=pid if pid is not None else (known.agent_pid if known else None),
+            agent_pid=pid,
+            agent_start_ticks=agent.start_ticks if agent is not None else None,
             registered_ns=self._now_ns(),
         )
         self._emit(SandboxRegistered(sandbox.registered_ns, sandbox))
         log.event("sandbox_registered", sandbox=sandbox.label, cgroup=cgroup.path, cgroup_id=cgroup.cgroup_id, pid=pid)
         return sandbox
+
+    def _with_session(self, known: Sandbox, session: SessionId | None) -> Sandbox:
+        """Registered again as it is, for another session perhaps."""
+        if session is not None and session != known.session:
+            known = replace(known, session=session)
+            self._emit(SandboxRegistered(self._now_ns(), known))
+        return known
 
     @property
     def _cgroups(self) -> CgroupDriver:
@@ -131,38 +155,54 @@ class SandboxKeeper:
             return self._driver.adopt(cgroup_path) if cgroup_path else self._driver.create_sandbox(tenant, name)
         if cgroup_path:
             raise CgroupError(f"{cgroup_path}: no cgroups can be used here: run the daemon as root, see its `lacks`")
-        if not NAME.fullmatch(name):
-            raise CgroupError(f"sandbox name {name!r}: use up to 64 letters, digits, '.', '_' and '-'")
         # A number of ours stands for the cgroup id that there is none of.
         return SandboxCgroup("", CgroupId(next(self._names)), "", own=False)
 
-    def _take_in_agent(self, kept: Kept, pid: int) -> None:
-        cgroup = kept.cgroup
+    def _take_in_agent(self, kept: Kept, agent: ProcessRef) -> None:
+        """Or leave it where and as it was."""
+        cgroup, pid = kept.cgroup, agent.pid
+        came_from = self._cgroups.whereabouts(pid) if cgroup.own else ()
         if cgroup.own:
             joined = self._cgroups.attach(pid, cgroup.runtime)
             if not joined.done:
                 raise CgroupError(f"pid {pid} could not be moved to {cgroup.runtime}: {joined.detail or 'it is gone'}")
+        try:
+            self._follow(kept, agent)
+        except (EbpfError, ProcessLookupError):
+            if cgroup.own:
+                self._cgroups.put_back(pid, came_from)
+            raise
+
+    def _follow(self, kept: Kept, agent: ProcessRef) -> None:
+        """Tag the agent and watch for its end. Raises EbpfError, ProcessLookupError; then nothing has changed."""
+        cgroup, tag = kept.cgroup, None
         if self._probes is not None:
-            if kept.agent_tag is not None:
-                self._probes.forget(kept.agent_tag)
             # Whose children have budgets is known when somebody has spoken to a model (roles.py), or has been said.
             budget = self._state.policy.memory.budget if self._state.policy.enforce and kept.direct else None
-            kept.agent_tag = self._probes.register_agent(
-                pid,
+            tag = self._probes.register_agent(
+                agent.pid,
                 cgroup.cgroup_id,
                 soft_bytes=budget.soft_bytes if budget else 0,
                 hard_bytes=budget.hard_bytes if budget else 0,
                 starting=not kept.direct,
             )
-            kept.runtimes = {kept.agent_tag: pid} if kept.direct else {}
-        kept.agent_pid = pid
+        if processes.look(agent) is None:  # its pid may be another's by now
+            if tag is not None and self._probes is not None:
+                self._probes.forget(tag)
+            raise ProcessLookupError(f"no process {agent.pid}")
+        if self._probes is not None:
+            for old in kept.tags():
+                self._probes.forget(old)
+        kept.runtimes = {tag: agent.pid} if kept.direct and tag is not None else {}
+        kept.shells, kept.profile = {}, None
         unwatch(kept.pidfd)
-        kept.pidfd = watch(pid, lambda: self._agent_exited(cgroup.cgroup_id))
+        kept.agent, kept.agent_tag = agent, tag
+        kept.pidfd = watch(agent.pid, lambda: self._agent_exited(cgroup.cgroup_id, agent))
 
-    def _agent_exited(self, cgroup_id: CgroupId) -> None:
+    def _agent_exited(self, cgroup_id: CgroupId, agent: ProcessRef) -> None:
         kept = self.book.get(cgroup_id)
-        if kept is None:
-            return
+        if kept is None or kept.agent != agent:
+            return  # another has its place
         unwatch(kept.pidfd)
         kept.pidfd = None
         sandbox = self._state.sandboxes.get(cgroup_id)
@@ -171,9 +211,10 @@ class SandboxKeeper:
         self._remove_unless_used(cgroup_id)
 
     def _remove_unless_used(self, cgroup_id: CgroupId) -> None:
-        calls = (c.sandbox == cgroup_id and c.gone_ns is None for c in self._state.tool_calls.values())
+        calls = (c for c in self._state.tool_calls.values() if c.sandbox == cgroup_id and c.gone_ns is None)
         others = (p.sandbox == cgroup_id and p.role is not Role.WRAPPER for p in self._state.processes.values())
-        if not any(calls) and not any(others):
+        if not any(call.pid is not None for call in calls) and not any(others):
+            # A call without a process ends with its agent.
             self.remove(cgroup_id)
 
     def remove(self, cgroup_id: CgroupId) -> str:
@@ -183,7 +224,7 @@ class SandboxKeeper:
             return ""
         unwatch(kept.pidfd)
         if self._probes is not None:
-            for tag in {*kept.runtimes, *kept.shells, *([kept.agent_tag] if kept.agent_tag is not None else [])}:
+            for tag in kept.tags():
                 self._probes.forget(tag)
         self._emit(SandboxRemoved(self._now_ns(), cgroup_id, kept.cgroup.path))
         if self._driver is None:
@@ -191,14 +232,19 @@ class SandboxKeeper:
         self._driver.forget(kept.cgroup.path)
         if not kept.cgroup.own:
             return ""
-        removed = self._driver.remove(kept.cgroup.path)
+        return self._remove_cgroup(kept.cgroup)
+
+    def _remove_cgroup(self, cgroup: SandboxCgroup) -> str:
+        """One that we made, and its tenant's with the last. Answers why it could not be removed, or ""."""
+        removed = self._cgroups.remove(cgroup.path)
+        self._cgroups.remove_where_empty(cgroup.path.rpartition("/")[0])
         return "" if removed.done else removed.detail
 
     def disarm(self, cgroup_id: CgroupId) -> None:
         """Take the hard budgets of a sandbox's tool calls away: nobody could undo a stop there."""
         kept = self.book.get(cgroup_id)
         if kept is not None and self._probes is not None:
-            for tag in {*kept.runtimes, *kept.shells, *([kept.agent_tag] if kept.agent_tag is not None else [])}:
+            for tag in kept.tags():
                 self._probes.set_child_budget(tag, soft_bytes=0, hard_bytes=0)
 
     def close(self) -> None:
@@ -219,5 +265,5 @@ class SandboxKeeper:
             case _:
                 return
         kept = self.book.get(sandbox) if sandbox is not None else None
-        if sandbox is not None and kept is not None and kept.pidfd is None and kept.agent_tag is not None:
+        if sandbox is not None and kept is not None and kept.agent_gone:
             self._remove_unless_used(sandbox)  # the agent has gone before the last of what it left

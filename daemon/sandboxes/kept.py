@@ -8,6 +8,7 @@ from typing import TypeAlias
 from ...policies.model import NS_PER_S, CgroupId, ToolCallId
 from ...policies.roles import Profile
 from .cgroups import SandboxCgroup
+from .processes import ProcessRef
 
 
 @dataclass(slots=True)
@@ -15,10 +16,11 @@ class Kept:
     """One sandbox as the keepers keep it."""
 
     cgroup: SandboxCgroup
+    agent: ProcessRef | None = None
+    """Its latest agent, gone or not; None: it has had none yet."""
     agent_tag: ToolCallId | None = None
     pidfd: int | None = None
-    agent_pid: int | None = None
-    """Its first program, as it was registered."""
+    """Watches the agent while it lives."""
     direct: bool = False
     """The registered process is the agent itself, not what may start it: so the caller said."""
     runtimes: dict[ToolCallId, int] = field(default_factory=dict)
@@ -33,6 +35,19 @@ class Kept:
     """... and how long to leave it after that: twice as long each time."""
     announced: list[ToolCallId] = field(default_factory=list)
     """Hook calls that no process has been matched with yet, oldest first."""
+
+    @property
+    def agent_gone(self) -> bool:
+        return self.agent is not None and self.pidfd is None
+
+    @property
+    def agent_pid(self) -> int | None:
+        """Its first program, as it was registered."""
+        return self.agent.pid if self.agent is not None else None
+
+    def tags(self) -> set[ToolCallId]:
+        """Every record in the kernel that calls of this sandbox name as their parent."""
+        return {*self.runtimes, *self.shells, *([self.agent_tag] if self.agent_tag is not None else [])}
 
 
 Book: TypeAlias = dict[CgroupId, Kept]

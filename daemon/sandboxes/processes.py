@@ -19,6 +19,9 @@ from .cgroups.files import Applied, Effect, read_text
 PROC = Path("/proc")
 SIGNAL_TIER = "signal"
 _DEAD = frozenset("ZXx")
+_PF_FORKNOEXEC = 0x40
+_PF_KTHREAD = 0x200000
+"""include/linux/sched.h; field 9 of /proc/<pid>/stat shows them."""
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -37,6 +40,16 @@ class ProcessStat:
     """One letter of proc(5): R S D T t Z X I."""
     parent_pid: int
     start_ticks: int
+    flags: int = 0
+
+    @property
+    def kernel_thread(self) -> bool:
+        return bool(self.flags & _PF_KTHREAD)
+
+    @property
+    def execed(self) -> bool:
+        """It has exec'd since it was forked: what the kernel's lineage takes for a tool call of its agent."""
+        return not self.flags & _PF_FORKNOEXEC
 
     @property
     def alive(self) -> bool:
@@ -55,13 +68,30 @@ def stat(pid: int, proc_root: Path = PROC) -> ProcessStat | None:
         return None
     # The command name stands in parentheses and may hold blanks and parentheses itself.
     fields = text[text.rindex(")") + 2 :].split()
-    return ProcessStat(fields[0], int(fields[1]), int(fields[19]))
+    return ProcessStat(fields[0], int(fields[1]), int(fields[19]), int(fields[6]))
 
 
 def identify(pid: int, proc_root: Path = PROC) -> ProcessRef | None:
     """None: there is no such process, or it is a zombie."""
     found = stat(pid, proc_root)
     return ProcessRef(pid, found.start_ticks) if found is not None and found.alive else None
+
+
+def ancestors(pid: int, proc_root: Path = PROC) -> tuple[int, ...]:
+    """Its parent, the parent's parent, and so on; empty where it is gone."""
+    found: list[int] = []
+    while (seen := stat(pid, proc_root)) is not None and seen.parent_pid > 0 and seen.parent_pid not in found:
+        pid = seen.parent_pid
+        found.append(pid)
+    return tuple(found)
+
+
+def leader(pid: int, proc_root: Path = PROC) -> int | None:
+    """The process that a thread belongs to: itself where it is one. None: gone."""
+    for line in (read_text(proc_root / str(pid) / "status") or "").splitlines():
+        if line.startswith("Tgid:"):
+            return int(line.split()[1])
+    return None
 
 
 def look(ref: ProcessRef, proc_root: Path = PROC) -> ProcessStat | None:

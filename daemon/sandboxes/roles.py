@@ -8,7 +8,7 @@ has. Applies no policy of memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from ...ebpf.errors import EbpfError
@@ -26,8 +26,10 @@ from ...policies.events import (
     ToolCallEnded,
     ToolCallMemoryStepped,
     ToolCallStarted,
+    TurnEnded,
+    TurnStarted,
 )
-from ...policies.model import NS_PER_S, CgroupId, ProcessRole, Role, ToolCallId, ToolCallSource
+from ...policies.model import NS_PER_S, CgroupId, ProcessRole, Role, SessionId, ToolCallId, ToolCallSource
 from ...policies.roles import Asked, Exec
 from ...policies.state import State
 from .. import log
@@ -38,6 +40,7 @@ STAYS_NS = 20 * NS_PER_S
 """What still runs so long after it began, and is no tool call, is a service."""
 _ONE_LINE_NS = NS_PER_S // 10
 """Programs that a persistent shell starts so close together, while the first still runs, are one command line."""
+_MOST_ASKED = 64
 _SURVEY_NS = NS_PER_S
 _SURVEY_PAUSE_MAX_NS = 30 * NS_PER_S
 
@@ -71,11 +74,25 @@ class RoleKeeper:
         """Whether something that is no tool call still runs in it."""
         return any(h.fact.sandbox == sandbox for h in self._helpers.values())
 
-    def asked(self, sandbox: CgroupId, calls: Sequence[Asked]) -> None:
-        """A conversation of this sandbox asks for these tool calls now."""
-        waiting = self._asked.setdefault(sandbox, [])
-        waiting += calls
-        del waiting[:-64]
+    def hear(self, event: Event) -> None:
+        """What engines report, before the loop has it: an exec that was asked for follows within milliseconds."""
+        match event:
+            case TurnEnded(asked=calls) if calls and (sandbox := self._sandbox_of(event.session)) is not None:
+                waiting = self._asked.setdefault(sandbox, [])
+                waiting += [Asked(call.call_id, event.session, call.command) for call in calls]
+                del waiting[:-_MOST_ASKED]
+            case TurnStarted(session=session):
+                # Its results are in, or nobody wants them any more.
+                for sandbox, waiting in self._asked.items():
+                    self._asked[sandbox] = [asked for asked in waiting if asked.session != session]
+            case _:
+                pass
+
+    def _sandbox_of(self, session: SessionId) -> CgroupId | None:
+        known = self._state.sessions.get(session)
+        if known is not None and known.sandbox is not None:
+            return known.sandbox
+        return next((s.cgroup_id for s in self._state.sandboxes.values() if s.session == session), None)
 
     # -- events
 
@@ -165,7 +182,14 @@ class RoleKeeper:
             return
         runtime_command = evidence.command_line(runtime) if runtime is not None else ""
         asked = self._asked.get(event.sandbox, [])
-        ruling = roles.rule(seen, None if shell else kept.profile, runtime_command, asked, self._state.policy.roles)
+        ruling = roles.rule(
+            seen,
+            None if shell else kept.profile,
+            runtime_command,
+            asked,
+            self._state.policy.roles,
+            witnessed=event.sandbox in self._asked and not shell,
+        )
         if kept.direct and ruling.role is Role.TOOL_CALL and not shell:
             ruling = replace(ruling, budgeted=True)  # its first program is the agent: nothing below can be
         log.debug("role", pid=pid, role=ruling.role.value, why=ruling.why, command=seen.command[:80])

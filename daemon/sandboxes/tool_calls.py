@@ -26,6 +26,8 @@ from ...policies.events import (
 )
 from ...policies.model import CgroupId, Sandbox, SessionId, ToolCall, ToolCallId, ToolCallSource
 from ...policies.state import State
+from ..errors import Refusal, RegistrationRefused
+from . import registering
 from .cgroups import CgroupDriver
 from .kept import Book
 from .leaves import Leaves
@@ -49,7 +51,10 @@ class ToolCallKeeper:
         state: State,
         emit: Callable[[Event], None],
         now_ns: Callable[[], int],
+        sandbox_of: Callable[[int], Sandbox | None],
     ) -> None:
+        """`sandbox_of(pid)` is the one that a process is in."""
+        self._sandbox_of = sandbox_of
         self._book = book
         self._probes = probes
         self._state = state
@@ -74,16 +79,31 @@ class ToolCallKeeper:
         wrapper_pid: int | None,
         external: str | None,
         session: SessionId | None,
-    ) -> ToolCallId:
-        """A wrapper or a hook says that a tool call begins. Raises ProcessLookupError, CgroupError, EbpfError."""
+    ) -> ToolCallId | None:
+        """A wrapper or a hook says that a tool call begins. None: within one that runs, whose boundaries stand.
+
+        Raises RegistrationRefused, ProcessLookupError, CgroupError, EbpfError; then none has begun.
+        """
         if external and (known := self._external.get((sandbox.cgroup_id, external))) is not None:
             return self._state.resolve(known)
-        call = self._begin_process(sandbox, command, pid, wrapper_pid, session) if pid else None
-        if call is None:
+        if pid is not None:
+            self._check(sandbox, pid)
+        if pid is not None:
+            call = self._begin_process(sandbox, command, pid, wrapper_pid, session)
+        else:
             call = self._announce(sandbox, command, session)
-        if external:
+        if external and call is not None:
             self._external[(sandbox.cgroup_id, external)] = call
         return call
+
+    def _check(self, sandbox: Sandbox, pid: int) -> None:
+        root = registering.check_process(pid)
+        kept = self._book.get(sandbox.cgroup_id)
+        if kept is not None and root == kept.agent:
+            raise RegistrationRefused(
+                Refusal.FORBIDDEN, f"pid {pid} is the agent of {sandbox.label}: give the process that it started"
+            )
+        registering.check_free(pid, self._sandbox_of(pid), sandbox.label)
 
     def _announce(self, sandbox: Sandbox, command: str, session: SessionId | None) -> ToolCallId:
         call = self._new_id()
@@ -104,7 +124,7 @@ class ToolCallKeeper:
 
     def _begin_process(
         self, sandbox: Sandbox, command: str, pid: int, wrapper_pid: int | None, session: SessionId | None
-    ) -> ToolCallId:
+    ) -> ToolCallId | None:
         tag = self._probes.tag_of(pid) if self._probes else None
         seen = self._state.tool_calls.get(self._state.resolve(tag)) if tag is not None else None
         now_ns = self._now_ns()
@@ -114,7 +134,7 @@ class ToolCallKeeper:
             )
             return seen.id
         if seen is not None and seen.running and seen.pid != wrapper_pid:
-            return seen.id  # a wrapper inside a tool call: the outer boundaries stand
+            return None  # a wrapper inside a tool call
         budget = self._state.policy.memory.budget
         call = self._new_id()
         if self._probes is not None:
@@ -188,11 +208,22 @@ class ToolCallKeeper:
             case ProcessesGone():
                 # By its own id: a wrapper that was merged into its call takes its own leaf along, not the call's.
                 self._drop_leaf(event.id)
+                known = state.tool_calls.get(event.id)
+                if known is not None and known.running:
+                    # Its root left without an exit that the kernel told of: nobody will say how it ended.
+                    self._emit(ToolCallEnded(self._now_ns(), event.id, None, None))
             case SandboxRemoved():
+                self._end_what_nobody_will(event.cgroup_id, state)
                 self._leaves.forget(event.cgroup_id)
                 self._external = {key: call for key, call in self._external.items() if key[0] != event.cgroup_id}
             case _:
                 pass
+
+    def _end_what_nobody_will(self, sandbox: CgroupId, state: State) -> None:
+        """Of a sandbox that goes: calls without a process, whose hook would say when they end, and can no more."""
+        for call in [c for c in state.tool_calls.values() if c.sandbox == sandbox and c.running]:
+            if call.id not in self._roots and not self.processes(call.id):
+                self._emit(ToolCallEnded(self._now_ns(), call.id, None, None))
 
     def _on_started(self, event: ToolCallStarted, state: State) -> None:
         kept = self._book.get(event.sandbox)

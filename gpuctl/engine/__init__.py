@@ -2,5 +2,5 @@
 
 Owns: the step loop at the top and its wings below. Must not: be imported by what other engines share (gpuctl/).
 
-Seen from outside: `errors`.
+Seen from outside: `ending`, `errors`.
 """

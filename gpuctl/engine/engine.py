@@ -35,7 +35,7 @@ from .compute.conversation import joined
 from .compute.kv_image import KvFormat
 from .compute.language_model import LanguageModel
 from .compute.runner import Runner
-from .compute.tool_calls import tool_calls_in
+from .compute.tool_calls import asked_for, tool_calls_in
 from .errors import FAILED, STOPPING, EngineError, RequestError
 from .intake import Intake, Submitted
 from .live import LiveTurn
@@ -398,7 +398,8 @@ class Engine:
         turn, session = live.turn, self._scheduler.sessions[live.turn.session_id]
         now_ns = self._clock()
         live.flush()
-        if reason is FinishReason.STOP and live.request.may_call_tools and tool_calls_in(live.text)[1]:
+        calls = tool_calls_in(live.text)[1] if live.request.may_call_tools and reason is FinishReason.STOP else []
+        if calls:
             reason = FinishReason.TOOL_CALLS
         session.text = joined(live.request.prompt, live.output)
         live.sampler.close()
@@ -419,7 +420,8 @@ class Engine:
         )
         # The daemon first: what it decides for the pause should not come after the client's next request.
         told = live.request.awaits_tool and completed
-        self._reporter.report(turn_ended(turn, end, FinishReason.TOOL_CALLS if told else reason))
+        shown = FinishReason.TOOL_CALLS if told else reason
+        self._reporter.report(turn_ended(turn, end, shown, asked_for(turn.id, calls)))
         live.sink(end)
         self._reporter.occupancy_due = True
         self._intake.begin_next(session.id)

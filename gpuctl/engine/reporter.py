@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ...policies.model import AskedToolCall
 from ..directives import Outcome
 from ..outcomes import Outcomes
 from ..reports import Listener, Occupancy, Report, Reported, SessionKv, TurnEnded
@@ -98,7 +99,7 @@ class Reporter:
         )
 
 
-def turn_ended(turn: Turn, end: TurnFinished, reason: FinishReason) -> TurnEnded:
+def turn_ended(turn: Turn, end: TurnFinished, reason: FinishReason, asked: tuple[AskedToolCall, ...] = ()) -> TurnEnded:
     """The report of what the turn's client was told; `reason` may be plainer to the daemon than to the client."""
     return TurnEnded(
         session_id=turn.session_id,
@@ -112,4 +113,5 @@ def turn_ended(turn: Turn, end: TurnFinished, reason: FinishReason) -> TurnEnded
         ttft_ns=end.ttft_ns,
         queued_ns=end.queued_ns,
         cost=end.cost,
+        asked=asked,
     )

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from equipoise.tests.agents.clients import CLIENTS, LAUNCHERS
+from equipoise.tests.agents.clients import CLIENTS, LAUNCHERS, launchers_of
 from equipoise.tests.agents.install import CannotInstall
 from equipoise.tests.agents.score import Truth
 from equipoise.tests.agents.script import SCRIPTS
@@ -45,8 +45,10 @@ def main() -> int:
                 print(f"{name}: {error}", file=sys.stderr)
                 return 2
             for launcher in options.launcher or ["plain"]:
+                if launcher not in launchers_of(client):
+                    continue
                 trial = run(daemon, client, folder / f"{name}-{launcher}", launcher, SCRIPTS[options.script])
-                (folder / f"{name}-{launcher}.out").write_text(trial.output)
+                (folder / f"{name}-{launcher}.out").write_text(trial.ended.output)
                 print(line(trial), flush=True)
                 print(details(trial, rows=options.rows), end="", flush=True)
                 perfect = perfect and trial.score.perfect
@@ -63,7 +65,7 @@ def line(trial: Trial) -> str:
     right = sum(row.truth is Truth.CALL for row in score.rows)
     return (
         f"{trial.name:24} {'yes' if score.survived else 'NO':>8} {len(score.rows):6} {right:3}/{score.asked_count:<2} "
-        f"{score.precision:9.2f} {score.recall:7.2f} {trial.took_s:5.1f} s"
+        f"{score.precision:9.2f} {score.recall:7.2f} {trial.ended.took_s:5.1f} s"
     )
 
 
@@ -73,6 +75,7 @@ def details(trial: Trial, *, rows: bool) -> str:
         trial.score.confusion().items(), key=lambda item: item[0][0].value)]  # fmt: skip
     text = "    " + "; ".join(told) + "\n"
     text += "".join(f"    {why}\n" for why in trial.score.wrong)
+    text += "".join(f"    left behind: {command[:160]}\n" for command in trial.ended.left_over)
     for row in trial.score.rows:
         if rows or row.truth is Truth.RUNTIME:
             number = "" if row.call is None else f" {row.call}"

@@ -11,12 +11,19 @@ import shlex
 import subprocess
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from equipoise.tests.agents.install import NPM_FOLDER, install_npm_agents
+from equipoise.tests.agents.install import (
+    FOLDER,
+    NPM_FOLDER,
+    install_aider,
+    install_mini,
+    install_npm_agents,
+)
+from equipoise.tests.agents.script import Command, Script
 
-PATH = f"{NPM_FOLDER}/node_modules/.bin:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
+PATH = f"{NPM_FOLDER}/node_modules/.bin:{FOLDER}/bin:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +35,18 @@ class Client:
     """From the prompt."""
     environment: Callable[[str], dict[str, str]]
     """From the endpoint's URL; what is beside HOME and PATH."""
-    settings: Callable[[str], dict[str, str]]
-    """From the endpoint's URL: files below HOME, by relative path."""
+    settings: Callable[[str, Path], dict[str, str]]
+    """From the endpoint's URL and the workspace: files below HOME, by relative path."""
     install: Callable[[], Path] = install_npm_agents
     """Makes it be there; CannotInstall says why not."""
+    fit: Callable[[Script], Script] = lambda script: script
+    """What it can follow of a script, and what it needs on top to end."""
+    in_words: bool = False
+    """It has no tools; see Book.expect()."""
+    typing: tuple[tuple[str, str], ...] = ()
+    """It asks its user: what it prints, as a regular expression, and what is typed then. () asks nobody."""
+    screen: bool = False
+    """It draws a screen and stays until its terminal is closed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +57,8 @@ class Launch:
     environment: Mapping[str, str]
     workspace: Path
     label: str
+    typing: tuple[tuple[str, str], ...] = ()
+    screen: bool = False
 
 
 def _claude_environment(url: str) -> dict[str, str]:
@@ -55,7 +72,22 @@ def _claude_environment(url: str) -> dict[str, str]:
     }
 
 
-def _codex_settings(url: str) -> dict[str, str]:
+def _claude_settings(url: str, workspace: Path) -> dict[str, str]:
+    """What its screen would ask first: a theme, the key, the folder, the permissions."""
+    known = {
+        "hasCompletedOnboarding": True,
+        "theme": "dark",
+        "bypassPermissionsModeAccepted": True,
+        "customApiKeyResponses": {"approved": ["none"], "rejected": []},
+        "projects": {str(workspace): {"hasTrustDialogAccepted": True, "hasCompletedProjectOnboarding": True}},
+    }
+    return {
+        ".claude.json": json.dumps(known),
+        ".claude/settings.json": json.dumps({"skipDangerousModePermissionPrompt": True}),
+    }
+
+
+def _codex_settings(url: str, workspace: Path) -> dict[str, str]:
     text = f"""model = "m"
 model_provider = "scripted"
 [model_providers.scripted]
@@ -63,11 +95,13 @@ name = "scripted"
 base_url = "{url}/v1"
 env_key = "SCRIPTED_KEY"
 wire_api = "responses"
+[projects."{workspace}"]
+trust_level = "trusted"
 """
     return {".codex/config.toml": text}
 
 
-def _opencode_settings(url: str) -> dict[str, str]:
+def _opencode_settings(url: str, workspace: Path) -> dict[str, str]:
     provider = {
         "npm": "@ai-sdk/openai-compatible",
         "name": "scripted",
@@ -86,7 +120,7 @@ def _opencode_settings(url: str) -> dict[str, str]:
     return {".config/opencode/opencode.json": json.dumps(settings)}
 
 
-def _gemini_settings(url: str) -> dict[str, str]:
+def _gemini_settings(url: str, workspace: Path) -> dict[str, str]:
     settings = {
         "security": {"auth": {"selectedType": "gemini-api-key"}},
         "privacy": {"usageStatisticsEnabled": False},
@@ -95,11 +129,20 @@ def _gemini_settings(url: str) -> dict[str, str]:
     return {".gemini/settings.json": json.dumps(settings)}
 
 
+SUBMIT = Command("submit", "echo COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT", ends_agent=True)
+"""mini-swe-agent ends by this command alone; words without a tool call are an error to it."""
+_AIDER_OPTIONS = (
+    "--model", "openai/m", "--edit-format", "diff", "--no-git", "--map-tokens", "0", "--no-stream", "--no-pretty",
+    "--no-fancy-input", "--no-check-update", "--analytics-disable", "--no-show-model-warnings",
+    "--no-show-release-notes", "--no-detect-urls", "--no-auto-lint",
+)  # fmt: skip
+"""With --yes-always it would say no to every shell command: those want an explicit yes."""
+
 CLAUDE = Client(
     "claude",
     lambda prompt: ["claude", "-p", prompt, "--dangerously-skip-permissions", "--model", "m"],
     _claude_environment,
-    lambda url: {},
+    lambda url, workspace: {},
 )
 CODEX = Client(
     "codex",
@@ -114,7 +157,62 @@ GEMINI = Client(
     lambda url: {"GEMINI_API_KEY": "none", "GOOGLE_GEMINI_BASE_URL": url},
     _gemini_settings,
 )
-CLIENTS = {client.name: client for client in (CLAUDE, CODEX, OPENCODE, GEMINI)}
+MINI = Client(
+    "mini",
+    lambda prompt: ["mini", "--yolo", "--exit-immediately", "--cost-limit", "0", "-m", "openai/m", "-t", prompt],
+    lambda url: {
+        "OPENAI_API_BASE": f"{url}/v1",
+        "OPENAI_API_KEY": "none",
+        "MSWEA_CONFIGURED": "true",
+        "MSWEA_COST_TRACKING": "ignore_errors",
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+    },
+    lambda url, workspace: {},
+    install=install_mini,
+    fit=lambda script: script.then(SUBMIT),
+)
+AIDER = Client(
+    "aider",
+    lambda prompt: ["aider", *_AIDER_OPTIONS],
+    lambda url: {
+        "OPENAI_API_BASE": f"{url}/v1",
+        "OPENAI_API_KEY": "none",
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+    },
+    lambda url, workspace: {},
+    install=install_aider,
+    fit=lambda script: script.of_lines(),
+    in_words=True,
+    typing=(
+        (r"All done\.[\s\S]*diff> $", "/exit\r"),
+        (r"\(Y\)es/\(N\)o[^\n]*: $", "y\r"),
+        (r"(?m)^diff> $", "Go on, please ({label}).\r"),
+    ),
+)
+SCREENS = (
+    replace(
+        CLAUDE,
+        name="claude-screen",
+        argv=lambda prompt: ["claude", prompt, "--dangerously-skip-permissions", "--model", "m"],
+        settings=_claude_settings,
+        screen=True,
+    ),
+    replace(
+        CODEX,
+        name="codex-screen",
+        argv=lambda prompt: ["codex", "--dangerously-bypass-approvals-and-sandbox", prompt],
+        screen=True,
+    ),
+    replace(OPENCODE, name="opencode-screen", argv=lambda prompt: ["opencode", "--prompt", prompt], screen=True),
+    replace(
+        GEMINI,
+        name="gemini-screen",
+        argv=lambda prompt: ["gemini", "--yolo", "--skip-trust", "-m", "gemini-2.5-pro", "-i", prompt],
+        screen=True,
+    ),
+)
+"""The same four as their users see them. Codex is another program then: a daemon of its own runs the tool calls."""
+CLIENTS = {client.name: client for client in (CLAUDE, CODEX, OPENCODE, GEMINI, MINI, AIDER, *SCREENS)}
 
 LAUNCHERS: dict[str, Callable[[list[str]], list[str]]] = {
     "plain": lambda argv: argv,
@@ -128,10 +226,16 @@ LAUNCHERS: dict[str, Callable[[list[str]], list[str]]] = {
 }
 
 
+def launchers_of(client: Client) -> list[str]:
+    """Those that can start it: npx and npm exec know what npm installed."""
+    from_npm = client.install is install_npm_agents
+    return [launcher for launcher in LAUNCHERS if from_npm or not launcher.startswith("np")]
+
+
 def prepare(client: Client, url: str, folder: Path, launcher: str = "plain") -> Launch:
     """Make a home and a workspace below `folder`, which must not exist."""
     home, workspace = folder / "home", folder / "work"
-    for path, text in client.settings(url).items():
+    for path, text in client.settings(url, workspace).items():
         file = home / path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
@@ -141,7 +245,7 @@ def prepare(client: Client, url: str, folder: Path, launcher: str = "plain") -> 
     environment = {
         "HOME": str(home),
         "PATH": PATH,
-        "TERM": "xterm",
+        "TERM": "xterm-256color",
         "LANG": "C.UTF-8",
         "SHELL": "/bin/bash",
         "USER": os.environ.get("USER", "root"),
@@ -149,7 +253,8 @@ def prepare(client: Client, url: str, folder: Path, launcher: str = "plain") -> 
         **client.environment(url),
     }
     argv = LAUNCHERS[launcher](client.argv(f"Run the tools, please ({label})."))
-    return Launch(tuple(argv), environment, workspace, label)
+    typing = tuple((pattern, reply.replace("{label}", label)) for pattern, reply in client.typing)
+    return Launch(tuple(argv), environment, workspace, label, typing, client.screen)
 
 
 def make_workspace(folder: Path) -> None:

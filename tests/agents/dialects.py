@@ -91,6 +91,8 @@ class Request:
     results: tuple[Result, ...]
     """Of the whole history, oldest first."""
     stream: bool
+    said: tuple[str, ...] = ()
+    """Every message of the user, where the API is one of those that agents without tools speak."""
 
 
 class Dialect(Protocol):
@@ -153,6 +155,7 @@ class ChatCompletions:
                 if message.get("role") == "tool"
             ),
             stream=bool(body.get("stream")),
+            said=tuple(_words(message.get("content")) for message in body["messages"] if message["role"] == "user"),
         )
 
     def whole(self, request: Request, answer: Answer) -> Json:

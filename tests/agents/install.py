@@ -1,6 +1,8 @@
 """The agents themselves: pinned versions, in build/agents, installed once.
 
-Owns that folder. Uses npm as it is; what is missing on this machine becomes a reason to skip, in words.
+Owns that folder: npm/ (1.1 GB), a Python environment for each agent from PyPI (aider/ 690 MB, mini/ 400 MB), and bin/
+with links to what those are started by. Uses npm and pip as they are; what is missing on this machine becomes a reason
+to skip, in words.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parents[2] / "build" / "agents"
@@ -21,6 +24,13 @@ NPM_PACKAGES = {
     "@google/gemini-cli": "0.61.0",
     "opencode-ai": "1.18.33",
 }
+MINI_PACKAGES = {"mini-swe-agent": "2.4.6"}
+MINI_NEEDS = (
+    "pyyaml", "requests", "jinja2", "pydantic", "litellm", "tenacity", "rich", "python-dotenv", "typer", "platformdirs",
+    "textual", "prompt_toolkit", "openai",
+)  # fmt: skip
+"""All that it declares but datasets (pyarrow and pandas: 300 MB), which its benchmarks alone import."""
+AIDER_PACKAGES = {"aider-chat": "0.86.2"}
 _SCRIPTS = (("@anthropic-ai/claude-code", "install.cjs"), ("opencode-ai", "postinstall.mjs"))
 """What npm may leave out (`ignore-scripts`), and what then fetches the binary's place."""
 _STAMP = ".installed.json"
@@ -51,6 +61,37 @@ def install_npm_agents() -> Path:
         _run(["node", script], NPM_FOLDER / "node_modules" / package)
     stamp.write_text(json.dumps(NPM_PACKAGES))
     return NPM_FOLDER
+
+
+def install_mini() -> Path:
+    """mini-swe-agent; back with its environment."""
+    return _install_from_pypi("mini", MINI_PACKAGES, MINI_NEEDS)
+
+
+def install_aider() -> Path:
+    """aider; back with its environment."""
+    return _install_from_pypi("aider", AIDER_PACKAGES)
+
+
+def _install_from_pypi(name: str, packages: dict[str, str], needs: tuple[str, ...] | None = None) -> Path:
+    """Into an environment of its own. `needs`: install these instead of what the package declares."""
+    folder, stamp = FOLDER / name, FOLDER / name / _STAMP
+    if stamp.exists() and json.loads(stamp.read_text()) == packages:
+        return folder
+    pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+    wanted = [f"{package}=={version}" for package, version in packages.items()]
+    _run([sys.executable, "-m", "venv", str(folder)])
+    if needs is None:
+        _run([*pip, *wanted])
+    else:
+        _run([*pip, "--no-deps", *wanted])
+        _run([*pip, *needs])
+    link = FOLDER / "bin" / name
+    link.parent.mkdir(exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(folder / "bin" / name)
+    stamp.write_text(json.dumps(packages))
+    return folder
 
 
 def _run(command: list[str], folder: Path | None = None) -> str:

@@ -17,13 +17,23 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import psutil
-from equipoise.tests.agents.dialects import Answer, Asking, Dialect, Json, Request, dialect_of, token_count
+from equipoise.tests.agents.dialects import (
+    Answer,
+    Asking,
+    Dialect,
+    Json,
+    Request,
+    Result,
+    ShellTool,
+    dialect_of,
+    token_count,
+)
 from equipoise.tests.agents.script import SCRIPTS, TEN, Command, Script
 
 _TELLING = re.compile(r"session|thread|conversation|turn|window|request-id|prompt-id|affinity|x-client", re.IGNORECASE)
@@ -84,8 +94,10 @@ class Conversation:
 
     @property
     def complete(self) -> bool:
-        """Every call of the script was asked for, and all have their results."""
-        return len(self.calls) == len(self.script.commands) and all(call.answered_ns for call in self.calls)
+        """Every call of the script was asked for, and all that can have a result have one."""
+        return len(self.calls) == len(self.script.commands) and all(
+            call.answered_ns or call.command.ends_agent for call in self.calls
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,12 +115,29 @@ class Book:
         self._note = note
         self._lock = threading.Lock()
         self._scripts: dict[str, Script] = {}
+        self._in_words: set[str] = set()
 
-    def expect(self, label: str, script: Script) -> None:
-        """The conversation whose opening contains `label` follows this script."""
+    def expect(self, label: str, script: Script, *, in_words: bool = False) -> None:
+        """The conversation whose opening contains `label` follows this script.
+
+        With `in_words` its client has no tools: a command is a fenced block in the text, and its result a message of
+        the user that begins "Output from" (aider).
+        """
         self._scripts[label] = script
+        if in_words:
+            self._in_words.add(label)
 
     def answer(self, request: Request, dialect: str, wire: dict[str, str], peer: _Peer) -> Answer:
+        label = next((label for label in self._in_words if any(label in text for text in request.said)), None)
+        if label is not None:
+            results = tuple(Result("", text) for text in request.said if text.startswith("Output from "))
+            request = replace(request, opening=label, shell=ShellTool("words", {}), results=results)
+        answer = self._answer(request, dialect, wire, peer)
+        if label is not None and answer.asks:
+            return Answer("\n".join(f"```bash\n{asking.command}\n```" for asking in answer.asks))
+        return answer
+
+    def _answer(self, request: Request, dialect: str, wire: dict[str, str], peer: _Peer) -> Answer:
         with self._lock:
             session = next((wire[name] for name in _SESSION_HEADERS if name in wire), "")
             conversation = self._find(request, session)
@@ -312,6 +341,10 @@ class ScriptedModel:
         found = [c for c in self.book.conversations if label in c.opening]
         assert len(found) == 1, f"{len(found)} conversations say {label!r}: {[c.opening[-80:] for c in found]}"
         return found[0]
+
+    def all_said(self) -> bool:
+        """Whether there was a conversation, and every one has heard its last word."""
+        return bool(self.conversations) and all(conversation.ended_ns for conversation in self.conversations)
 
     def close(self) -> None:
         self._server.shutdown()

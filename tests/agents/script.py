@@ -6,7 +6,7 @@ Owns the commands and their texts. Every command is one that real models write; 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 MIB = 1 << 20
 
@@ -22,6 +22,8 @@ class Command:
     """The least that it has in RAM at once; 0: not worth a look."""
     leaves_behind: bool = False
     """A process of it lives on for some seconds after it has returned."""
+    ends_agent: bool = False
+    """Its agent ends by it, so that no result of it comes back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,15 @@ class Script:
     @property
     def commands(self) -> tuple[Command, ...]:
         return tuple(command for turn in self.turns for command in turn)
+
+    def then(self, command: Command) -> Script:
+        """The same with one more turn."""
+        return replace(self, turns=(*self.turns, (command,)))
+
+    def of_lines(self) -> Script:
+        """The same without the commands of several lines, for an agent that runs each line by itself."""
+        turns = tuple(tuple(command for command in turn if "\n" not in command.text) for turn in self.turns)
+        return replace(self, turns=tuple(turn for turn in turns if turn))
 
 
 ECHO = Command("echo", "echo one two three")

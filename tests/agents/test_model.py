@@ -196,3 +196,18 @@ def test_tokens_are_counted_and_the_root_is_there(model):
     with urllib.request.urlopen(urllib.request.Request(model.url, method="HEAD"), timeout=5) as answer:
         assert answer.status == 200
     assert not model.conversations
+
+
+def test_an_agent_without_tools_finds_its_commands_in_the_text(model):
+    model.book.expect("run 7", Script(((ECHO,), (PYTHON,))), in_words=True)
+    agent = Agent(model, "an example of the system's own")
+    agent.tools = None  # type: ignore[misc]
+    agent.history = [{"role": "assistant", "content": "Ok."}]
+    for command in (ECHO, PYTHON):
+        agent.history.append({"role": "user", "content": "go on (run 7)"})
+        assert agent.step() == [] and agent.history[-1]["content"] == f"```bash\n{command.text}\n```"
+        agent.history.append({"role": "user", "content": f"Output from {command.text}\nit ran\n"})
+    agent.step()
+    conversation = model.conversation("run 7")
+    assert agent.history[-1]["content"] == "All done." and conversation.complete
+    assert [call.result[-7:] for call in conversation.calls] == ["it ran\n"] * 2

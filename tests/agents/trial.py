@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import subprocess
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,12 +15,12 @@ from pathlib import Path
 
 from equipoise.daemon.api.v1 import policy_pb2
 from equipoise.tests.agents.clients import Client, prepare
+from equipoise.tests.agents.drive import Ended, drive
 from equipoise.tests.agents.model import Conversation, ScriptedModel
 from equipoise.tests.agents.score import Asked, Said, Score, score
 from equipoise.tests.agents.script import Script
 from equipoise.tests.fixtures.running_daemon import CLI, RunningDaemon
 
-RUN_S = 300.0
 SETTLE_S = 1.0
 """How long after the agent's end the daemon may take to have heard of it."""
 _NUMBER = itertools.count(1)
@@ -47,10 +46,7 @@ class Trial:
 
     name: str
     score: Score
-    returncode: int | None
-    """None: it had to be killed, having stood still."""
-    took_s: float
-    output: str
+    ended: Ended
 
 
 def run(daemon: RunningDaemon, client: Client, folder: Path, launcher: str, script: Script) -> Trial:
@@ -58,30 +54,15 @@ def run(daemon: RunningDaemon, client: Client, folder: Path, launcher: str, scri
     name = f"{client.name}-{launcher}-{next(_NUMBER)}"
     with ScriptedModel(script) as model:
         launch = prepare(client, model.url, folder, launcher)
-        began = time.monotonic()
-        process = subprocess.Popen(
-            [*CLI, "run", "--tenant", "gold", "--name", name, "--", *launch.argv],
-            env={**launch.environment, "EQUIPOISE_SOCKET": str(daemon.socket)},
-            cwd=launch.workspace,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        returncode: int | None = None
-        try:
-            output, _ = process.communicate(timeout=RUN_S)
-            returncode = process.returncode
-        except subprocess.TimeoutExpired:
-            process.kill()
-            output, _ = process.communicate()
-        took_s = time.monotonic() - began
+        model.book.expect(launch.label, client.fit(script), in_words=client.in_words)
+        under = [*CLI, "run", "--tenant", "gold", "--name", name, "--"]
+        ended = drive(launch, under, {"EQUIPOISE_SOCKET": str(daemon.socket)}, model.all_said)
         time.sleep(SETTLE_S)
         conversations = model.conversations
     rows = [said_of(view) for view in daemon.tool_calls() if view.sandbox == name]
-    pids = {pid for c in conversations for call in c.calls for pid in call.peer_pids} | {process.pid}
-    survived = returncode == 0 and any(c.complete and c.ended_ns for c in conversations)
-    return Trial(name, score(asked_in(conversations), rows, pids - {os.getpid()}, survived), returncode, took_s, output)
+    pids = {pid for c in conversations for call in c.calls for pid in call.peer_pids} | {ended.pid}
+    survived = ended.returncode == 0 and any(conversation.complete for conversation in conversations)
+    return Trial(name, score(asked_in(conversations), rows, pids - {os.getpid()}, survived), ended)
 
 
 def asked_in(conversations: Iterable[Conversation]) -> list[Asked]:

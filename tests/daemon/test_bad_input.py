@@ -14,7 +14,7 @@ import grpc
 import psutil
 import pytest
 from equipoise.daemon.api.v1 import policy_pb2, sandbox_pb2
-from equipoise.tests.fixtures.running_daemon import CLI, RunningDaemon, eventually
+from equipoise.tests.fixtures.running_daemon import CLI, RunningDaemon, end, eventually
 
 pytestmark = [pytest.mark.kernel, pytest.mark.slow]
 
@@ -93,10 +93,53 @@ def test_a_policy_file_that_is_not_there_or_not_text_is_refused(stopped):
     assert "not UTF-8 text" in refused(stopped)
 
 
-def test_a_second_daemon_on_the_same_socket_is_refused_and_the_first_lives(daemon, tmp_path):
+def test_a_second_daemon_in_the_same_state_folder_is_refused_and_the_first_lives(daemon, tmp_path):
     second = RunningDaemon(tmp_path)
     second.state, second.socket = daemon.state, daemon.socket
     line = refused(second)
+    assert line == (
+        f"state folder {daemon.state}: in use by another daemon (pid {daemon.process.pid}, cgroup base {daemon.base}): "
+        "stop it, or give another with --state-dir"
+    )
+    assert daemon.status().version
+
+
+def test_a_second_daemon_on_the_same_cgroup_base_is_refused_and_the_first_lives(daemon, tmp_path):
+    """Nothing of the first is released, swept or stopped; doctor and release work beside it."""
+    agent = daemon.agent("gold", "first")
+    agent.begin("sleep", "30")
+    eventually(lambda: daemon.tool_calls("sleep 30"))
+    second = RunningDaemon(tmp_path)
+    second.base = daemon.base
+    process = second.spawn()
+    assert process.wait(30) == 1
+    assert second.said() == (
+        f"equipoise: cgroup base {daemon.base}: in use by another daemon (pid {daemon.process.pid}): stop it, or give "
+        "another with --cgroup-base\n"
+    )
+    assert not second.socket.exists() and not (second.state / "journal.sqlite").exists()
+    assert daemon.cli("release").returncode == 0 and daemon.cli("doctor").returncode in (0, 1)
+    assert [c.phase for c in daemon.tool_calls("sleep 30")] == ["running"]
+    end(daemon.tool_calls("sleep 30")[0].pid)
+    agent.leave()
+    eventually(lambda: not daemon.watch().sandboxes)
+
+
+def test_no_lock_outlives_a_daemon_that_was_killed(stopped):
+    """Its guardian may still be at work: it holds neither."""
+    stopped.start()
+    guardian = stopped.guardian()
+    guardian.suspend()
+    stopped.kill()
+    assert guardian.is_running()
+    assert stopped.start().status().version
+    guardian.kill()
+
+
+def test_a_second_daemon_on_the_same_socket_is_refused(daemon, tmp_path):
+    second = RunningDaemon(tmp_path)
+    second.socket = daemon.socket
+    line = refused(second, "--socket", str(daemon.socket))
     assert line == f"{daemon.socket}: another daemon listens there: stop it, or give --socket another path"
     assert daemon.status().version
 
@@ -104,7 +147,7 @@ def test_a_second_daemon_on_the_same_socket_is_refused_and_the_first_lives(daemo
 def test_a_second_daemon_on_the_same_journal_is_refused(daemon, tmp_path):
     second = RunningDaemon(tmp_path)
     line = refused(second, "--journal", str(daemon.state / "journal.sqlite"))
-    assert f"in use by another daemon (pid {daemon.process.pid}): stop it, or give another path" in line
+    assert f"in use by another daemon (pid {daemon.process.pid}, " in line
 
 
 def test_a_stale_socket_is_taken_over(stopped):
@@ -296,13 +339,13 @@ def test_a_tool_call_of_a_pid_that_is_gone_is_refused(daemon):
         (
             "RegisterSandbox",
             sandbox_pb2.RegisterSandboxRequest(tenant_id="gold", name="n", cgroup_path="no/such/cgroup"),
-            "FAILED_PRECONDITION",
+            "NOT_FOUND",
             "no such cgroup",
         ),
         (
             "RegisterSandbox",
             sandbox_pb2.RegisterSandboxRequest(tenant_id="gold", name="n", cgroup_path="../../etc"),
-            "FAILED_PRECONDITION",
+            "INVALID_ARGUMENT",
             "without '..'",
         ),
     ],

@@ -196,8 +196,8 @@ def test_a_sandbox_that_is_killed_under_us_is_an_end_like_any_other(daemon):
 
 
 def test_an_adopted_cgroup_that_vanishes_can_be_removed_and_taken_up_again(daemon):
-    driver = CgroupDriver.open(base=daemon.base)
-    path = f"{daemon.base}/foreign"
+    driver = CgroupDriver.open(base=f"{daemon.base}-foreign")
+    path = driver.base
     request = sandbox_pb2.RegisterSandboxRequest(tenant_id="gold", name="box", cgroup_path=path)
     for _ in range(2):
         for hierarchy in driver.layout.hierarchies:

@@ -153,7 +153,7 @@ def test_the_guardian_continues_what_was_stopped_when_the_daemon_is_killed(nobod
             start_new_session=True, **nobody.options,
         )  # fmt: skip
         call = eventually(lambda: next((c for c in daemon.tool_calls("grows.py") if c.phase == "stopped"), None))
-        assert process_state(call.pid) == "T"
+        eventually(lambda: process_state(call.pid) == "T")
         daemon.kill()
         eventually(lambda: process_state(call.pid) not in ("T",))
         assert agent.wait(20) == 0

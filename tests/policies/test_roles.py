@@ -177,3 +177,17 @@ def test_a_launcher_or_a_tool_is_no_agent_whatever_it_connects_to(command):
 @pytest.mark.parametrize("command", ["python agent.py", "/opt/codex exec x", "node cli.js", "claude", "ruby bot.rb"])
 def test_any_other_program_that_speaks_may_be_the_agent(command):
     assert may_be_agent(command)
+
+
+def test_where_the_conversation_is_heard_what_it_did_not_ask_for_is_housekeeping():
+    asked = [Asked("a", SESSION, "pytest -q")]
+    seen = Exec("git status --short", below_runtime=True)
+    assert rule(seen, None, "python agent.py", asked, witnessed=True).role is Role.HOUSEKEEPING
+    assert rule(seen, None, "python agent.py", [], witnessed=True).role is Role.HOUSEKEEPING
+    assert rule(seen, None, "python agent.py", asked).role is Role.TOOL_CALL
+
+
+def test_a_call_whose_arguments_hold_no_command_may_start_any_program():
+    asked = [Asked("a", SESSION, "")]
+    ruling = rule(Exec("pytest tests", below_runtime=True), None, "python agent.py", asked, witnessed=True)
+    assert (ruling.role, ruling.budgeted) == (Role.TOOL_CALL, True)

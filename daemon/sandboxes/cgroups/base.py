@@ -6,6 +6,10 @@ from .driver import CgroupDriver
 
 
 def sweep(driver: CgroupDriver) -> None:
-    """Remove what is empty below our base, and the base: sandboxes that an earlier run left, tenants without any."""
+    """Remove what is empty below our base: sandboxes that an earlier run left, tenants without any.
+
+    The base itself stays: the daemon's lock is on it (alone.py), and goes with it.
+    """
     for path in reversed(driver.below(driver.base)):
-        driver.remove(path, patience_s=0.0)
+        if path != driver.base:
+            driver.remove(path, patience_s=0.0)

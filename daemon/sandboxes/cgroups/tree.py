@@ -18,12 +18,13 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
+from ....policies.document import NAME
 from ....policies.model import CgroupId, TenantId, ToolCallId
 from ...errors import CgroupError
 from .files import GONE_ERRNOS, Applied, Effect, read_text, write_text
@@ -35,8 +36,11 @@ TOOLS = "tools"
 OWN_LEAF = ".daemon"
 """Where the daemon's own processes go when the base is the service's own cgroup. No tenant can be called so."""
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _BUSY_PAUSE_S = 0.005
+
+
+Whereabouts: TypeAlias = "tuple[tuple[Hierarchy, str | None], ...]"
+"""Where a process is: each hierarchy with the path of its cgroup there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +72,7 @@ class CgroupTree:
     def sandbox_path(self, tenant: TenantId, name: str) -> str:
         """Raises CgroupError where one of the names cannot be a directory of ours."""
         for what, value in (("tenant", str(tenant)), ("sandbox name", name)):
-            if not _NAME.fullmatch(value):
+            if not NAME.fullmatch(value):
                 raise CgroupError(
                     f"{what} {value!r}: use up to 64 letters, digits, '.', '_' and '-', first a letter or digit"
                 )
@@ -163,17 +167,23 @@ class CgroupTree:
         Memory it holds already stays charged to where it was (v1). Where a hierarchy refuses, the process is put
         back, so that it is never in one half of a sandbox.
         """
-        came_from = [(h, current_path(h, pid, self.proc_root)) for h in self.layout.hierarchies]
-        moved: list[tuple[Hierarchy, str | None]] = []
-        for hierarchy, before in came_from:
+        came_from = self.whereabouts(pid)
+        for count, hierarchy in enumerate(self.layout.hierarchies):
             result = self._join(hierarchy, path, pid)
             if not result.done:
-                for earlier, home in moved:
-                    if home is not None:
-                        self._join(earlier, home, pid)
+                self.put_back(pid, came_from[:count])
                 return result
-            moved.append((hierarchy, before))
         return Applied(Effect.DONE, "cgroup.procs", count=1)
+
+    def whereabouts(self, pid: int) -> Whereabouts:
+        """Its cgroup in every hierarchy, for `put_back`; None where it is gone or stands outside of what is mounted."""
+        return tuple((h, current_path(h, pid, self.proc_root)) for h in self.layout.hierarchies)
+
+    def put_back(self, pid: int, came_from: Whereabouts) -> None:
+        """Move a process to where it was. Safe where it, or its cgroup, has gone meanwhile."""
+        for hierarchy, home in came_from:
+            if home is not None:
+                self._join(hierarchy, home, pid)
 
     def processes(self, path: str) -> tuple[int, ...]:
         """Every process in the cgroup and below it, zombies excluded; empty where it is gone."""
@@ -220,6 +230,13 @@ class CgroupTree:
                     return Applied(Effect.FAILED, "rmdir", refused[0])
                 time.sleep(_BUSY_PAUSE_S)
         return Applied(Effect.DONE if existed else Effect.GONE, "rmdir")
+
+    def remove_where_empty(self, path: str) -> None:
+        """Remove a cgroup of ours without children, in every hierarchy; leave one that has any, or a process."""
+        if not self.owns(path):
+            raise CgroupError(f"{path}: not below {self.base}: only cgroups that we made are removed")
+        for hierarchy in reversed(self.layout.hierarchies):
+            _rmdir(hierarchy.mount / path)
 
     # -- inside
 

@@ -6,10 +6,13 @@ content, less the white space before the call; text after it is dropped; a malfo
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ....policies.model import AskedToolCall
 from .text import overlap
 
 OPENS = "<tool_call>"
@@ -24,6 +27,37 @@ class ToolCall:
     name: str
     arguments: str
     """JSON text."""
+
+
+_COMMAND_KEYS = ("command", "cmd", "script", "code", "shell_command")
+_LONGEST_COMMAND = 4096
+
+
+def call_id(turn_id: str, number: int) -> str:
+    """By which the conversation knows a turn's call: the same for its client and for the daemon."""
+    return f"call_{hashlib.sha256(f'{turn_id}/{number}'.encode()).hexdigest()[:24]}"
+
+
+def asked_for(turn_id: str, calls: Sequence[ToolCall]) -> tuple[AskedToolCall, ...]:
+    """What the daemon is told of a turn's calls."""
+    return tuple(
+        AskedToolCall(call_id(turn_id, number), call.name, command_of(call.arguments)[:_LONGEST_COMMAND])
+        for number, call in enumerate(calls)
+    )
+
+
+def command_of(arguments: str) -> str:
+    """The shell command in a call's arguments: a text, or words; "" where there is none."""
+    try:
+        values = json.loads(arguments)
+    except ValueError:
+        return ""
+    if not isinstance(values, dict):
+        return ""
+    found = next((values[key] for key in _COMMAND_KEYS if key in values), "")
+    if isinstance(found, list):
+        return " ".join(word for word in found if isinstance(word, str))
+    return found if isinstance(found, str) else ""
 
 
 def tool_calls_in(text: str) -> tuple[str, list[ToolCall]]:

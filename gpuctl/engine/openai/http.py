@@ -96,6 +96,11 @@ class TurnStream:
         assert isinstance(first, TurnAccepted)
         return first
 
+    @property
+    def turn_id(self) -> str:
+        """Once it is open."""
+        return self._turn_id or ""
+
     def _carry(self, event: TurnEvent) -> None:
         self._deliveries.put(self._loop, partial(self._events.put_nowait, event))
 
@@ -282,7 +287,7 @@ class Endpoint:
     async def _answer(self, request: Request, ask: wire.Ask) -> Response:
         stream = TurnStream(self._engine, self._deliveries)
         accepted = await stream.open(ask.turn)
-        answer = wire.Answer(self._engine.model.name, ask, accepted.session_id)
+        answer = wire.Answer(self._engine.model.name, ask, accepted.session_id, stream.turn_id)
         if ask.stream:
             return StreamingResponse(
                 self._stream(stream, ask, answer),

@@ -16,7 +16,7 @@ from typing import Any
 
 from ....policies.accounting import SessionCost, TurnCost
 from ..compute.language_model import LanguageModel
-from ..compute.tool_calls import ToolCall
+from ..compute.tool_calls import ToolCall, call_id
 from ..errors import RequestError
 from ..schedule.sequence import (
     FinishReason,
@@ -222,8 +222,9 @@ def _logit_bias(body: Json) -> tuple[tuple[int, float], ...]:
 class Answer:
     """Builds the objects of one answer; all of them carry its id, time and model."""
 
-    def __init__(self, model_name: str, ask: Ask, session_id: SessionId) -> None:
+    def __init__(self, model_name: str, ask: Ask, session_id: SessionId, turn_id: str) -> None:
         """`session_id`: where the turn goes on, which for one that names none the engine finds."""
+        self._turn_id = turn_id
         self._chat = chat = ask.chat
         self._one_call = ask.one_call
         self._called_count = 0
@@ -241,7 +242,9 @@ class Answer:
             message: Json = {"role": "assistant", "content": text}
             if calls:
                 message["content"] = text or None
-                message["tool_calls"] = [_call(call) for call in calls[: 1 if self._one_call else None]]
+                message["tool_calls"] = [
+                    self._call(call, number) for number, call in enumerate(calls[: 1 if self._one_call else None])
+                ]
             choice: Json = {"index": 0, "message": message, "finish_reason": reason, "logprobs": logprobs}
             kind = "chat.completion"
         else:
@@ -260,9 +263,19 @@ class Answer:
         chunks = []
         for call in calls:
             if not (self._one_call and self._called_count):
-                chunks.append(self._chunk({"tool_calls": [{"index": self._called_count, **_call(call)}]}, None, ""))
+                chunks.append(
+                    self._chunk(
+                        {"tool_calls": [{"index": self._called_count, **self._call(call, self._called_count)}]},
+                        None,
+                        "",
+                    )
+                )
                 self._called_count += 1
         return chunks
+
+    def _call(self, call: ToolCall, number: int) -> Json:
+        function = {"name": call.name, "arguments": call.arguments}
+        return {"id": call_id(self._turn_id, number), "type": "function", "function": function}
 
     def closing(self, end: TurnFinished) -> Json:
         chunk = self._chunk({}, _finish(end.reason), "")
@@ -358,14 +371,6 @@ def models_json(model: LanguageModel, loaded_at: int, context_tokens: int) -> Js
 def sse(data: Json | str) -> bytes:
     text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     return f"data: {text}\n\n".encode()
-
-
-def _call(call: ToolCall) -> Json:
-    return {
-        "id": f"call_{uuid.uuid4().hex[:24]}",
-        "type": "function",
-        "function": {"name": call.name, "arguments": call.arguments},
-    }
 
 
 def _finish(reason: FinishReason) -> str:

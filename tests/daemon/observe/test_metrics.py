@@ -20,6 +20,7 @@ from equipoise.policies.events import (
     OutcomeObserved,
     SandboxRegistered,
     ToolCallEnded,
+    ToolCallMerged,
     ToolCallStarted,
 )
 from equipoise.policies.model import (
@@ -154,6 +155,8 @@ def test_what_happened_is_counted(endpoint: Endpoint) -> None:
         DecisionMade(3, decision),
         OutcomeObserved(4, Outcome(DecisionId("d"), OutcomeStatus.COMPLETED, 4, "cgroup.kill")),
         ToolCallEnded(2_500_000_001, ToolCallId(1), None, 9),
+        ToolCallEnded(3_500_000_001, ToolCallId(1), 0, None),
+        ToolCallEnded(4, ToolCallId(2), 0, None),
         EventsLost(5, "ring", 3),
         EventsLost(6, "ring", 4),
     )
@@ -167,11 +170,23 @@ def test_what_happened_is_counted(endpoint: Endpoint) -> None:
     labels = (("action", "kill"), ("status", "completed"), ("tenant", "gold"))
     assert found["equipoise_actions_total", labels] == 1
     assert found["equipoise_tool_call_duration_seconds_sum", (("tenant", "gold"),)] == 2.5
-    assert found["equipoise_tool_call_duration_seconds_count", (("tenant", "gold"),)] == 1
+    assert found["equipoise_tool_call_duration_seconds_count", (("tenant", "gold"),)] == 2
     assert found["equipoise_events_lost_total", (("source", "ring"),)] == 7
     assert found["equipoise_ring_drops_total", ()] == 7
     assert found["equipoise_late_events_total", ()] == 2
     assert found["equipoise_failed_actions_total", ()] == 1
+
+
+def test_a_wrapper_and_its_call_are_counted_as_one_and_so_are_a_hook_and_its_process(endpoint: Endpoint) -> None:
+    """Each of three calls is begun twice and said to have ended by three."""
+    events: list[Event] = []
+    for number in (1, 2, 3):
+        outer, call = ToolCallId(number * 10), ToolCallId(number * 10 + 1)
+        events += [started(outer, "make -j"), started(call, "make")]
+        events += [ToolCallMerged(2, outer, call), ToolCallEnded(5, call, 0, None)]
+        events += [ToolCallEnded(5, call, 0, None), ToolCallEnded(6, outer, 0, None)]
+    counts = tallied(*events)
+    assert counts.tool_calls == {("make", "hook"): 3} and counts.tool_calls_ended == {"gold": 3}
 
 
 def test_no_label_carries_an_id(endpoint: Endpoint) -> None:
@@ -181,7 +196,10 @@ def test_no_label_carries_an_id(endpoint: Endpoint) -> None:
 
 
 def test_an_agent_cannot_make_the_endpoint_grow() -> None:
-    counts = tallied(*(started(n, f"tool{n}") for n in range(1, 500)))
+    counts = tallied(
+        *(started(n, f"tool{n}") for n in range(1, 500)),
+        *(ToolCallEnded(9, ToolCallId(n), 0, None) for n in range(1, 500)),
+    )
     kinds = {kind for kind, _ in counts.tool_calls}
     assert len(kinds) == KINDS + 1 and OTHER in kinds
     assert counts.tool_calls.total() == 499

@@ -19,7 +19,7 @@ from equipoise.gpuctl.engine.schedule.sequence import (
 )
 from equipoise.gpuctl.reports import Reported
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = 300.0
 
 
 class Asked:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from equipoise.gpuctl.engine import cost as cost_module
+from equipoise.gpuctl.engine import cost as costs
 from equipoise.gpuctl.engine.compute import llama
 from equipoise.gpuctl.engine.compute.runner import BatchSlice, ContextMode
 from equipoise.gpuctl.engine.cost import _solve, fit, gamma_of_gpus, load_or_fit
@@ -17,6 +18,7 @@ from equipoise.gpuctl.nvml import NvmlAbsence
 from equipoise.gpuctl.tiers import disk_bytes_per_second, disk_free_bytes, host_available_bytes
 from equipoise.policies.accounting import GammaSource, ModelShape
 from equipoise.tests.gpuctl.engine.driving import Driven
+from equipoise.tests.gpuctl.engine.fakes import FakeRunner
 
 
 def test_the_fit_recovers_the_coefficients_it_was_made_from():
@@ -61,16 +63,20 @@ def test_a_prefill_takes_about_what_the_fit_says(make_runner):
     assert said / 3 < took < said * 5  # a shared machine: an order of magnitude is what the economy needs
 
 
-@pytest.mark.engine
-def test_figures_are_kept_and_a_broken_file_is_fitted_again(make_runner, model, tmp_path):
-    runner = make_runner(kv_tokens=512, slot_tokens=512)
-    first = load_or_fit(runner, model.path, 1, tmp_path, None)
-    assert load_or_fit(runner, model.path, 1, tmp_path, None) == first
-    (path,) = tmp_path.glob("cost-*.json")
+def test_figures_are_kept_and_a_broken_file_is_fitted_again(monkeypatch, tmp_path):
+    fits = (CostFigures(decode_step_seconds=float(number)) for number in itertools.count(1))
+    monkeypatch.setattr(costs, "fit", lambda runner, disk_folder: next(fits))
+    model, cache, runner = tmp_path / "model.gguf", tmp_path / "cache", FakeRunner()
+    model.write_bytes(b"GGUF")
+
+    def figures() -> float:
+        return load_or_fit(runner, model, 1, cache, None).decode_step_seconds
+
+    assert [figures(), figures()] == [1, 1]
+    (path,) = cache.iterdir()
     path.write_text("{")
-    again = load_or_fit(runner, model.path, 1, tmp_path, None)
-    assert again.decode_step_seconds > 0
-    assert load_or_fit(runner, model.path, 1, tmp_path, None) == again
+    assert [figures(), figures()] == [2, 2]
+    assert list(cache.iterdir()) == [path], "nothing is left beside it"
 
 
 def test_the_tiers_below_say_what_they_hold(tmp_path):
@@ -108,7 +114,7 @@ def test_gamma_is_not_by_the_table_unless_the_whole_model_lies_on_gpus(monkeypat
 
     library, gpus = Library(), Gpus()
     monkeypatch.setattr(llama, "library", lambda: library)
-    monkeypatch.setattr(cost_module, "open_nvml", lambda: gpus)
+    monkeypatch.setattr(costs, "open_nvml", lambda: gpus)
     for layers in (-1, 33):
         found = gamma_of_gpus(model(), layers)
         assert found is not None and found.source is GammaSource.TABLE
@@ -121,7 +127,7 @@ def test_gamma_is_not_by_the_table_unless_the_whole_model_lies_on_gpus(monkeypat
     library.offloads = False
     assert gamma_of_gpus(model(), -1) is None
     library.offloads = True
-    monkeypatch.setattr(cost_module, "open_nvml", lambda: NvmlAbsence("none", "none"))
+    monkeypatch.setattr(costs, "open_nvml", lambda: NvmlAbsence("none", "none"))
     assert gamma_of_gpus(model(), -1) is None
 
 

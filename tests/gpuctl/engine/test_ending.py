@@ -39,6 +39,7 @@ def cpu_seconds(process: subprocess.Popen[str]) -> float:
 
 def serves(process: subprocess.Popen[str], wait_s: float = 0.001) -> bool:
     """Whether it has said its first line."""
+    assert process.stdout is not None
     return bool(select.select([process.stdout], [], [], wait_s)[0])
 
 

@@ -312,7 +312,7 @@ def test_the_slowdown_of_a_session_is_time_over_ideal_over_all_its_turns():
 def answer(*, chat: bool) -> wire.Answer:
     turn = TurnRequest(SessionId("a"), TenantId("t"), "p")
     return wire.Answer(
-        "fake", wire.Ask(turn, stream=True, stream_usage=False, chat=chat, one_call=False), SessionId("a")
+        "fake", wire.Ask(turn, stream=True, stream_usage=False, chat=chat, one_call=False), SessionId("a"), "t1"
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from equipoise.gpuctl.engine.compute import llama
+from equipoise.gpuctl.engine.compute import llama, model
 from equipoise.gpuctl.engine.compute.model import PREPARED_GGUF, cache_folder, check_gguf, main, prepare_default
 from equipoise.gpuctl.engine.errors import BindingError, ModelError
 
@@ -44,9 +44,12 @@ def test_the_default_model_is_prepared_once_as_q8_0_and_again_when_broken(monkey
     assert prepare_default(lines.append) == path
     assert not lines, "the second call prepares nothing"
 
+    whole = path.read_bytes()
+    monkeypatch.setattr(model, "_requantise", lambda source, target, progress: target.write_bytes(whole))
     path.write_bytes(b"half a downlo")
     prepare_default(lines.append)
     check_gguf(path)
+    assert lines, "it was prepared again"
     assert [entry.name for entry in tmp_path.iterdir()] == [PREPARED_GGUF], "nothing is left beside it"
 
 

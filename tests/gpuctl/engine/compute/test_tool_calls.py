@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from equipoise.gpuctl.engine.compute.tool_calls import ToolCall, ToolCallStream, tool_calls_in
+import pytest
+from equipoise.gpuctl.engine.compute.tool_calls import (
+    ToolCall,
+    ToolCallStream,
+    asked_for,
+    call_id,
+    command_of,
+    tool_calls_in,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -61,3 +69,25 @@ def test_however_the_text_arrives_it_comes_to_the_same(pieces, cuts):
     content += stream.flush()
     assert (content, calls) == tool_calls_in(text)
     assert calls or content == text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [
+        ('{"command": "ls -l"}', "ls -l"),
+        ('{"cmd": ["bash", "-lc", "ls"]}', "bash -lc ls"),
+        ('{"path": "a.txt"}', ""),
+        ('{"command": 7}', ""),
+        ("[1]", ""),
+        ("{", ""),
+    ],
+)
+def test_the_command_in_a_calls_arguments_is_told_and_nothing_is_made_up(arguments, command):
+    assert command_of(arguments) == command
+
+
+def test_a_call_has_one_id_for_its_client_and_for_the_daemon():
+    calls = [ToolCall("bash", '{"command": "ls"}'), ToolCall("read", '{"path": "a"}')]
+    first, second = asked_for("turn-7", calls)
+    assert (first.call_id, first.name, first.command) == (call_id("turn-7", 0), "bash", "ls")
+    assert second.call_id == call_id("turn-7", 1) != call_id("turn-8", 1)

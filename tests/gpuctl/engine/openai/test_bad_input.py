@@ -86,11 +86,43 @@ def undisturbed(engine: EngineProcess) -> str:
 @pytest.fixture
 def beside(engine: EngineProcess, undisturbed: str) -> Iterator[None]:
     """The test's body runs while the steady session streams."""
+    with beside_a_stream(engine, undisturbed):
+        yield
+
+
+@contextlib.contextmanager
+def beside_a_stream(engine: EngineProcess, undisturbed: str) -> Iterator[Steady]:
     steady = Steady(engine)
-    assert steady.began.wait(30)
-    yield
+    assert steady.began.wait(60)
+    yield steady
     steady.join()
     assert (steady.text, steady.reason) == (undisturbed, "length")
+
+
+class SharedStream:
+    """A steady session for several short tests, and a new one where less than half of it is left."""
+
+    def __init__(self, engine: EngineProcess, undisturbed: str) -> None:
+        self._new = lambda: beside_a_stream(engine, undisturbed)
+        self._half = len(undisturbed) // 2
+        self._open = contextlib.ExitStack()
+        self._steady: Steady | None = None
+
+    def stream(self) -> None:
+        if self._steady is None or len(self._steady.text) > self._half:
+            self.close()
+            self._steady = self._open.enter_context(self._new())
+
+    def close(self) -> None:
+        self._steady = None
+        self._open.close()
+
+
+@pytest.fixture(scope="class")
+def shared_stream(engine: EngineProcess, undisturbed: str) -> Iterator[SharedStream]:
+    shared = SharedStream(engine, undisturbed)
+    yield shared
+    shared.close()
 
 
 def post(engine: EngineProcess, body: Any, session: str | None = None) -> httpx.Response:
@@ -148,32 +180,34 @@ LONG = {"messages": [{"role": "user", "content": "a b c d " * 500}]}
 NO_SCHEMA = {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}
 
 
-@pytest.mark.parametrize(
-    ("body", "status", "word"),
-    [
-        ({**ASK, **LONG}, 400, "512"),
-        (b'{"messages": [', 400, "not JSON"),
-        (b"[" * 1_000_000, 400, "not JSON"),
-        (b'{"messages": "\xff\xfe"}', 400, "UTF-8"),
-        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 400, "surrogate"),
-        ({**ASK, "messages": [{"role": "user", "content": "\0 \U0001f98a \u202e <|im_end|>"}]}, 200, ""),
-        (b"x" * (9 << 20), 413, "larger"),
-        ({**ASK, "model": "gpt-9"}, 404, "gpt-9"),
-        ({**ASK, "messages": [{"role": "tool", "tool_calls": [{}]}]}, 400, "tool_calls"),
-        ({**ASK, "seed": 10**300}, 200, ""),
-        ({**ASK, "max_tokens": 10**300, "stop": ["a", "e", "i"]}, 200, ""),
-        ({**ASK, "logit_bias": {"99999999": 100}}, 200, ""),
-        ({**ASK, "response_format": NO_SCHEMA}, 400, "not"),
-        ({**ASK, "grammar": "%llguidance {}\nstart: start"}, 500, "grammar"),
-        ({**ASK, "grammar": "%llguidance {}\nstart: " + '("a"|"") ' * 5000}, 500, "grammar"),
-    ],
-    ids=lambda value: repr(value)[:30] if isinstance(value, dict | bytes) else None,
-)
-def test_a_bad_request_gets_its_answer(engine, beside, body, status, word):
-    answer = post(engine, body)
-    assert answer.status_code == status, answer.text[:300]
-    if status != 200:
-        assert word in answer.json()["error"]["message"]
+class TestABadRequest:
+    @pytest.mark.parametrize(
+        ("body", "status", "word"),
+        [
+            ({**ASK, **LONG}, 400, "512"),
+            (b'{"messages": [', 400, "not JSON"),
+            (b"[" * 1_000_000, 400, "not JSON"),
+            (b'{"messages": "\xff\xfe"}', 400, "UTF-8"),
+            (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 400, "surrogate"),
+            ({**ASK, "messages": [{"role": "user", "content": "\0 \U0001f98a \u202e <|im_end|>"}]}, 200, ""),
+            (b"x" * (9 << 20), 413, "larger"),
+            ({**ASK, "model": "gpt-9"}, 404, "gpt-9"),
+            ({**ASK, "messages": [{"role": "tool", "tool_calls": [{}]}]}, 400, "tool_calls"),
+            ({**ASK, "seed": 10**300}, 200, ""),
+            ({**ASK, "max_tokens": 10**300, "stop": ["a", "e", "i"]}, 200, ""),
+            ({**ASK, "logit_bias": {"99999999": 100}}, 200, ""),
+            ({**ASK, "response_format": NO_SCHEMA}, 400, "not"),
+            ({**ASK, "grammar": "%llguidance {}\nstart: start"}, 500, "grammar"),
+            ({**ASK, "grammar": "%llguidance {}\nstart: " + '("a"|"") ' * 5000}, 500, "grammar"),
+        ],
+        ids=lambda value: repr(value)[:30] if isinstance(value, dict | bytes) else None,
+    )
+    def test_it_gets_its_answer(self, engine, shared_stream, body, status, word):
+        shared_stream.stream()
+        answer = post(engine, body)
+        assert answer.status_code == status, answer.text[:300]
+        if status != 200:
+            assert word in answer.json()["error"]["message"]
 
 
 # Clients that stall or vanish

@@ -1,0 +1,49 @@
+"""Real agents under a real daemon: their tool calls, all of them and nothing else, and the agents live.
+
+Not switched on yet: the daemon of today takes what Codex and Gemini CLI start their runtime with for a tool call, and
+housekeeping for calls. The figures: `python -m equipoise.tests.agents`. To switch it on, give the function at the end
+its `test_`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+from equipoise.tests.agents.clients import CLIENTS, launchers_of
+from equipoise.tests.agents.install import CannotInstall
+from equipoise.tests.agents.script import TEN
+from equipoise.tests.agents.trial import POLICY, run
+from equipoise.tests.fixtures.running_daemon import RunningDaemon
+
+pytestmark = [pytest.mark.agents, pytest.mark.kernel, pytest.mark.slow]
+STARTS = [(name, launcher) for name, client in CLIENTS.items() for launcher in launchers_of(client)]
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningDaemon]:
+    if os.geteuid() != 0:
+        pytest.skip("needs root to make cgroups and load eBPF programs")
+    running = RunningDaemon(tmp_path_factory.mktemp("daemon"), POLICY)
+    try:
+        running.start()
+        if not running.status().probe_backend.startswith("libbpf"):
+            pytest.skip(f"no probes here: {running.status().probe_backend}")
+        yield running
+    finally:
+        running.close()
+
+
+@pytest.mark.parametrize(("name", "launcher"), STARTS)
+def every_tool_call_is_found_and_nothing_else(name, launcher, daemon, tmp_path):
+    client = CLIENTS[name]
+    try:
+        client.install()
+    except CannotInstall as error:
+        pytest.skip(str(error))
+    trial = run(daemon, client, tmp_path / "run", launcher, TEN)
+    score = trial.score
+    assert score.survived, trial.ended.output[-2000:]
+    assert not score.missed and score.precision == 1.0, score.confusion()
+    assert not score.wrong
