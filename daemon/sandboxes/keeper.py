@@ -212,8 +212,11 @@ class SandboxKeeper:
 
     def _remove_unless_used(self, cgroup_id: CgroupId) -> None:
         calls = (c for c in self._state.tool_calls.values() if c.sandbox == cgroup_id and c.gone_ns is None)
-        others = (p.sandbox == cgroup_id and p.role is not Role.WRAPPER for p in self._state.processes.values())
-        if not any(call.pid is not None for call in calls) and not any(others):
+        others = (p for p in self._state.processes.values() if p.sandbox == cgroup_id and p.role is not Role.WRAPPER)
+        kept = self.book.get(cgroup_id)
+        # Of an agent that is the sandbox's first process no event tells the end: its pidfd does.
+        first = kept.agent_tag if kept is not None and kept.agent_gone else None
+        if not any(call.pid is not None for call in calls) and all(p.id == first for p in others):
             # A call without a process ends with its agent.
             self.remove(cgroup_id)
 

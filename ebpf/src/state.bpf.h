@@ -102,7 +102,7 @@ static __always_inline void *event_reserve(u32 kind, u64 size)
 }
 
 /*
- * Memory steps are many and none is urgent: they wake nobody until 256 KiB wait. What a person or the
+ * Memory steps and connections are many and none is urgent: they wake nobody until 256 KiB wait. What a person or the
  * policy waits for (a tool call began, reached its budget, ended) wakes the reader at once.
  */
 static __always_inline void event_submit(void *event, bool urgent)
