@@ -66,6 +66,7 @@ class RoleKeeper:
         self._calls: dict[ToolCallId, ToolCallStarted] = {}
         """Tool calls that run, as they were told: the state hears of one only at the loop's next turn."""
         self._asked: dict[CgroupId, list[Asked]] = {}
+        """Of every sandbox whose conversation an engine of ours has told, what it asks for now."""
         self._looked_ns = 0
 
     # -- what the rest of the daemon asks
@@ -193,7 +194,7 @@ class RoleKeeper:
         if kept.direct and ruling.role is Role.TOOL_CALL and not shell:
             ruling = replace(ruling, budgeted=True)  # its first program is the agent: nothing below can be
         log.debug("role", pid=pid, role=ruling.role.value, why=ruling.why, command=seen.command[:80])
-        if ruling.call_id is not None:
+        if asked and ruling.call_id is not None:
             self._asked[event.sandbox] = [a for a in asked if a.id != ruling.call_id]
         if ruling.role is not Role.START_UP:
             self._settled(event.id)
@@ -257,7 +258,7 @@ class RoleKeeper:
 
     def _execed(self, event: ProcessExeced) -> Iterator[Event]:
         """A call's first process became another program: some agents say only then what was asked for."""
-        call = self._state.tool_calls.get(event.id)
+        call = self._calls.get(event.id)
         kept = self._book.get(call.sandbox) if call is not None else None
         if call is None or kept is None or kept.profile is None or call.pid != event.pid:
             return
