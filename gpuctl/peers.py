@@ -19,8 +19,8 @@ from .reports import Listener, PeerSeen, Reported
 
 _log = logging.getLogger(__name__)
 
-ANSWER_S = 0.1
-"""Longest wait for an answer, which usually comes within a millisecond."""
+ANSWER_S = 1.0
+"""Longest wait for an answer, which comes within milliseconds, or some 100 ms where the host has no CPU to spare."""
 PATIENCE = 3
 """After so many questions without one answer the daemon is taken for one that does not know them: nobody waits then."""
 

@@ -90,9 +90,8 @@ class RoleKeeper:
                 pass
 
     def _sandbox_of(self, session: SessionId) -> CgroupId | None:
-        known = self._state.sessions.get(session)
-        if known is not None and known.sandbox is not None:
-            return known.sandbox
+        if (joined := self._state.sandbox_of(session)) is not None:
+            return joined
         return next((s.cgroup_id for s in self._state.sandboxes.values() if s.session == session), None)
 
     # -- events

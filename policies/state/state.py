@@ -9,7 +9,7 @@ of 10,000 sessions would otherwise spend its time copying; what leaves it is fro
 from __future__ import annotations
 
 from ..events import Event
-from ..model import NS_PER_S
+from ..model import NS_PER_S, CgroupId, SessionId
 from ..snapshot import Snapshot
 from . import host, joins, outcomes, processes, sessions, tool_calls
 from .picture import Picture
@@ -50,6 +50,11 @@ class State(Picture):
             weights_told=frozenset(self._weights),
             left_behind=frozenset(self._left_behind & self.sessions.keys()),
         )
+
+    def sandbox_of(self, session: SessionId) -> CgroupId | None:
+        """The sandbox whose connection asked for the session's last turn; None: not known."""
+        _, joined = self._joins.get(session, (None, None))
+        return joined
 
     def check_integrity(self) -> None:
         """Raise AssertionError where an invariant is broken; for tests."""

@@ -1,4 +1,4 @@
-"""The agents themselves: pinned versions, in build/agents, installed once.
+"""The agents themselves: pinned versions, in the cache folder that models lie in too, installed once.
 
 Owns that folder: npm/ (1.1 GB), a Python environment for each agent from PyPI (aider/ 690 MB, mini/ 400 MB), and bin/
 with links to what those are started by. Uses npm and pip as they are; what is missing on this machine becomes a reason
@@ -14,7 +14,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-FOLDER = Path(__file__).resolve().parents[2] / "build" / "agents"
+from equipoise.gpuctl.engine.compute.model import cache_folder
+
+FOLDER = cache_folder() / "agents"
 NPM_FOLDER = FOLDER / "npm"
 NODE_MAJOR = 20
 """The oldest that Gemini CLI 0.61 runs on."""

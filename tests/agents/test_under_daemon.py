@@ -1,8 +1,7 @@
 """Real agents under a real daemon: their tool calls, all of them and nothing else, and the agents live.
 
-Not switched on yet: the daemon of today takes what Codex and Gemini CLI start their runtime with for a tool call, and
-housekeeping for calls. The figures: `python -m equipoise.tests.agents`. To switch it on, give the function at the end
-its `test_`.
+What is started here is a part of what can be: every agent, every launcher, and the screens of three. All of it, with
+the figures: `python -m equipoise.tests.agents`.
 """
 
 from __future__ import annotations
@@ -11,14 +10,20 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from equipoise.tests.agents.clients import CLIENTS, launchers_of
+from equipoise.tests.agents.clients import CLIENTS
 from equipoise.tests.agents.install import CannotInstall
 from equipoise.tests.agents.script import TEN
 from equipoise.tests.agents.trial import POLICY, run
 from equipoise.tests.fixtures.running_daemon import RunningDaemon
 
 pytestmark = [pytest.mark.agents, pytest.mark.kernel, pytest.mark.slow]
-STARTS = [(name, launcher) for name, client in CLIENTS.items() for launcher in launchers_of(client)]
+EVERY = ("plain", "timeout", "env", "sh", "npx")
+STARTS = [
+    *((name, launcher) for name in ("claude", "codex", "gemini") for launcher in EVERY),
+    *(("opencode", launcher) for launcher in ("plain", "npx")),
+    *((name, launcher) for name in ("mini", "aider") for launcher in ("plain", "timeout")),
+    *((name, "plain") for name in ("claude-screen", "codex-screen", "gemini-screen")),
+]
 
 
 @pytest.fixture(scope="module")
