@@ -22,6 +22,7 @@ from .model import (
     Sandbox,
     Session,
     SessionId,
+    ToolCall,
     ToolCallId,
     ToolCallSource,
 )
@@ -87,6 +88,8 @@ class ToolCallStarted:
     """None: the sandbox's own."""
     soft_bytes: int = 0
     hard_bytes: int = 0
+    earlier: ToolCall | None = None
+    """It began under an earlier run of the daemon, which knew this of it: it goes on, and is no new call."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -148,7 +148,8 @@ class SandboxKeeper:
         if cgroup_path:
             raise CgroupError(f"{cgroup_path}: no cgroups can be used here: run the daemon as root, see its `lacks`")
         # A number of ours stands for the cgroup id that there is none of.
-        return SandboxCgroup("", CgroupId(next(self._names)), "", own=False)
+        number = next(n for n in self._names if n not in self.book)
+        return SandboxCgroup("", CgroupId(number), "", own=False)
 
     def _take_in_agent(self, kept: Kept, agent: ProcessRef) -> None:
         """Or leave it where and as it was."""
@@ -159,13 +160,13 @@ class SandboxKeeper:
             if not joined.done:
                 raise CgroupError(f"pid {pid} could not be moved to {cgroup.runtime}: {joined.detail or 'it is gone'}")
         try:
-            self._follow(kept, agent)
+            self.follow(kept, agent)
         except (EbpfError, ProcessLookupError):
             if cgroup.own:
                 self._cgroups.put_back(pid, came_from)
             raise
 
-    def _follow(self, kept: Kept, agent: ProcessRef) -> None:
+    def follow(self, kept: Kept, agent: ProcessRef) -> None:
         """Tag the agent and watch for its end. Raises EbpfError, ProcessLookupError; then nothing has changed."""
         cgroup, tag = kept.cgroup, None
         if self._probes is not None:
@@ -195,9 +196,9 @@ class SandboxKeeper:
         sandbox = self._state.sandboxes.get(cgroup_id)
         log.event("agent_gone", sandbox=sandbox.label if sandbox else cgroup_id)
         self._settle()  # what it started last may still wait in the kernel's buffer
-        self._remove_unless_used(cgroup_id)
+        self.remove_unless_used(cgroup_id)
 
-    def _remove_unless_used(self, cgroup_id: CgroupId) -> None:
+    def remove_unless_used(self, cgroup_id: CgroupId) -> None:
         calls = (c for c in self._state.tool_calls.values() if c.sandbox == cgroup_id and c.gone_ns is None)
         if not any(call.pid is not None for call in calls):  # a call without a process ends with its agent
             self.remove(cgroup_id)
@@ -231,10 +232,15 @@ class SandboxKeeper:
             self._probes.set_child_budget(kept.agent_tag, soft_bytes=0, hard_bytes=0)
 
     def close(self) -> None:
-        """Forget everything; sandboxes in which something still runs keep their cgroups."""
-        for cgroup_id in list(self.book):
-            if problem := self.remove(cgroup_id):
-                log.warning("sandbox_left", problem=problem)
+        """Watch nobody any more. A sandbox in which something runs stays, for the next start to take up again."""
+        for cgroup_id, kept in list(self.book.items()):
+            unwatch(kept.pidfd)
+            kept.pidfd = None
+            if kept.cgroup.own and not self._cgroups.processes(kept.cgroup.path):
+                self.remove(cgroup_id)
+            elif kept.agent is not None:
+                sandbox = self._state.sandboxes.get(cgroup_id)
+                log.event("sandbox_left", sandbox=sandbox.label if sandbox else cgroup_id, pid=kept.agent.pid)
 
     # -- as a sink of the loop
 
@@ -244,4 +250,4 @@ class SandboxKeeper:
         known = state.tool_calls.get(state.resolve(event.id))
         kept = self.book.get(known.sandbox) if known else None
         if known is not None and kept is not None and kept.agent_gone:
-            self._remove_unless_used(known.sandbox)  # the agent has gone before its last escapee
+            self.remove_unless_used(known.sandbox)  # the agent has gone before its last escapee

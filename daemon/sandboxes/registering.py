@@ -16,9 +16,7 @@ from ...policies.document import NAME
 from ...policies.model import NS_PER_S, Sandbox
 from ..errors import CgroupError, Refusal, RegistrationRefused
 from . import processes
-from .cgroups import CgroupDriver
-from .cgroups.layout import current_path
-from .cgroups.tree import checked_path
+from .cgroups import CgroupDriver, checked_path, current_path
 from .processes import PROC, ProcessRef
 
 

@@ -153,7 +153,8 @@ class State:
             case BudgetReached():
                 self._budget_reached(event)
             case BudgetChanged():
-                if call := self._known(event.id):
+                # A wrapper's own budget is not that of the call it was merged into.
+                if event.id not in self._wrappers and (call := self._known(event.id)):
                     self._put(replace(call, soft_bytes=event.soft_bytes, hard_bytes=event.hard_bytes))
                     if not event.hard_bytes and call.stopped_ns is not None:
                         self._answered(call.id, ToolCallPhase.RUNNING, event.at_ns)
@@ -241,6 +242,9 @@ class State:
             return
         if self.resolve(event.id) in self.tool_calls:
             return  # told twice; the first stands
+        if event.earlier is not None:
+            self._goes_on(event, event.earlier)
+            return
         kind = command_kind(event.command)
         intent = self._intents.pop((event.sandbox, kind), None)
         self._accrued_ns[event.id] = event.at_ns
@@ -261,6 +265,23 @@ class State:
                 hard_bytes=event.hard_bytes,
                 expected_bytes=intent.expected_bytes if intent else None,
                 expected_ns=intent.expected_ns if intent else None,
+            )
+        )
+
+    def _goes_on(self, event: ToolCallStarted, earlier: ToolCall) -> None:
+        """Nobody is held back at a daemon's start, and what it uses is measured anew."""
+        self._accrued_ns[event.id] = event.at_ns
+        self._put(
+            replace(
+                earlier,
+                phase=ToolCallPhase.RUNNING if earlier.end_ns is None else ToolCallPhase.ENDED,
+                phase_since_ns=event.at_ns,
+                used_bytes=0,
+                soft_bytes=event.soft_bytes,
+                hard_bytes=event.hard_bytes,
+                gone_ns=None,
+                stopped_ns=None,
+                waiting_until_ns=None,
             )
         )
 
