@@ -35,11 +35,11 @@ from .enforce.guarding import Guarding
 from .enforce.holds import Holds
 from .enforce.targets import Budgets
 from .engine_process import EngineConfig, EngineProcess
-from .errors import CgroupError
+from .errors import CgroupError, JournalError
 from .loop import Loop, Sink
 from .observe.history import History
 from .observe.joins import Joins
-from .observe.journal import Journal
+from .observe.journal import Journal, JournalReader
 from .observe.kernel import KernelEvents
 from .observe.metrics import MetricsServer
 from .observe.recording import Recorder
@@ -48,12 +48,16 @@ from .observe.tallies import Tallies
 from .rpc.policy_server import Effects, PolicyServer
 from .rpc.sandbox_server import SandboxServer
 from .rpc.server import claim_socket, serve
+from .sandboxes.adoption import Adoption, Earlier
 from .sandboxes.cgroups import CgroupDriver, sweep
 from .sandboxes.keeper import SandboxKeeper
 from .sandboxes.processes import boot_id
 from .sandboxes.roles import RoleKeeper
 from .sandboxes.tool_calls import ToolCallKeeper
 from .status import Host, Status
+
+RECALLED = 2000
+"""Calls, and decisions, of earlier runs that are answered from memory; the journal has more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +119,9 @@ async def start(config: Config, parts: contextlib.AsyncExitStack) -> Status:
     probes = _open_probes(config, host, parts)
     core = Core(config, policy, host, journal, driver, probes)
     parts.callback(core.let_go)
+    core.take_up()
+    if driver is not None:
+        sweep(driver, {sandbox.path for sandbox in core.state.sandboxes.values()})
     status = core.status(started_ns)
     if config.metrics_listen:
         metrics = MetricsServer.start(config.metrics_listen, status.metrics)
@@ -131,7 +138,12 @@ async def start(config: Config, parts: contextlib.AsyncExitStack) -> Status:
     work = [core.loop.run(), *(source.run() for source in status.sources)]
     if core.polling is not None:
         work.append(core.polling.run())
-    work += [core.recorder.run(), guarding.run(), notify.watchdog(lambda: core.loop.turn_count, status.summary)]
+    work += [
+        core.adoption.look_again(),
+        core.recorder.run(),
+        guarding.run(),
+        notify.watchdog(lambda: core.loop.turn_count, status.summary),
+    ]
     if config.engine is not None:
         status.engine = EngineProcess(config.engine, str(config.socket), lambda url: notify.status(status.summary()))
         work.append(status.engine.run())
@@ -194,6 +206,39 @@ class Core:
         sinks += [self.history, self.tallies, self.recorder, self.roles, self.calls, self.sandboxes, following]
         sinks.append(self.joins)
         self.loop.every_turn(self._at_turn)
+        self.loop.every_turn(self.recorder.turned)
+        self.adoption = Adoption(
+            self.sandboxes, self.calls, self.roles, driver, probes, self.state, emit, self.settle, now_ns
+        )
+
+    def take_up(self) -> None:
+        """Remember what earlier runs of this boot left in the journal, and take up again what of it lives."""
+        boot = boot_id()
+        earlier = Earlier()
+        try:
+            with JournalReader(self._config.journal) as reader:
+                sandboxes = reader.sandboxes_of_boot(boot)
+                earlier = Earlier(
+                    reader.registered(boot),
+                    reader.open_calls(boot),
+                    reader.merges(boot),
+                    frozenset(sandbox.cgroup_id for sandbox in sandboxes),
+                    reader.last_written_ns(boot),
+                )
+                self.history.recall(
+                    reader.newest_calls(boot, RECALLED), reader.newest_decisions(boot, RECALLED), sandboxes
+                )
+        except JournalError as error:
+            self._host.lacks.append(f"nothing is known of earlier runs: {error}")
+        came = self.adoption.run(earlier)
+        for gone in came.gone:
+            self._journal.strike_sandbox(gone)
+        for call in came.closed:
+            self._journal.record_tool_call(call)
+        self._journal.flush()
+        self.history.recall(came.closed, (), ())
+        self._host.adopted = came.summary()
+        self._host.lacks += [f"not taken up again: {line}" for line in came.left.values()]
 
     def status(self, started_ns: int) -> Status:
         return Status(
@@ -276,7 +321,6 @@ def _prepare_cgroups(
     if driver is None:
         return None
     try:
-        sweep(driver)
         driver.prepare()
     except CgroupError as error:
         _without_cgroups(config, host, error)

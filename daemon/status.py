@@ -28,6 +28,8 @@ class Host:
     metrics_url: str = ""
     lacks: list[str] = field(default_factory=list)
     """What it does not offer, one line each."""
+    adopted: str = ""
+    """What was taken up again of an earlier run, in one line."""
 
 
 @dataclass(slots=True)
@@ -62,6 +64,7 @@ class Status:
             lacks=self.host.lacks + ([f"engine: {failure}"] if failure else []),
             started_ns=self.started_ns,
             journal_path=str(self.journal_path),
+            adopted=self.host.adopted,
         )
 
     def metrics(self) -> MetricsFacts:

@@ -24,6 +24,7 @@ from .model import (
     Sandbox,
     Session,
     SessionId,
+    ToolCall,
     ToolCallId,
     ToolCallSource,
 )
@@ -99,6 +100,8 @@ class ToolCallStarted:
     """By which the conversation, and the agent's own log, know the call."""
     exempt: bool = False
     """No budget may stop it: it could be the agent."""
+    earlier: ToolCall | None = None
+    """It began under an earlier run of the daemon, which knew this of it: it goes on, and is no new call."""
 
 
 @dataclass(frozen=True, slots=True)

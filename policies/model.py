@@ -165,6 +165,8 @@ class Sandbox:
     registered_ns: int
     agent_start_ticks: int | None = None
     """With its pid the agent's identity for one boot: field 22 of /proc/<pid>/stat. None: no agent, or not known."""
+    direct: bool = False
+    """The registered process is the agent itself and no launcher of it: whatever it starts is a tool call."""
     memory_bytes: int = 0
     """Charged to the whole cgroup at the last sample."""
     peak_bytes: int = 0

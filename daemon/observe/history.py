@@ -1,17 +1,17 @@
 """What was decided, what came of it, and which tool calls have ended: recent memory for the servers.
 
-Owns bounded lists in RAM, fed as a sink of the loop. The journal is the long memory.
+Owns bounded lists in RAM, fed as a sink of the loop, and at the start from the journal, which is the long memory.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from ...policies.actions import Decision, Outcome, OutcomeStatus, SetTenantWeight
 from ...policies.events import DecisionMade, Event, OutcomeObserved, ProcessesGone, SandboxRegistered, ToolCallEnded
-from ...policies.model import CgroupId, DecisionId, SessionId, TenantId, ToolCall, ToolCallId
+from ...policies.model import CgroupId, DecisionId, Sandbox, SessionId, TenantId, ToolCall, ToolCallId
 from ...policies.state import State
 
 DECISIONS = 10_000
@@ -65,6 +65,16 @@ class History:
                         self._ended.popitem(last=False)
             case _:
                 pass
+
+    def recall(
+        self, calls: Iterable[ToolCall], decisions: Iterable[tuple[Decision, Outcome | None]], names: Iterable[Sandbox]
+    ) -> None:
+        """What earlier runs of this boot left in the journal; before the first event."""
+        for call in sorted((c for c in calls if c.end_ns is not None), key=lambda c: c.end_ns or 0):
+            self._ended[call.id] = call
+        for decision, outcome in decisions:
+            self._decisions[decision.id] = Told(decision, outcome)
+        self.sandbox_names |= {sandbox.cgroup_id: sandbox.name for sandbox in names}
 
     def newest(self, limit: int) -> list[Told]:
         """Newest first, the bookkeeping of weights left out."""

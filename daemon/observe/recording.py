@@ -1,11 +1,25 @@
-"""Writing the journal: events as they happen, tool calls as they begin and end, points of the timeline between."""
+"""Writing the journal: events as they happen, calls as they begin, change and end, points of the timeline between.
+
+What the next start needs to take up what lives on (sandboxes, calls that begin and end) is on disk before anybody is
+answered; the rest is written twice a second.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
 
-from ...policies.events import Event, ProcessesGone, ToolCallEnded, ToolCallStarted
+from ...policies.events import (
+    Event,
+    ProcessesGone,
+    SandboxRegistered,
+    SandboxRemoved,
+    ToolCallAttributed,
+    ToolCallEnded,
+    ToolCallMerged,
+    ToolCallStarted,
+)
+from ...policies.model import ToolCall, ToolCallId
 from ...policies.snapshot import Snapshot
 from ...policies.state import State
 from .journal import Journal
@@ -16,23 +30,65 @@ SAMPLE_S = 0.5
 
 
 class Recorder:
-    """A sink of the loop; `run()` samples and flushes until cancelled."""
+    """A sink of the loop, and a hook of its turns; `run()` samples and flushes until cancelled."""
 
     def __init__(self, journal: Journal, snapshot: Callable[[], Snapshot]) -> None:
         self._journal = journal
         self._snapshot = snapshot
+        self._urgent = False
+        self._written: dict[ToolCallId, tuple[object, ...]] = {}
+        """Of each call that lives: what was last written of it and changes."""
 
     def __call__(self, event: Event, state: State) -> None:
         self._journal.record(event)
         match event:
-            case ToolCallStarted(id=tool_call) | ToolCallEnded(id=tool_call) | ProcessesGone(id=tool_call):
+            case (
+                ToolCallStarted(id=tool_call)
+                | ToolCallAttributed(id=tool_call)
+                | ToolCallMerged(into=tool_call)
+                | ToolCallEnded(id=tool_call)
+                | ProcessesGone(id=tool_call)
+            ):
+                self._urgent = True
                 if call := state.tool_calls.get(state.resolve(tool_call)):
                     self._journal.record_tool_call(call)
+            case SandboxRegistered() | SandboxRemoved():
+                self._urgent = True
             case _:
                 pass
+
+    def turned(self, snapshot: Snapshot) -> None:
+        """At the end of a turn."""
+        if self._urgent:
+            self._urgent = False
+            self._journal.flush()
 
     async def run(self) -> None:
         while True:
             await asyncio.sleep(SAMPLE_S)
-            self._journal.record_samples(samples_of(self._snapshot()))
+            snapshot = self._snapshot()
+            self._record_changes(snapshot)
+            self._journal.record_samples(samples_of(snapshot))
             self._journal.flush()
+
+    def _record_changes(self, snapshot: Snapshot) -> None:
+        """Peaks, budgets and grants of calls that live, so that they are known after a kill -9."""
+        living = {call.id: call for call in snapshot.tool_calls if call.gone_ns is None}
+        for call in living.values():
+            if self._written.get(call.id) != (now := _changing(call)):
+                self._written[call.id] = now
+                self._journal.record_tool_call(call)
+        for gone in self._written.keys() - living.keys():
+            del self._written[gone]
+
+
+def _changing(call: ToolCall) -> tuple[object, ...]:
+    return (
+        call.peak_bytes,
+        call.soft_bytes,
+        call.hard_bytes,
+        call.granted_ns,
+        call.phase,
+        call.stalled_ns,
+        call.verdict,
+    )

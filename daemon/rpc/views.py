@@ -23,7 +23,7 @@ _SANDBOX = Translation(
     Sandbox,
     pb.SandboxView,
     renamed={"tenant": "tenant_id", "path": "cgroup_path", "session": "session_id"},
-    here=("registered_ns", "cpu_ns", "agent_start_ticks"),
+    here=("registered_ns", "cpu_ns", "agent_start_ticks", "direct"),
 )
 _ENGINE = Translation(
     Engine,

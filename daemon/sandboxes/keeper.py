@@ -132,6 +132,7 @@ class SandboxKeeper:
             agent_pid=pid,
             agent_start_ticks=agent.start_ticks if agent is not None else None,
             registered_ns=self._now_ns(),
+            direct=direct,
         )
         self._emit(SandboxRegistered(sandbox.registered_ns, sandbox))
         log.event("sandbox_registered", sandbox=sandbox.label, cgroup=cgroup.path, cgroup_id=cgroup.cgroup_id, pid=pid)
@@ -156,7 +157,8 @@ class SandboxKeeper:
         if cgroup_path:
             raise CgroupError(f"{cgroup_path}: no cgroups can be used here: run the daemon as root, see its `lacks`")
         # A number of ours stands for the cgroup id that there is none of.
-        return SandboxCgroup("", CgroupId(next(self._names)), "", own=False)
+        number = next(n for n in self._names if n not in self.book)
+        return SandboxCgroup("", CgroupId(number), "", own=False)
 
     def _take_in_agent(self, kept: Kept, agent: ProcessRef) -> None:
         """Or leave it where and as it was."""
@@ -167,13 +169,13 @@ class SandboxKeeper:
             if not joined.done:
                 raise CgroupError(f"pid {pid} could not be moved to {cgroup.runtime}: {joined.detail or 'it is gone'}")
         try:
-            self._follow(kept, agent)
+            self.follow(kept, agent)
         except (EbpfError, ProcessLookupError):
             if cgroup.own:
                 self._cgroups.put_back(pid, came_from)
             raise
 
-    def _follow(self, kept: Kept, agent: ProcessRef) -> None:
+    def follow(self, kept: Kept, agent: ProcessRef) -> None:
         """Tag the agent and watch for its end. Raises EbpfError, ProcessLookupError; then nothing has changed."""
         cgroup, tag = kept.cgroup, None
         if self._probes is not None:
@@ -208,9 +210,9 @@ class SandboxKeeper:
         sandbox = self._state.sandboxes.get(cgroup_id)
         log.event("agent_gone", sandbox=sandbox.label if sandbox else cgroup_id)
         self._settle()  # what it started last may still wait in the kernel's buffer
-        self._remove_unless_used(cgroup_id)
+        self.remove_unless_used(cgroup_id)
 
-    def _remove_unless_used(self, cgroup_id: CgroupId) -> None:
+    def remove_unless_used(self, cgroup_id: CgroupId) -> None:
         calls = (c for c in self._state.tool_calls.values() if c.sandbox == cgroup_id and c.gone_ns is None)
         others = (p for p in self._state.processes.values() if p.sandbox == cgroup_id and p.role is not Role.WRAPPER)
         kept = self.book.get(cgroup_id)
@@ -251,10 +253,15 @@ class SandboxKeeper:
                 self._probes.set_child_budget(tag, soft_bytes=0, hard_bytes=0)
 
     def close(self) -> None:
-        """Forget everything; sandboxes in which something still runs keep their cgroups."""
-        for cgroup_id in list(self.book):
-            if problem := self.remove(cgroup_id):
-                log.warning("sandbox_left", problem=problem)
+        """Watch nobody any more. A sandbox in which something runs stays, for the next start to take up again."""
+        for cgroup_id, kept in list(self.book.items()):
+            unwatch(kept.pidfd)
+            kept.pidfd = None
+            if kept.cgroup.own and not self._cgroups.processes(kept.cgroup.path):
+                self.remove(cgroup_id)
+            elif kept.agent is not None:
+                sandbox = self._state.sandboxes.get(cgroup_id)
+                log.event("sandbox_left", sandbox=sandbox.label if sandbox else cgroup_id, pid=kept.agent.pid)
 
     # -- as a sink of the loop
 
@@ -269,4 +276,4 @@ class SandboxKeeper:
                 return
         kept = self.book.get(sandbox) if sandbox is not None else None
         if sandbox is not None and kept is not None and kept.agent_gone:
-            self._remove_unless_used(sandbox)  # the agent has gone before the last of what it left
+            self.remove_unless_used(sandbox)  # the agent has gone before the last of what it left

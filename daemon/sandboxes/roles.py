@@ -8,7 +8,7 @@ has. Applies no policy of memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ...ebpf.errors import EbpfError
@@ -154,6 +154,26 @@ class RoleKeeper:
             for pid in self._probes.processes(tag):
                 if roles.may_be_agent(evidence.command_line(pid)) and evidence.has_connection(pid):
                     yield from self._connected(pid, tag, tag == kept.agent_tag, kept)
+
+    def take_up(self, root: int, pids: Sequence[int], kept: Kept) -> Iterator[Event]:
+        """Processes that ran before anybody followed them, `root` above the others: they may be the agent yet."""
+        assert self._probes is not None
+        sandbox = kept.cgroup.cgroup_id
+        try:
+            tag = self._probes.begin_tool(root, sandbox)
+            self._probes.set_starting(tag, True)
+        except (LookupError, ProcessLookupError, EbpfError):
+            return  # it has ended meanwhile
+        for pid in pids:
+            if pid != root:
+                try:
+                    self._probes.adopt(pid, tag)
+                except (LookupError, ProcessLookupError, EbpfError):
+                    continue  # likewise
+        why = "it ran before the daemon did, and may be the agent"
+        command = evidence.command_line(root)
+        fact = ProcessRole(tag, sandbox, root, command, Role.START_UP, 0.9, why, self._now_ns())
+        yield self._observe(tag, fact)
 
     # -- an exec
 

@@ -106,7 +106,7 @@ class ToolCallKeeper:
         registering.check_free(pid, self._sandbox_of(pid), sandbox.label)
 
     def _announce(self, sandbox: Sandbox, command: str, session: SessionId | None) -> ToolCallId:
-        call = self._new_id()
+        call = self.new_id()
         self._emit(
             ToolCallStarted(
                 at_ns=self._now_ns(),
@@ -136,7 +136,7 @@ class ToolCallKeeper:
         if seen is not None and seen.running and seen.pid != wrapper_pid:
             return None  # a wrapper inside a tool call
         budget = self._state.policy.memory.budget
-        call = self._new_id()
+        call = self.new_id()
         if self._probes is not None:
             self._probes.begin_tool(
                 pid, sandbox.cgroup_id, tag=call, soft_bytes=budget.soft_bytes, hard_bytes=self._hard(budget.hard_bytes)
@@ -187,7 +187,7 @@ class ToolCallKeeper:
         """The tool call's own cgroup; None where it has none."""
         return self._leaves.path(call)
 
-    def _new_id(self) -> ToolCallId:
+    def new_id(self) -> ToolCallId:
         if self._probes is not None:
             return self._probes.new_tag()
         return ToolCallId(int.from_bytes(os.urandom(8)) >> 1 | 1)
@@ -236,7 +236,7 @@ class ToolCallKeeper:
             self._leaves.make(event.id, event.pid, kept.cgroup, event.sandbox)
         if event.pid is not None and self._probes is None:
             self._watch_root(event.id, event.pid)
-        self._set_kind_budget(call, state)
+        self._set_kind_budget(call)
 
     def _watch_root(self, call: ToolCallId, pid: int) -> None:
         """Without probes: nothing else tells that a call has ended whose wrapper was killed."""
@@ -249,17 +249,24 @@ class ToolCallKeeper:
         # Its wrapper knows the exit code and says it within milliseconds; then the call has ended already.
         asyncio.get_running_loop().call_later(REPORT_GRACE_S, self.end, call)
 
-    def _set_kind_budget(self, call: ToolCall, state: State) -> None:
-        budget = state.policy.memory.budget_for(call.kind)
-        hard = self._hard(max(budget.hard_bytes, min(call.expected_bytes or 0, state.policy.memory.max_bytes)))
-        if call.pid is None or call.exempt or (budget.soft_bytes, hard) == (call.soft_bytes, call.hard_bytes):
+    def _set_kind_budget(self, call: ToolCall) -> None:
+        soft, hard = self.budget_of(call)
+        if call.pid is None or call.exempt or (soft, hard) == (call.soft_bytes, call.hard_bytes):
             return
         if self._probes is not None:
             try:
-                self._probes.set_budget(call.id, soft_bytes=budget.soft_bytes, hard_bytes=hard)
+                self._probes.set_budget(call.id, soft_bytes=soft, hard_bytes=hard)
             except EbpfError:
                 return  # it has ended meanwhile
-        self._emit(BudgetChanged(self._now_ns(), call.id, budget.soft_bytes, hard))
+        self._emit(BudgetChanged(self._now_ns(), call.id, soft, hard))
+
+    def budget_of(self, call: ToolCall) -> tuple[int, int]:
+        """Soft and hard: what the policy says for its kind, at least what was announced, and what it was granted."""
+        memory = self._state.policy.memory
+        budget = memory.budget_for(call.kind)
+        if call.granted_ns is not None and call.hard_bytes > budget.hard_bytes:
+            return call.soft_bytes, self._hard(call.hard_bytes)
+        return budget.soft_bytes, self._hard(max(budget.hard_bytes, min(call.expected_bytes or 0, memory.max_bytes)))
 
     def _on_ended(self, call: ToolCallId, state: State) -> None:
         known = state.tool_calls.get(call)

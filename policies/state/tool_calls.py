@@ -42,6 +42,9 @@ def _started(picture: Picture, event: ToolCallStarted) -> None:
         return
     if picture.resolve(event.id) in picture.tool_calls:
         return  # told twice; the first stands
+    if event.earlier is not None:
+        _goes_on(picture, event, event.earlier)
+        return
     kind = command_kind(event.command)
     intent = picture._intents.pop((event.sandbox, kind), None)
     picture._accrued_ns[event.id] = event.at_ns
@@ -65,6 +68,25 @@ def _started(picture: Picture, event: ToolCallStarted) -> None:
             exempt=event.exempt,
             expected_bytes=intent.expected_bytes if intent else None,
             expected_ns=intent.expected_ns if intent else None,
+        )
+    )
+
+
+def _goes_on(picture: Picture, event: ToolCallStarted, earlier: ToolCall) -> None:
+    """Nobody is held back at a daemon's start, and what it uses is measured anew."""
+    picture._accrued_ns[event.id] = event.at_ns
+    picture._put(
+        replace(
+            earlier,
+            phase=ToolCallPhase.RUNNING if earlier.end_ns is None else ToolCallPhase.ENDED,
+            phase_since_ns=event.at_ns,
+            used_bytes=0,
+            soft_bytes=event.soft_bytes,
+            hard_bytes=event.hard_bytes,
+            agent=None,
+            gone_ns=None,
+            stopped_ns=None,
+            waiting_until_ns=None,
         )
     )
 
@@ -160,7 +182,8 @@ def _budget_reached(picture: Picture, event: BudgetReached) -> None:
 
 
 def _budget_changed(picture: Picture, event: BudgetChanged) -> None:
-    if call := picture._known(event.id):
+    # A wrapper's own budget is not that of the call it was merged into.
+    if event.id not in picture._wrappers and (call := picture._known(event.id)):
         picture._put(replace(call, soft_bytes=event.soft_bytes, hard_bytes=event.hard_bytes))
         if not event.hard_bytes and call.stopped_ns is not None:
             answered(picture, call.id, ToolCallPhase.RUNNING, event.at_ns)

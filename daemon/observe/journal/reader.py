@@ -22,6 +22,7 @@ from .records import Loss, Run, Sample, Series, Turn
 from .schema import PATIENCE_S, connect, unusable
 
 T = TypeVar("T")
+_RUNS_OF_BOOT = "SELECT id FROM runs WHERE boot_id = ?"
 
 
 class JournalReader:
@@ -98,6 +99,72 @@ class JournalReader:
     def losses(self, run: int | None = None) -> tuple[Loss, ...]:
         rows = self._rows("SELECT at_ns, source, count FROM losses WHERE run = ? ORDER BY at_ns", self._run(run))
         return tuple(Loss(*row) for row in rows)
+
+    # -- of one boot, by whichever run
+
+    def registered(self, boot_id: str) -> tuple[Sandbox, ...]:
+        """Sandboxes that were registered and not removed."""
+        rows = self._rows(f"SELECT body FROM registered WHERE run IN ({_RUNS_OF_BOOT}) ORDER BY cgroup_id", boot_id)
+        return tuple(self._decode(Sandbox, body) for (body,) in rows)
+
+    def open_calls(self, boot_id: str) -> tuple[ToolCall, ...]:
+        """Calls that had not ended, or of which processes were left, when they were last written down."""
+        rows = self._rows(
+            f"SELECT id, body FROM tool_calls WHERE run IN ({_RUNS_OF_BOOT}) AND id IN (SELECT id FROM tool_calls "
+            "WHERE body LIKE '%\"gone_ns\":null%') ORDER BY run",
+            boot_id,
+        )
+        newest = {key: self._decode(ToolCall, body) for key, body in rows}
+        return tuple(call for call in newest.values() if call.gone_ns is None)
+
+    def merges(self, boot_id: str) -> dict[ToolCallId, ToolCallId]:
+        rows = self._rows(f"SELECT id, into_id FROM merges WHERE run IN ({_RUNS_OF_BOOT})", boot_id)
+        return {ToolCallId(int(merged, 16)): ToolCallId(int(into, 16)) for merged, into in rows}
+
+    def newest_calls(self, boot_id: str, limit: int) -> tuple[ToolCall, ...]:
+        """As they were last written down, those that started last, oldest first."""
+        rows = self._rows(
+            f"SELECT id, body FROM tool_calls WHERE run IN ({_RUNS_OF_BOOT}) ORDER BY start_ns DESC, run DESC LIMIT ?",
+            boot_id,
+            limit,
+        )
+        found: dict[str, ToolCall] = {}
+        for key, body in rows:
+            if key not in found:
+                found[key] = self._decode(ToolCall, body)
+        return tuple(reversed(found.values()))
+
+    def newest_decisions(self, boot_id: str, limit: int) -> tuple[tuple[Decision, Outcome | None], ...]:
+        """With the newest outcome of each, oldest first."""
+        rows = self._rows(
+            f"SELECT body FROM decisions WHERE run IN ({_RUNS_OF_BOOT}) ORDER BY at_ns DESC LIMIT ?", boot_id, limit
+        )
+        made = [self._decode(Decision, body) for (body,) in rows]
+        made.reverse()
+        if not made:
+            return ()
+        outcomes = self._rows(
+            "SELECT decision, status, at_ns, tier, detail, latency_ns FROM outcomes WHERE run IN "
+            f"({_RUNS_OF_BOOT}) AND at_ns >= ? ORDER BY at_ns",
+            boot_id,
+            made[0].at_ns,
+        )
+        came_of = {row[0]: Outcome(row[0], OutcomeStatus(row[1]), *row[2:]) for row in outcomes}
+        return tuple((decision, came_of.get(decision.id)) for decision in made)
+
+    def last_written_ns(self, boot_id: str) -> int:
+        """The latest time on record; 0 where nothing is."""
+        statement = (
+            f"SELECT max(at_ns) FROM samples WHERE run IN ({_RUNS_OF_BOOT}) UNION ALL "
+            f"SELECT max(start_ns) FROM tool_calls WHERE run IN ({_RUNS_OF_BOOT}) UNION ALL "
+            "SELECT max(coalesce(ended_ns, 0)) FROM runs WHERE boot_id = ?"
+        )
+        return max((latest or 0 for (latest,) in self._rows(statement, boot_id, boot_id, boot_id)), default=0)
+
+    def sandboxes_of_boot(self, boot_id: str) -> tuple[Sandbox, ...]:
+        """Those that are gone too."""
+        rows = self._rows(f"SELECT body FROM sandboxes WHERE run IN ({_RUNS_OF_BOOT}) ORDER BY run", boot_id)
+        return tuple({s.cgroup_id: s for s in (self._decode(Sandbox, body) for (body,) in rows)}.values())
 
     def holds(self, boot_id: str) -> tuple[Hold, ...]:
         """What is on record as held back since this boot, by whichever run."""

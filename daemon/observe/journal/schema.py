@@ -48,6 +48,14 @@ CREATE TABLE holds (id INTEGER PRIMARY KEY, run INTEGER NOT NULL, kind TEXT NOT 
     target TEXT NOT NULL, expires_ns INTEGER, body TEXT NOT NULL);
 """
 
+LIVING = """
+CREATE TABLE IF NOT EXISTS registered (cgroup_id INTEGER PRIMARY KEY, run INTEGER NOT NULL, body TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS merges (run INTEGER NOT NULL, id TEXT NOT NULL, into_id TEXT NOT NULL,
+    PRIMARY KEY (run, id));
+"""
+"""Added without a new schema version, as no reader of version 1 minds: which sandboxes are registered now, whichever
+run did it, and which ids became another's. For the next start to take up what lives on."""
+
 ROW_LIMITS = {
     "samples": 500_000,
     "outcomes": 200_000,
@@ -55,6 +63,7 @@ ROW_LIMITS = {
     "turns": 200_000,
     "moves": 200_000,
     "tool_calls": 200_000,
+    "merges": 20_000,
     "losses": 20_000,
     "sandboxes": 50_000,
 }
@@ -82,6 +91,8 @@ def connect(path: Path, *, readonly: bool, patience_s: float = PATIENCE_S) -> sq
             raise JournalError(
                 f"{path}: schema {version}, this version reads {SCHEMA_VERSION}: move it away, or give another path"
             )
+        if not readonly:
+            connection.executescript(LIVING)
     except sqlite3.Error as error:
         connection.close()
         raise unusable(path, error) from error

@@ -24,11 +24,13 @@ from ....policies.events import (
     EventsLost,
     OutcomeObserved,
     SandboxRegistered,
+    SandboxRemoved,
     SessionMoved,
+    ToolCallMerged,
     TurnEnded,
     TurnStarted,
 )
-from ....policies.model import Sandbox, ToolCall
+from ....policies.model import CgroupId, Sandbox, ToolCall
 from ... import log
 from ...errors import JournalError
 from . import codec
@@ -123,12 +125,28 @@ class Journal:
                 self._add("INSERT INTO losses VALUES (?, ?, ?, ?)", event.at_ns, event.source, event.count)
             case SandboxRegistered(sandbox=sandbox):
                 self.record_sandbox(sandbox)
+            case SandboxRemoved(cgroup_id=cgroup_id):
+                self.strike_sandbox(cgroup_id)
+            case ToolCallMerged(id=merged, into=into):
+                # The call it was taken for has never been one: not now, and not for the next start.
+                self._add("DELETE FROM tool_calls WHERE run = ? AND id = ?", f"{merged:016x}")
+                self._add("INSERT OR REPLACE INTO merges VALUES (?, ?, ?)", f"{merged:016x}", f"{into:016x}")
             case _:
                 pass
 
     def record_sandbox(self, sandbox: Sandbox) -> None:
         values = (sandbox.cgroup_id, sandbox.tenant, sandbox.name, sandbox.path, codec.dumps(sandbox))
         self._add("INSERT OR REPLACE INTO sandboxes VALUES (?, ?, ?, ?, ?, ?)", *values)
+        self._add(
+            "INSERT OR REPLACE INTO registered (run, cgroup_id, body) VALUES (?, ?, ?)",
+            sandbox.cgroup_id,
+            codec.dumps(sandbox),
+        )
+
+    def strike_sandbox(self, cgroup_id: CgroupId) -> None:
+        """It is registered no more; what happened in it stays."""
+        # Whichever run registered it: `run` is every statement's first value.
+        self._add("DELETE FROM registered WHERE ? NOTNULL AND cgroup_id = ?", cgroup_id)
 
     def record_tool_call(self, call: ToolCall) -> None:
         """As it is now; the latest wins. Worth calling when it starts, when its phase changes and when it ends."""

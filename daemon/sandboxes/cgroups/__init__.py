@@ -2,8 +2,8 @@
 
 Owns: the paths and files of each hierarchy. Must not: know what a tool call is worth, or record what it does.
 
-Seen from outside: `Applied`, `CgroupDriver`, `Effect`, `Hierarchy`, `LayoutKind`, `Limit`, `SandboxCgroup`,
-`checked_path`, `current_path`, `files`, `parse_pressure`, `sweep`.
+Seen from outside: `Applied`, `CgroupDriver`, `Effect`, `Hierarchy`, `LayoutKind`, `Limit`, `OWN_LEAF`, `RUNTIME`,
+`SandboxCgroup`, `TOOLS`, `checked_path`, `current_path`, `files`, `parse_pressure`, `sweep`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ from .base import sweep
 from .driver import CgroupDriver, Limit, MemoryEvents, Stall, parse_pressure
 from .files import Applied, Effect
 from .layout import Hierarchy, Layout, LayoutKind, current_path, detect
-from .tree import DEFAULT_BASE, CgroupTree, SandboxCgroup, checked_path
+from .tree import DEFAULT_BASE, OWN_LEAF, RUNTIME, TOOLS, CgroupTree, SandboxCgroup, checked_path
 
 __all__ = [
     "DEFAULT_BASE",
+    "OWN_LEAF",
+    "RUNTIME",
+    "TOOLS",
     "Applied",
     "CgroupDriver",
     "CgroupTree",

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from .driver import CgroupDriver
+from .tree import OWN_LEAF
 
 
-def sweep(driver: CgroupDriver) -> None:
-    """Remove what is empty below our base: sandboxes that an earlier run left, tenants without any.
+def sweep(driver: CgroupDriver, keep: Collection[str] = ()) -> None:
+    """Remove sandboxes in which nothing runs, but for those in `keep`, whole or not at all; tenants without any.
 
     The base itself stays: the daemon's lock is on it (alone.py), and goes with it.
     """
-    for path in reversed(driver.below(driver.base)):
-        if path != driver.base:
-            driver.remove(path, patience_s=0.0)
+    for tenant in driver.children(driver.base):
+        for path in driver.children(tenant):
+            if path not in keep and tenant != f"{driver.base}/{OWN_LEAF}":
+                driver.remove(path, patience_s=0.0)
+        driver.remove_where_empty(tenant)

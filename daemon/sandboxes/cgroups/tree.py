@@ -201,6 +201,18 @@ class CgroupTree:
         mount = self.layout.unified.mount
         return tuple(str(d.relative_to(mount)) for d in self._walk(self.unified_directory(path)))
 
+    def children(self, path: str) -> tuple[str, ...]:
+        """The cgroups right below it, by name; of any hierarchy, since one may have been removed in part."""
+        names: set[str] = set()
+        for hierarchy in self.layout.hierarchies:
+            try:
+                with os.scandir(hierarchy.mount / checked_path(path)) as entries:
+                    names |= {entry.name for entry in entries if entry.is_dir(follow_symlinks=False)}
+            except OSError as error:
+                if error.errno not in GONE_ERRNOS:
+                    raise CgroupError(f"{hierarchy.mount / path}: {os.strerror(error.errno or 0)}") from error
+        return tuple(f"{path}/{name}" for name in sorted(names))
+
     # -- removing
 
     def remove(self, path: str, *, patience_s: float = 0.25) -> Applied:

@@ -30,7 +30,17 @@ from equipoise.policies.actions import (
     SetTenantWeight,
     SwapOut,
 )
-from equipoise.policies.events import DecisionMade, EventsLost, OutcomeObserved, SessionMoved, TurnEnded, TurnStarted
+from equipoise.policies.events import (
+    DecisionMade,
+    EventsLost,
+    OutcomeObserved,
+    SandboxRegistered,
+    SandboxRemoved,
+    SessionMoved,
+    ToolCallMerged,
+    TurnEnded,
+    TurnStarted,
+)
 from equipoise.policies.model import (
     CgroupId,
     DecisionId,
@@ -133,6 +143,37 @@ def test_facts_are_read_back_as_they_were_written(tmp_path: Path) -> None:
         assert reader.losses() == (Loss(13, "ring", 4),)
         assert reader.samples() == samples
     journal.close()
+
+
+def test_what_lives_is_known_to_the_next_run(tmp_path: Path) -> None:
+    """Of this boot: what is registered and not removed, calls that are open, ids that became others."""
+    kept = Sandbox(
+        CgroupId(7), TenantId("gold"), "ada", "equipoise/gold/ada", SessionId("s"), 9, 1, agent_start_ticks=5
+    )
+    open_call = replace(CALL, id=ToolCallId(8), end_ns=None, gone_ns=None, phase=ToolCallPhase.RUNNING)
+    wrapper = replace(open_call, id=ToolCallId(9))
+    journal = opened(tmp_path / "j")
+    for sandbox in (kept, replace(kept, cgroup_id=CgroupId(8), name="eve")):
+        journal.record(SandboxRegistered(1, sandbox))
+    journal.record(SandboxRemoved(2, CgroupId(8)))
+    for call in (replace(CALL, gone_ns=CALL.end_ns), open_call, wrapper):
+        journal.record_tool_call(call)
+    journal.record(ToolCallMerged(3, wrapper.id, open_call.id))
+    journal.close()
+    following = opened(tmp_path / "j")
+    with JournalReader(tmp_path / "j") as reader:
+        assert reader.registered(BOOT) == (kept,) and reader.open_calls(BOOT) == (open_call,)
+        assert reader.merges(BOOT) == {wrapper.id: open_call.id}
+        assert {c.id for c in reader.newest_calls(BOOT, 10)} == {CALL.id, open_call.id}
+        assert len(reader.newest_calls(BOOT, 1)) == 1
+        assert reader.last_written_ns(BOOT) == max(CALL.start_ns, open_call.start_ns)
+        assert len(reader.sandboxes_of_boot(BOOT)) == 2
+        assert (reader.registered("other"), reader.open_calls("other"), reader.last_written_ns("other")) == ((), (), 0)
+    following.record_tool_call(replace(open_call, end_ns=99, gone_ns=99, phase=ToolCallPhase.ENDED))
+    following.strike_sandbox(kept.cgroup_id)
+    following.close()
+    with JournalReader(tmp_path / "j") as reader:
+        assert reader.open_calls(BOOT) == () and reader.registered(BOOT) == ()
 
 
 def test_a_turn_is_one_row_from_its_start_to_its_end(tmp_path: Path) -> None:

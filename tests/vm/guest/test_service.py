@@ -94,7 +94,8 @@ def agents() -> Iterator[list["subprocess.Popen[bytes]"]]:
 def agent(service, agents: list["subprocess.Popen[bytes]"]) -> "subprocess.Popen[bytes]":
     """An agent in a sandbox of the service, in the middle of a tool call. The last one, where it still lives."""
     if not agents or agents[-1].poll() is not None:
-        command = [str(COMMAND), "run", "--socket", str(SOCKET), "--tenant", "default", "--name", "vm", "--"]
+        command = [str(COMMAND), "run", "--direct", "--socket", str(SOCKET), "--tenant", "default"]
+        command += ["--name", "vm", "--"]
         agents.append(subprocess.Popen([*command, "sh", "-c", "sleep 1000; exit 3"], stdout=subprocess.PIPE))
     wait_until(lambda: len(sandbox_processes()) == 2 or agents[-1].poll() is not None, "the agent and its tool call")
     assert agents[-1].poll() is None, journal()
