@@ -293,9 +293,10 @@ class Adoption:
         groups = self._groups(kept, agent, known, earlier.until_ns)
         wrapped = self._wrapped(groups, earlier)
         going_on: set[ToolCallId] = set()
+        started: set[ToolCallId] = set()
         for group in sorted(groups.values(), key=lambda g: g.call in wrapped):  # a call before its wrapper
             into = wrapped.get(group.call)
-            if into is not None and into not in groups:
+            if into is not None and into not in started:
                 continue  # its call has ended: it only has to say so
             command = group.known.command if group.known is not None else self._command(group.root)
             if not command:
@@ -303,6 +304,7 @@ class Adoption:
             if not self._tag(cgroup, group):
                 continue  # likewise
             self._start(sandbox, group, command, groups[into] if into is not None else None)
+            started.add(group.call)
             if self._probes is not None and (usage := self._probes.usage(group.call)) is not None:
                 # One that stands still takes no step that would tell.
                 self._emit(ToolCallMemoryStepped(self._now_ns(), group.call, usage.used_bytes, usage.peak_bytes))
@@ -369,14 +371,14 @@ class Adoption:
         """Processes in no leaf: the agent's forks, what has not been moved yet, what began meanwhile."""
         stats = {pid: found for pid in rest if (found := processes.stat(pid, self._proc)) is not None and found.alive}
         roots: dict[int, list[int]] = {}
-        for pid, found in sorted(stats.items(), key=lambda item: item[1].start_ticks):
+        for pid in sorted(stats, key=lambda each: stats[each].start_ticks):
             if self._probes is not None and self._probes.tag_of(pid) is not None:
                 continue  # born since its agent is followed: the kernel tells of it
             root = _top_execed(pid, stats)
             if root is not None:
                 roots.setdefault(root, []).append(pid)
-            elif agent is not None:
-                self._join_agent(agent, pid, found)
+            elif agent is not None and not self._join_agent(agent, pid):
+                roots.setdefault(pid, []).append(pid)
         for root, pids in roots.items():
             record = recorded.get(root)
             if record is None and not kept.direct and self._probes is not None:
@@ -389,15 +391,16 @@ class Adoption:
             call = record.id if record is not None else self._calls.new_id()
             groups[call] = _Group(call, [root, *(pid for pid in pids if pid != root)], root, record)
 
-    def _join_agent(self, agent: ProcessRef, pid: int, found: ProcessStat) -> None:
-        """A fork of the agent that has not exec'd: when it does, that is a call."""
+    def _join_agent(self, agent: ProcessRef, pid: int) -> bool:
+        """A fork of the agent that has not exec'd: when it does, that is a call. False: it has, meanwhile."""
         if self._probes is None or (tag := self._probes.tag_of(agent.pid)) is None:
-            return
+            return True
         try:
             self._probes.adopt(pid, tag)
         except (EbpfError, ProcessLookupError):
-            return
-        log.debug("fork_adopted", pid=pid, parent=found.parent_pid)
+            return True
+        found = processes.stat(pid, self._proc)
+        return found is None or not found.execed or self._probes.tag_of(pid) != tag
 
     def _wrapped(self, groups: Mapping[ToolCallId, _Group], earlier: Earlier) -> dict[ToolCallId, ToolCallId]:
         """Wrappers, by the journal, or because the root of another call is their child: calls do not nest."""

@@ -111,7 +111,7 @@ class JournalReader:
         """Calls that had not ended, or of which processes were left, when they were last written down."""
         rows = self._rows(
             f"SELECT id, body FROM tool_calls WHERE run IN ({_RUNS_OF_BOOT}) AND id IN (SELECT id FROM tool_calls "
-            "WHERE body LIKE '%\"gone_ns\":null%') ORDER BY run",
+            "WHERE body LIKE '%\"gone_ns\":null%') AND id NOT IN (SELECT id FROM merges) ORDER BY run",
             boot_id,
         )
         newest = {key: self._decode(ToolCall, body) for key, body in rows}
@@ -124,15 +124,15 @@ class JournalReader:
     def newest_calls(self, boot_id: str, limit: int) -> tuple[ToolCall, ...]:
         """As they were last written down, those that started last, oldest first."""
         rows = self._rows(
-            f"SELECT id, body FROM tool_calls WHERE run IN ({_RUNS_OF_BOOT}) ORDER BY start_ns DESC, run DESC LIMIT ?",
+            f"SELECT id, run, body FROM tool_calls WHERE run IN ({_RUNS_OF_BOOT}) ORDER BY start_ns DESC LIMIT ?",
             boot_id,
             limit,
         )
-        found: dict[str, ToolCall] = {}
-        for key, body in rows:
-            if key not in found:
-                found[key] = self._decode(ToolCall, body)
-        return tuple(reversed(found.values()))
+        latest: dict[str, tuple[int, str]] = {}
+        for key, run, body in rows:
+            latest[key] = max(latest.get(key, (0, "")), (run, body))
+        calls = (self._decode(ToolCall, body) for _, body in latest.values())
+        return tuple(sorted(calls, key=lambda call: call.start_ns))
 
     def newest_decisions(self, boot_id: str, limit: int) -> tuple[tuple[Decision, Outcome | None], ...]:
         """With the newest outcome of each, oldest first."""

@@ -128,8 +128,8 @@ class Journal:
             case SandboxRemoved(cgroup_id=cgroup_id):
                 self.strike_sandbox(cgroup_id)
             case ToolCallMerged(id=merged, into=into):
-                # The call it was taken for has never been one: not now, and not for the next start.
-                self._add("DELETE FROM tool_calls WHERE run = ? AND id = ?", f"{merged:016x}")
+                # The call it was taken for, by an earlier run too, has never been one. `run` is always the first value.
+                self._add("DELETE FROM tool_calls WHERE ? NOTNULL AND id = ?", f"{merged:016x}")
                 self._add("INSERT OR REPLACE INTO merges VALUES (?, ?, ?)", f"{merged:016x}", f"{into:016x}")
             case _:
                 pass
@@ -145,7 +145,7 @@ class Journal:
 
     def strike_sandbox(self, cgroup_id: CgroupId) -> None:
         """It is registered no more; what happened in it stays."""
-        # Whichever run registered it: `run` is every statement's first value.
+        # Whichever run registered it. `run` is always the first value.
         self._add("DELETE FROM registered WHERE ? NOTNULL AND cgroup_id = ?", cgroup_id)
 
     def record_tool_call(self, call: ToolCall) -> None:

@@ -171,9 +171,11 @@ def test_what_lives_is_known_to_the_next_run(tmp_path: Path) -> None:
         assert (reader.registered("other"), reader.open_calls("other"), reader.last_written_ns("other")) == ((), (), 0)
     following.record_tool_call(replace(open_call, end_ns=99, gone_ns=99, phase=ToolCallPhase.ENDED))
     following.strike_sandbox(kept.cgroup_id)
+    following.record(ToolCallMerged(99, CALL.id, open_call.id))
     following.close()
     with JournalReader(tmp_path / "j") as reader:
         assert reader.open_calls(BOOT) == () and reader.registered(BOOT) == ()
+        assert [c.id for c in reader.newest_calls(BOOT, 10)] == [open_call.id], "what an earlier run took for a call"
 
 
 def test_a_turn_is_one_row_from_its_start_to_its_end(tmp_path: Path) -> None:
