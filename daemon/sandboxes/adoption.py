@@ -38,7 +38,7 @@ from ...policies.model import (
     ToolCallPhase,
     ToolCallSource,
 )
-from ...policies.roles import OWN
+from ...policies.roles import HOOK
 from ...policies.state import State
 from .. import log
 from ..errors import CgroupError
@@ -386,7 +386,7 @@ class Adoption:
                 for event in self._roles.take_up(root, pids, kept):
                     self._emit(event)
                 continue
-            if record is None and OWN.search(self._command(root)):
+            if record is None and HOOK.search(self._command(root)):
                 continue
             call = record.id if record is not None else self._calls.new_id()
             groups[call] = _Group(call, [root, *(pid for pid in pids if pid != root)], root, record)

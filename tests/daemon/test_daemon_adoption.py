@@ -188,8 +188,28 @@ def test_without_the_journal_the_tree_alone_says_what_is_there(daemon, gate):
     gate.open()
     assert ada.result().returncode == 4
     eventually(lambda: one(daemon, "of-the-tree").exit_code == 4)
-    assert ada.call("sh", "-c", "exit 8 # later").returncode == 8
-    eventually(lambda: one(daemon, "later").exit_code == 8)
+    # That the first program is the agent itself was on record, and is lost: what it starts may be the agent.
+    ada.begin("sh", "-c", "sleep 0.5; exit 8 # later")
+    eventually(lambda: [p.role for p in daemon.watch().processes if "# later" in p.command] == ["start-up"])
+    assert ada.result().returncode == 8 and not daemon.tool_calls("later")
+
+
+def test_a_restart_makes_no_call_of_what_may_be_the_agent(daemon, gate):
+    """A launcher, the agent below it and a child of that: nobody has spoken to a model yet."""
+    script = f"{gate.shell}; exit 6 # the-agent"
+    command = [*CLI, "run", "--tenant", "gold", "--name", "shy", "--", "timeout", "90", "sh", "-c", script]
+    shy = subprocess.Popen(command, env={**os.environ, "EQUIPOISE_SOCKET": str(daemon.socket)})
+    try:
+        eventually(lambda: [p for p in daemon.watch().processes if "the-agent" in p.command])
+        daemon.kill()
+        daemon.start()
+        eventually(lambda: [p.role for p in daemon.watch().processes if "the-agent" in p.command] == ["start-up"])
+        assert not daemon.tool_calls("the-agent")
+        gate.open()
+        assert shy.wait(20) == 6
+    finally:
+        shy.kill()
+        shy.wait()
 
 
 def test_what_cannot_be_taken_up_is_said_and_left_alone(daemon, gate):

@@ -141,7 +141,7 @@ def test_the_operators_word_stands_above_profiles_and_shapes():
         ),
         ("typescript-language-server --stdio", Role.SERVICE, False),
         ("claude -p help", Role.START_UP, False),
-        ("equipoise tool -- make", Role.WRAPPER, False),
+        ("equipoise tool -- make", Role.TOOL_CALL, True),
         ("python -m equipoise.daemon.cli run --name x -- y", Role.WRAPPER, False),
         ("sh -c python -m equipoise.integrations.claude_code.hook", Role.WRAPPER, False),
     ],
