@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from .model import Role, RoleRule, SessionId
 
 OWN = re.compile(r"equipoise\.integrations\.|(^|/| )equipoise (run|hooks)( |$)|equipoise\.daemon\.cli (run|hooks)")
-"""Our own hooks and nested runs, as they stand in a command line. `equipoise tool` is the call that it announces, and is
-on record as such if the daemon is killed before it has announced it."""
+"""Our own hooks and nested runs, as they stand in a command line. `equipoise tool` is the call that it announces, and
+is on record as such if the daemon is killed before it has announced it."""
 HOOK = re.compile(r"equipoise\.integrations\.")
 """Of these the hooks: no call is below one."""
 _SHELL = re.compile(r"^(\S*/)?(ba|da|z|k|a|fi)?sh( |$)")
