@@ -34,7 +34,7 @@ def claim_folder(folder: Path, base: str, parts: contextlib.AsyncExitStack) -> N
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
     except OSError as error:
-        raise DaemonError(f"{path}: {error.strerror}: give --state-dir a folder that is yours to write") from error
+        raise DaemonError(f"{folder}: {error.strerror}: give --state-dir a folder that is yours") from error
     if not _lock(descriptor):
         said = os.pread(descriptor, 4096, 0).decode(errors="replace").strip()
         os.close(descriptor)
