@@ -1,7 +1,8 @@
 """Real agents under a real daemon: their tool calls, all of them and nothing else, and the agents live.
 
-What is started here is a part of what can be: every launcher, and the screens of two. aider is left out: typed to over a
-terminal, it now and then runs a command twice, which is then two calls in truth. All of it, with the figures: `python -m equipoise.tests.agents`.
+What is started here is a part of what can be: every launcher, and the screens of two. aider is left out: typed to
+over a terminal, it now and then runs a command twice, which is then two calls in truth. All of it, with the figures:
+`python -m equipoise.tests.agents`.
 """
 
 from __future__ import annotations
