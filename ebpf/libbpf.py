@@ -3,6 +3,7 @@
 Owns pointers and their checks: libbpf dereferences whatever it is given, so a NULL that slipped through ends the
 process with SIGSEGV. No pointer leaves this module; callers hold `BpfObject`, `BpfProgram`, `BpfMap`, `BpfLink` and
 `RingBuffer`. It knows nothing of our programs. Needs libbpf >= 1.0 (`libbpf.so.1`), Debian's libbpf1.
+Long for the prototypes, which stand in one place with the checks they need.
 """
 
 from __future__ import annotations

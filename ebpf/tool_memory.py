@@ -3,6 +3,7 @@
 Owns the slots of the `tools` array, the records' user-side fields and the heartbeat. It decides nothing: no budget and
 no signal comes from here by itself. Reads of usage are plain loads from memory shared with the kernel, without a system
 call. Every method may be called at any time from one thread; a process that is gone is an outcome, not an error.
+Long for being the daemon's one handle on the kernel side: its parts would share every field.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ tree (`tools/<id>` is the call of that id) and the process tree. A process is ta
 where its start time says so. A call keeps its id. What began while no daemon ran is a new call where the sandbox's
 first program is the agent itself (`direct`); elsewhere it may be the agent, and roles.py finds out. What ended
 meanwhile is said to have ended, and not how.
+
+Long, since it is one pass whose steps share what it found of one sandbox.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 Owns the wire forms: OpenAI chat completions and responses, Anthropic messages, Gemini generateContent. Knows neither
 scripts nor sockets. Where a form is lenient the shortest one that the clients of tests/agents take is written.
+Long for holding four of them side by side, which is how they are compared.
 """
 
 from __future__ import annotations

@@ -66,9 +66,9 @@ def test_a_call_that_is_taken_for_something_else_costs_recall():
 
 
 def test_a_command_that_was_cut_short_is_known_by_its_beginning():
-    cut = said("/bin/bash -c source /root/.claude/snapshot.sh && eval 'git status --…", 1_100_000_000)
+    cut = said("/bin/bash -c source /home/ada/.claude/snapshot.sh && eval 'git status --…", 1_100_000_000)
     assert score(CALLS[:1], (cut,), (), survived=True).recall == 1.0
-    other = said("/bin/bash -c source /root/.claude/snapshot.sh && eval 'git log --…", 1_100_000_000)
+    other = said("/bin/bash -c source /home/ada/.claude/snapshot.sh && eval 'git log --…", 1_100_000_000)
     assert score(CALLS[:1], (other,), (), survived=True).recall == 0.0
 
 

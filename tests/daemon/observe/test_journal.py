@@ -1,4 +1,7 @@
-"""The journal: what is written can be read back, and what is none of ours is one clear line."""
+"""The journal: what is written can be read back, and what is none of ours is one clear line.
+
+Long for holding one file format whole: written, read back, damaged, locked, taken up by the next run.
+"""
 
 from __future__ import annotations
 
