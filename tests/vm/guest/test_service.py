@@ -146,7 +146,9 @@ def test_after_sigkill_it_is_active_again_and_nothing_of_its_sandboxes_is_left(a
     wait_until(lambda: is_another(service), "another daemon, active", RESTART_PATIENCE_S, ASKING_PAUSE_S)
     assert agent.wait(timeout=60) != 0, "it ended with the service"
     assert sandbox_processes() == []
-    assert json.loads(equipoise("ps", "--all", "--json")) == []
+    assert json.loads(equipoise("ps", "--json")) == []
+    (call,) = json.loads(equipoise("ps", "--all", "--json"))
+    assert call["command"] == "sleep 1000" and call["end_ns"] > 0, "remembered from the journal, and over"
 
 
 def test_it_is_started_anew_by_the_watchdog_when_it_hangs(service):
