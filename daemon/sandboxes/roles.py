@@ -138,13 +138,23 @@ class RoleKeeper:
         if now_ns - self._looked_ns < _SURVEY_NS:
             return tuple(found)
         self._looked_ns = now_ns
-        for tag, helper in self._helpers.items():
+        for tag, helper in list(self._helpers.items()):
             fact = helper.fact
+            if fact.role in (Role.RUNTIME, Role.SHELL) and self._probes.usage(tag) is None:
+                found.append(self._parent_gone(tag, fact))  # of a parent of calls no event tells the end
+                continue
             if fact.role in (Role.HOUSEKEEPING, Role.START_UP) and now_ns - fact.since_ns > STAYS_NS:
                 kept_of = self._book.get(fact.sandbox)
                 if fact.role is Role.HOUSEKEEPING or (kept_of is not None and kept_of.runtimes):
                     found.append(self._observe(tag, replace(fact, role=Role.SERVICE, confidence=0.8, why="it stays")))
         return tuple(found)
+
+    def _parent_gone(self, tag: ToolCallId, fact: ProcessRole) -> RoleObserved:
+        del self._helpers[tag]
+        if (kept := self._book.get(fact.sandbox)) is not None:
+            kept.runtimes.pop(tag, None)
+            kept.shells.pop(tag, None)
+        return RoleObserved(self._now_ns(), replace(fact, gone=True))
 
     def survey(self, kept: Kept) -> Iterator[Event]:
         """Runtimes among the processes that run already: those that hold a connection."""

@@ -157,6 +157,7 @@ def test_behind_any_launcher_the_agent_is_the_agent_and_its_children_are_its_cal
     assert [c.command for c in ada.calls()] == ["expr 1 + 1", "sh -c ls / | wc -l"]
     ada.process.stdin.close()
     assert ada.process.wait(20) == 0
+    eventually(lambda: ada.name not in {s.name for s in ada.daemon.watch().sandboxes})
 
 
 def test_before_it_has_spoken_nothing_below_it_is_stopped_or_ended(agent):
