@@ -164,7 +164,9 @@ def test_a_budget_holds_after_a_restart(daemon, gate):
     """The kernel stops what grows, the next daemon answers: nobody runs free because he has two masters."""
     ada = daemon.agent("gold", "ada")
     ada.begin(*TOOL, *grow(30, f"{gate.python}; held.append(bytearray(b'x' * (300 << 20)))  # grows-later"))
-    eventually(lambda: any(c.used_bytes > 30 * MIB for c in daemon.tool_calls("grows-later")))
+    # The wrapper itself holds as much before it has announced its call.
+    calls = partial(daemon.tool_calls, "grows-later")
+    eventually(lambda: any(c.source == "wrapper" and c.used_bytes > 30 * MIB for c in calls()))
     restart(daemon)
     gate.open()
     assert ada.result().returncode == 137
