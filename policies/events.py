@@ -156,6 +156,14 @@ class ToolCallAttributed:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCallWithdrawn:
+    """What was told as a tool call is none: its conversation, heard after the kernel, asked for no such thing."""
+
+    at_ns: int
+    id: ToolCallId
+
+
+@dataclass(frozen=True, slots=True)
 class ToolCallMerged:
     """The calls `id` and `into` are one, known as `into` from now on.
 
@@ -362,6 +370,7 @@ Event = (
     | RoleObserved
     | ProcessExeced
     | ToolCallAttributed
+    | ToolCallWithdrawn
     | ToolCallMerged
     | PolicyApplied
     | ToolCallMemoryStepped
