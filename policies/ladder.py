@@ -33,6 +33,8 @@ class Step:
 
 PROMISE_NS = NS_PER_S
 """How long a grant counts as used. Longer would keep memory free that a call may never ask for."""
+DYING_NS = 10 * NS_PER_S
+"""How long memory of a killed call counts as free. What does not die, hung in the kernel, holds it like any other."""
 THROTTLE_AT_LEAST_RATIO = 0.01
 """Of the pool: slowing down a call that holds less than this relieves nobody."""
 
@@ -63,7 +65,7 @@ def _answer_stopped(snapshot: Snapshot, policy: Policy, by_tenant: dict[TenantId
     # What was ended a moment ago is about to be free: its payer must not be followed by another for the same need, and
     # who stands only now is granted out of it like who stood at the moment of the kill. It serves once all the same,
     # since what has been granted since is promised.
-    dying = sum(c.used_bytes for c in snapshot.tool_calls if c.phase is ToolCallPhase.KILLED and c.gone_ns is None)
+    dying = sum(c.used_bytes for c in snapshot.tool_calls if is_dying(c, snapshot.now_ns))
     freed = dying + sum(step.call.used_bytes for step in steps)
     standing = [c for c in standing if not _at_largest(c, largest)]
     while True:
@@ -99,6 +101,15 @@ def _promised_bytes(call: ToolCall, now_ns: int) -> int:
     if call.granted_ns is None or now_ns - call.granted_ns >= PROMISE_NS:
         return 0
     return max(0, call.hard_bytes - call.used_bytes) if _holds_memory(call) and call.stopped_ns is None else 0
+
+
+def is_dying(call: ToolCall, now_ns: int) -> bool:
+    """Whether it was killed a moment ago and its processes are still there."""
+    return call.phase is ToolCallPhase.KILLED and call.gone_ns is None and now_ns - call.phase_since_ns < DYING_NS
+
+
+def _goes_on(call: ToolCall) -> bool:
+    return call.running and call.stopped_ns is None and call.phase is not ToolCallPhase.KILLED
 
 
 def _holds_memory(call: ToolCall) -> bool:
@@ -148,7 +159,7 @@ def _payer(
     alive = [c for c in snapshot.tool_calls if c.gone_ns is None]
     if over:
         payers = over + [c for c in alive if c.id not in going and c not in over and _holds_a_grant(c, policy)]
-    elif going or any(c.phase is ToolCallPhase.KILLED or (c.running and c.stopped_ns is None) for c in alive):
+    elif going or any(is_dying(c, snapshot.now_ns) or _goes_on(c) for c in alive):
         payers = []
     else:
         payers = unmet

@@ -196,9 +196,16 @@ def test_within_a_tenant_the_call_that_stands_pays_before_one_that_gets_on() -> 
 
 
 def test_memory_of_a_call_that_is_dying_is_not_asked_of_another() -> None:
-    dying = call(3, "silver", used_mib=600, phase=ToolCallPhase.KILLED)
+    dying = call(3, "silver", used_mib=600, phase=ToolCallPhase.KILLED, phase_since_ns=ns(19.9))
     waited = replace(stopped(1, "gold", used_mib=300), waiting_until_ns=ns(20))
     assert done(20.0, waited, dying, call(2, "silver", used_mib=100)) == {1: "Grant"}
+
+
+def test_what_was_killed_long_ago_and_has_not_died_is_not_free_and_is_not_waited_for() -> None:
+    hangs = call(3, "silver", used_mib=600, phase=ToolCallPhase.KILLED, phase_since_ns=ns(2.0))
+    one, two = stopped(1, "gold", used_mib=300), stopped(2, "silver", used_mib=100)
+    assert done(11.9, one, two, hangs) == {1: "Grant", 2: "Grant"}
+    assert done(12.0, one, two, hangs) == {1: "Wait", 2: "Kill"}
 
 
 def test_memory_of_a_call_that_is_dying_serves_one_that_stands_a_moment_later_as_it_does_at_once() -> None:
