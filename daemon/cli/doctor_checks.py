@@ -305,12 +305,13 @@ def systemd(marker: Path = Path("/run/systemd/system")) -> Iterator[Row]:
     if marker.is_dir():
         unit = next((p for p in _UNIT_PATHS if p.exists()), None)
         detail = f"runs this machine; {'unit ' + str(unit) if unit else 'equipoised.service is not installed'}"
-        yield Row("systemd", Status.OK, detail, "" if unit else f"systemctl enable --now {_OUR_UNIT}")
+        yield Row("systemd", Status.OK, detail, "" if unit else _INSTALL)
     else:
         yield Row("systemd", Status.ABSENT, "does not run this machine", "optional: start `equipoise daemon` yourself")
 
 
-_OUR_UNIT = Path(__file__).resolve().parent.parent / "systemd" / "equipoised.service"
+_UNITS = Path(__file__).resolve().parent.parent / "systemd"
+_INSTALL = f"systemctl link {_UNITS}/equipoise-sandboxes.service && systemctl enable --now {_UNITS}/equipoised.service"
 _UNIT_PATHS = tuple(Path(p) / "equipoised.service" for p in ("/etc/systemd/system", "/usr/lib/systemd/system"))
 
 
