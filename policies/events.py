@@ -94,6 +94,8 @@ class ToolCallStarted:
     """It led a terminal session of its own (setsid) when it began."""
     group_leader: bool = False
     """Likewise a process group (setpgid)."""
+    input_stamp: int = 0
+    """Of the process that forked it: another number once that has been given more input. 0: not known."""
     agent: ToolCallId | None = None
     """The kernel's record of the process that forked it: the agent's runtime, its first program, a shell of it."""
     call_id: str | None = None
