@@ -158,6 +158,15 @@ class ToolCallAttributed:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCallJoined:
+    """One more process belongs to a call: the next program of a command line."""
+
+    at_ns: int
+    id: ToolCallId
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
 class ToolCallMerged:
     """The calls `id` and `into` are one, known as `into` from now on.
 
@@ -364,6 +373,7 @@ Event = (
     | RoleObserved
     | ProcessExeced
     | ToolCallAttributed
+    | ToolCallJoined
     | ToolCallMerged
     | PolicyApplied
     | ToolCallMemoryStepped

@@ -35,11 +35,10 @@ from ...policies.state import State
 from .. import log
 from . import evidence, processes
 from .kept import Book, Kept
+from .lines import Lines
 
 STAYS_NS = 20 * NS_PER_S
 """What still runs so long after it began, and is no tool call, is a service."""
-_ONE_LINE_NS = NS_PER_S // 10
-"""Programs that a persistent shell starts so close together, while the first still runs, are one command line."""
 _MOST_ASKED = 64
 _SURVEY_NS = NS_PER_S
 _SURVEY_PAUSE_MAX_NS = 30 * NS_PER_S
@@ -68,6 +67,7 @@ class RoleKeeper:
         self._asked: dict[CgroupId, list[Asked]] = {}
         """Of every sandbox whose conversation an engine of ours has told, what it asks for now."""
         self._looked_ns = 0
+        self._lines = Lines(probes, state, now_ns)
 
     # -- what the rest of the daemon asks
 
@@ -97,6 +97,18 @@ class RoleKeeper:
     # -- events
 
     def sift(self, event: Event) -> Iterable[Event]:
+        told = self._lines.sift(event)
+        if told is None:
+            return self._sift(event)
+        self._ended(told)
+        return told
+
+    def _ended(self, told: Iterable[Event]) -> None:
+        for event in told:
+            if isinstance(event, ToolCallEnded | ProcessesGone):
+                self._calls.pop(event.id, None)
+
+    def _sift(self, event: Event) -> Iterable[Event]:
         match event:
             case ToolCallStarted(source=ToolCallSource.LINEAGE) if event.sandbox in self._book:
                 return tuple(self._started(event, self._book[event.sandbox]))
@@ -105,8 +117,7 @@ class RoleKeeper:
             case ProcessExeced():
                 return tuple(self._execed(event))
             case ToolCallEnded() | ToolCallMemoryStepped() | BudgetReached() | ProcessesGone():
-                if isinstance(event, ToolCallEnded | ProcessesGone):
-                    self._calls.pop(event.id, None)
+                self._ended((event,))
                 helper = self._helpers.get(event.id)
                 if helper is None:
                     return (event,)
@@ -129,7 +140,8 @@ class RoleKeeper:
         now_ns = self._now_ns()
         if self._probes is None:
             return ()
-        found: list[Event] = []
+        found: list[Event] = list(self._lines.at_turn())
+        self._ended(found)
         waiting = (k for k in self._book.values() if not k.runtimes and k.survey_due_ns <= now_ns)
         if (kept := min(waiting, key=lambda k: k.survey_due_ns, default=None)) is not None:
             kept.survey_due_ns = now_ns + kept.survey_pause_ns
@@ -141,7 +153,7 @@ class RoleKeeper:
         for tag, helper in list(self._helpers.items()):
             fact = helper.fact
             if fact.role in (Role.RUNTIME, Role.SHELL) and self._probes.usage(tag) is None:
-                found.append(self._parent_gone(tag, fact))  # of a parent of calls no event tells the end
+                found += self._parent_gone(tag, fact)  # of a parent of calls no event tells the end
                 continue
             if fact.role in (Role.HOUSEKEEPING, Role.START_UP) and now_ns - fact.since_ns > STAYS_NS:
                 kept_of = self._book.get(fact.sandbox)
@@ -149,12 +161,13 @@ class RoleKeeper:
                     found.append(self._observe(tag, replace(fact, role=Role.SERVICE, confidence=0.8, why="it stays")))
         return tuple(found)
 
-    def _parent_gone(self, tag: ToolCallId, fact: ProcessRole) -> RoleObserved:
+    def _parent_gone(self, tag: ToolCallId, fact: ProcessRole) -> Iterator[Event]:
         del self._helpers[tag]
+        yield from self._lines.shell_gone(tag)
         if (kept := self._book.get(fact.sandbox)) is not None:
             kept.runtimes.pop(tag, None)
             kept.shells.pop(tag, None)
-        return RoleObserved(self._now_ns(), replace(fact, gone=True))
+        yield RoleObserved(self._now_ns(), replace(fact, gone=True))
 
     def survey(self, kept: Kept) -> Iterator[Event]:
         """Runtimes among the processes that run already: those that hold a connection."""
@@ -193,34 +206,33 @@ class RoleKeeper:
             yield event
             return
         parent = self._state.resolve(event.agent) if event.agent is not None else None
-        if parent is not None and (parent in self._calls or parent in self._state.tool_calls):
-            yield from self._join(event, parent, "forked by it before it was known for a call")
+        if (joined := self._of_known_call(event, parent, kept)) is not None:
+            yield from joined
             return
-        shell = parent is not None and parent in kept.shells
+        shell = kept.shells.get(parent) if parent is not None else None
         runtime = self._runtime_of(parent, kept)
         first = kept.agent_pid
         full = evidence.command_line(pid)
         seen = Exec(
             command=full if len(full) > len(event.command) and full.startswith(event.command[:64]) else event.command,
             session_leader=event.session_leader,
-            below_runtime=runtime is not None or shell,
+            below_runtime=runtime is not None or shell is not None,
             environment=evidence.environment(pid),
+            fed=evidence.can_be_fed(pid),
+            in_shell=shell is not None,
             shares_output=bool(first) and _same(evidence.output_of(pid), evidence.output_of(first or 0)),
         )
-        if shell and (line := self._line_of(event)) is not None:
-            yield from self._join(event, line, "of the same command line")
-            return
         runtime_command = evidence.command_line(runtime) if runtime is not None else ""
         asked = self._asked.get(event.sandbox, [])
         ruling = roles.rule(
             seen,
-            None if shell else kept.profile,
+            None if shell is not None else kept.profile,
             runtime_command,
             asked,
             self._state.policy.roles,
-            witnessed=event.sandbox in self._asked and not shell,
+            witnessed=event.sandbox in self._asked,
         )
-        if kept.direct and ruling.role is Role.TOOL_CALL and not shell:
+        if kept.direct and ruling.role is Role.TOOL_CALL:
             ruling = replace(ruling, budgeted=True)  # its first program is the agent: nothing below can be
         log.debug("role", pid=pid, role=ruling.role.value, why=ruling.why, command=seen.command[:80])
         if asked and ruling.call_id is not None:
@@ -231,7 +243,7 @@ class RoleKeeper:
             if not ruling.budgeted:
                 self._exempt(event.id)
             self._calls[event.id] = event
-            yield replace(
+            told = replace(
                 event,
                 command=ruling.command,
                 confidence=ruling.confidence,
@@ -241,6 +253,10 @@ class RoleKeeper:
                 soft_bytes=event.soft_bytes if ruling.budgeted else 0,
                 hard_bytes=event.hard_bytes if ruling.budgeted else 0,
             )
+            if shell is not None:
+                yield from self._lines.begin(told, shell)
+            else:
+                yield told
             return
         self._exempt(event.id)
         fact = ProcessRole(event.id, event.sandbox, pid, seen.command, ruling.role, ruling.confidence, ruling.why, now)
@@ -257,11 +273,16 @@ class RoleKeeper:
                 return
         yield self._observe(event.id, fact, event.agent)
 
-    def _line_of(self, event: ToolCallStarted) -> ToolCallId | None:
-        """The call of the same command line of a persistent shell: begun just before, and still running."""
-        for call in self._calls.values():
-            if call.agent == event.agent and 0 <= event.at_ns - call.at_ns < _ONE_LINE_NS:
-                return call.id
+    def _of_known_call(self, event: ToolCallStarted, parent: ToolCallId | None, kept: Kept) -> Iterator[Event] | None:
+        """Where the process belongs to a call that is known already; None: it does not."""
+        if parent is None:
+            return None
+        if parent in self._calls or parent in self._state.tool_calls:
+            return self._join(event, parent, "forked by it before it was known for a call")
+        if parent in kept.shells and (line := self._lines.under_way(event)) is not None:
+            if not line.open:
+                self._exempt(event.id)
+            return self._lines.add(event, line)
         return None
 
     def _join(self, event: ToolCallStarted, call: ToolCallId, why: str) -> Iterator[Event]:

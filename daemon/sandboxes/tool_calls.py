@@ -20,6 +20,7 @@ from ...policies.events import (
     SandboxRemoved,
     ToolCallAttributed,
     ToolCallEnded,
+    ToolCallJoined,
     ToolCallMemoryStepped,
     ToolCallMerged,
     ToolCallStarted,
@@ -203,6 +204,8 @@ class ToolCallKeeper:
             case ToolCallStarted():
                 if event.id in state.tool_calls:
                     self._on_started(event, state)
+            case ToolCallJoined():
+                self._leaves.join(event.id, event.pid)
             case ToolCallEnded():
                 self._on_ended(event.id, state)
             case ProcessesGone():

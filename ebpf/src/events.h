@@ -119,7 +119,7 @@ _Static_assert(sizeof(struct connection_event) == 128, "connection_event");
 /*
  * One tool call (or one agent's runtime: role says which). An element of the mmapable array `tools`, so user space reads
  * usage and moves budgets with plain loads and stores. Who writes a field is said once: everything up to `soft_bytes` by
- * the kernel side alone once the record is in use, the rest by user space alone.
+ * the kernel side alone once the record is in use, the rest by user space alone, which also may name another root.
  */
 struct tool_record {
 	__u64 tag; /* 0: the slot is free */

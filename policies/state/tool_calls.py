@@ -18,6 +18,7 @@ from ..events import (
     ProcessesGone,
     ToolCallAttributed,
     ToolCallEnded,
+    ToolCallJoined,
     ToolCallMemoryStepped,
     ToolCallMerged,
     ToolCallStarted,
@@ -145,6 +146,10 @@ def _merged(picture: Picture, event: ToolCallMerged) -> None:
     )
 
 
+def _joined(picture: Picture, event: ToolCallJoined) -> None:
+    """For whoever keeps its processes together (sandboxes/tool_calls.py): the picture knows none of them."""
+
+
 def _memory_stepped(picture: Picture, event: ToolCallMemoryStepped) -> None:
     if event.id in picture._wrappers:
         return  # a wrapper's own few MiB: its call is measured under the id it was merged into
@@ -261,6 +266,7 @@ def check(picture: Picture) -> None:
 ARMS = (
     arm(ToolCallStarted, _started),
     arm(ToolCallAttributed, _attributed),
+    arm(ToolCallJoined, _joined),
     arm(ToolCallMerged, _merged),
     arm(ToolCallMemoryStepped, _memory_stepped),
     arm(BudgetReached, _budget_reached),

@@ -24,9 +24,15 @@ LINES = [
     "true; date",
 ]
 PROGRAMS = [
-    {"expr 1", "expr 2", "expr 3", "expr 4"}, {"expr 5"}, {"expr 6", "expr 7", "expr 8"}, set(), {"expr 9", "cat", "wc -c"},
-    {"sort /dev/null"}, {"expr 10", "uname"}, {"date"},
-]  # fmt: skip
+    {"expr 1", "expr 2", "expr 3", "expr 4"},
+    {"expr 5"},
+    {"expr 6", "expr 7", "expr 8"},
+    set(),
+    {"expr 9", "cat", "wc -c"},
+    {"sort /dev/null"},
+    {"expr 10", "uname"},
+    {"date"},
+]
 
 
 class Shell:
@@ -74,7 +80,8 @@ def shell(bench) -> Iterator[Callable[..., Shell]]:
 
 
 @pytest.mark.parametrize(
-    ("program", "how"), [("bash", "pipe"), ("dash", "pipe"), ("bash", "socket"), ("dash", "socket"), ("bash", "terminal")]
+    ("program", "how"),
+    [("bash", "pipe"), ("dash", "pipe"), ("bash", "socket"), ("dash", "socket"), ("bash", "terminal")],
 )
 def test_the_programs_of_one_line_have_one_stamp_and_those_of_the_next_another(bench, shell, program, how):
     if not shutil.which(program):
