@@ -54,6 +54,7 @@ from .sandboxes.keeper import SandboxKeeper
 from .sandboxes.processes import boot_id
 from .sandboxes.roles import RoleKeeper
 from .sandboxes.tool_calls import ToolCallKeeper
+from .sandboxes.witness import Witness
 from .status import Host, Status
 
 RECALLED = 2000
@@ -179,9 +180,10 @@ class Core:
         self.tallies = Tallies()
         self.recorder = Recorder(journal, lambda: self.loop.snapshot)
         self.sandboxes = SandboxKeeper(driver, probes, self.state, emit, self.settle, now_ns)
-        self.roles = RoleKeeper(self.sandboxes.book, probes, self.state, now_ns)
+        self.joins = Joins(self.state, self._drain, emit)
+        witness = Witness(self.state, self.joins.sandbox_at)
+        self.roles = RoleKeeper(self.sandboxes.book, probes, self.state, witness, now_ns)
         self.kernel = KernelEvents(probes, self._from_kernel, now_ns, self.roles.sift)
-        self.joins = Joins(self.state, self.kernel.drain, emit)
         self.hook = EngineHook(self._from_engine, now_ns, self.joins.who)
         self.calls = ToolCallKeeper(
             self.sandboxes.book, driver, probes, self.state, emit, now_ns, self.sandboxes.find_by_pid
@@ -266,6 +268,9 @@ class Core:
         self.kernel.drain()
         self.loop.turn()
 
+    def _drain(self) -> None:
+        self.kernel.drain()
+
     def let_go(self) -> None:
         """At the end: nobody stays stopped or throttled, and no cgroup of ours stays that is empty."""
         try:
@@ -276,8 +281,9 @@ class Core:
             self.sandboxes.close()
 
     def _from_engine(self, event: Event) -> None:
-        self.roles.hear(event)  # now: what was asked for may be exec'd before the loop's next turn
         self.loop.emit(event)
+        for told in self.roles.hear(event):  # now: what was asked for may be exec'd before the loop's next turn
+            self.loop.emit(told)
 
     def _from_kernel(self, event: Event) -> None:
         if isinstance(event, ConnectionOpened):

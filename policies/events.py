@@ -167,6 +167,14 @@ class ToolCallJoined:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCallWithdrawn:
+    """What was told as a tool call is none: its conversation, heard after the kernel, asked for no such thing."""
+
+    at_ns: int
+    id: ToolCallId
+
+
+@dataclass(frozen=True, slots=True)
 class ToolCallMerged:
     """The calls `id` and `into` are one, known as `into` from now on.
 
@@ -374,6 +382,7 @@ Event = (
     | ProcessExeced
     | ToolCallAttributed
     | ToolCallJoined
+    | ToolCallWithdrawn
     | ToolCallMerged
     | PolicyApplied
     | ToolCallMemoryStepped

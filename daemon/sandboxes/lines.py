@@ -31,6 +31,7 @@ from . import evidence, processes
 
 _LOOK_NS = NS_PER_S // 20
 """How often a shell is asked whether it waits for input, besides at the end of each of its programs."""
+_OF_CALLS = (ToolCallEnded, ProcessesGone, ToolCallMemoryStepped, BudgetReached)
 
 
 @dataclass(slots=True)
@@ -39,6 +40,8 @@ class Line:
 
     started: ToolCallStarted
     shell_pid: int
+    told: bool
+    """Whether it is a call. Else its programs are looked after by whoever ruled so; it may become one (tell)."""
     last: ToolCallId
     """The record of the program that began last: its exit code is the line's."""
     parts: set[ToolCallId] = field(default_factory=set)
@@ -73,21 +76,33 @@ class Lines:
         line = self._newest.get(event.agent) if event.agent is not None else None
         return line if line is not None and event.input_stamp in (0, line.started.input_stamp) else None
 
-    def begin(self, event: ToolCallStarted, shell_pid: int) -> Iterator[Event]:
-        """A new line: the one before is over."""
+    def begin(self, event: ToolCallStarted, shell_pid: int, *, told: bool) -> Iterator[Event]:
+        """A new line, a call where it is `told`: the one before is over. One that goes on stays as it is."""
         assert event.agent is not None
+        if (line := self.under_way(event)) is not None and line.told == told:
+            return
         yield from self.shell_gone(event.agent)
-        line = Line(event, shell_pid, event.id)
+        line = Line(event, shell_pid, told, event.id)
         self._newest[event.agent] = self._of[event.id] = line
-        yield event
+        if told:
+            yield event
+
+    def tell(self, record: ToolCallId) -> bool:
+        """The line that began with this program is a call after all; answers whether its end is still to come."""
+        line = self._of.get(record)
+        if line is None or not line.open:
+            return False
+        line.told = True
+        return True
 
     def add(self, event: ToolCallStarted, line: Line) -> Iterator[Event]:
-        """One more program of a line. Where it has ended meanwhile it stays in the record that the kernel made."""
+        """One more program of a call's line. One that has ended meanwhile stays in the record that the kernel made."""
         assert self._probes is not None and event.pid is not None
         line.parts.add(event.id)
         self._of[event.id] = line
-        if not line.open:
-            return  # left behind by a line that is over
+        if not line.open:  # left behind by a line that is over
+            self._exempt(event.id)
+            return
         line.last, line.exit = event.id, None
         call = self._state.tool_calls.get(line.call, line.started)
         try:
@@ -108,19 +123,21 @@ class Lines:
         yield ToolCallJoined(event.at_ns, line.call, event.pid)
 
     def sift(self, event: Event) -> Iterable[Event] | None:
-        """What the loop shall hear instead; None: it is of no line."""
+        """What the loop shall hear instead; None: it is of no call's line."""
+        line = self._of.get(event.id) if isinstance(event, _OF_CALLS) else None
+        if line is None:
+            return None
         match event:
-            case ToolCallEnded() if (line := self._of.get(event.id)) is not None:
+            case ToolCallEnded():
                 line.peak_bytes = max(line.peak_bytes, event.peak_bytes or 0)
                 if line.open and event.id == line.last:
                     line.exit = event
-                return self._look(line) if line.open else ()
-            case ProcessesGone() if (line := self._of.get(event.id)) is not None:
-                return self._gone(event, line)
-            case ToolCallMemoryStepped() | BudgetReached() if (line := self._of.get(event.id)) is not None:
-                return (replace(event, id=line.call),)
-            case _:
-                return None
+                told: Iterable[Event] = self._look(line) if line.open else ()
+            case ProcessesGone():
+                told = self._gone(event, line)
+            case ToolCallMemoryStepped() | BudgetReached():
+                told = (replace(event, id=line.call),)
+        return told if line.told else None
 
     def _gone(self, event: ProcessesGone, line: Line) -> Iterable[Event]:
         if event.id != line.call:
@@ -159,21 +176,30 @@ class Lines:
         line.open = False
         usage = self._probes.usage(line.call)
         left = usage.process_count if usage is not None else 0
-        told = line.exit
-        yield ToolCallEnded(
-            at_ns=told.at_ns if told is not None else self._now_ns(),
-            id=line.call,
-            exit_code=told.exit_code if told is not None else None,
-            signal=told.signal if told is not None else None,
-            escaped_count=left,
-            peak_bytes=line.peak_bytes or None,
-        )
+        ended = line.exit
+        if line.told:
+            yield ToolCallEnded(
+                at_ns=ended.at_ns if ended is not None else self._now_ns(),
+                id=line.call,
+                exit_code=ended.exit_code if ended is not None else None,
+                signal=ended.signal if ended is not None else None,
+                escaped_count=left,
+                peak_bytes=line.peak_bytes or None,
+            )
         if not line.alive:
             self._forget(line.call)
-            yield ProcessesGone(self._now_ns(), line.call)
+            if line.told:
+                yield ProcessesGone(self._now_ns(), line.call)
 
     def shell_gone(self, shell: ToolCallId) -> Iterator[Event]:
         """Its line is over. Safe for what is no shell."""
         line = self._newest.pop(shell, None)
         if line is not None and line.open:
             yield from self._end(line)
+
+    def _exempt(self, record: ToolCallId) -> None:
+        assert self._probes is not None
+        try:
+            self._probes.set_budget(record, soft_bytes=0, hard_bytes=0)
+        except LookupError:
+            pass  # it has ended meanwhile

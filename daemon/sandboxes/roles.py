@@ -8,6 +8,7 @@ has. Applies no policy of memory.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -26,20 +27,22 @@ from ...policies.events import (
     ToolCallEnded,
     ToolCallMemoryStepped,
     ToolCallStarted,
-    TurnEnded,
-    TurnStarted,
+    ToolCallWithdrawn,
 )
-from ...policies.model import NS_PER_S, CgroupId, ProcessRole, Role, SessionId, ToolCallId, ToolCallSource
-from ...policies.roles import Asked, Exec
+from ...policies.model import NS_PER_S, CgroupId, ProcessRole, Role, ToolCallId, ToolCallPhase, ToolCallSource
+from ...policies.roles import Exec, Profile, Ruling
 from ...policies.state import State
 from .. import log
 from . import evidence, processes
 from .kept import Book, Kept
 from .lines import Lines
+from .witness import Witness
 
 STAYS_NS = 20 * NS_PER_S
 """What still runs so long after it began, and is no tool call, is a service."""
-_MOST_ASKED = 64
+_LATE_NS = 5 * NS_PER_S
+"""An exec that is so long ago waits for no witness any more."""
+_LATE_COUNT = 256
 _SURVEY_NS = NS_PER_S
 _SURVEY_PAUSE_MAX_NS = 30 * NS_PER_S
 
@@ -53,19 +56,34 @@ class _Helper:
     """The record its parent belonged to."""
 
 
+@dataclass(slots=True)
+class _Ruled:
+    """An exec that was ruled on without a word from the conversation, which may be on its way."""
+
+    event: ToolCallStarted
+    seen: Exec
+    profile: Profile | None
+    runtime: str
+    ruling: Ruling
+    since: list[Event]
+    """Its end and its last process's, once they are known."""
+
+
 class RoleKeeper:
     """`sift(event)` answers what the loop shall hear instead."""
 
-    def __init__(self, book: Book, probes: ToolMemory | None, state: State, now_ns: Callable[[], int]) -> None:
+    def __init__(
+        self, book: Book, probes: ToolMemory | None, state: State, witness: Witness, now_ns: Callable[[], int]
+    ) -> None:
         self._book = book
         self._probes = probes
         self._state = state
+        self._witness = witness
         self._now_ns = now_ns
         self._helpers: dict[ToolCallId, _Helper] = {}
         self._calls: dict[ToolCallId, ToolCallStarted] = {}
         """Tool calls that run, as they were told: the state hears of one only at the loop's next turn."""
-        self._asked: dict[CgroupId, list[Asked]] = {}
-        """Of every sandbox whose conversation an engine of ours has told, what it asks for now."""
+        self._unwitnessed: OrderedDict[ToolCallId, _Ruled] = OrderedDict()
         self._looked_ns = 0
         self._lines = Lines(probes, state, now_ns)
 
@@ -75,24 +93,11 @@ class RoleKeeper:
         """Whether something that is no tool call still runs in it."""
         return any(h.fact.sandbox == sandbox for h in self._helpers.values())
 
-    def hear(self, event: Event) -> None:
-        """What engines report, before the loop has it: an exec that was asked for follows within milliseconds."""
-        match event:
-            case TurnEnded(asked=calls) if calls and (sandbox := self._sandbox_of(event.session)) is not None:
-                waiting = self._asked.setdefault(sandbox, [])
-                waiting += [Asked(call.call_id, event.session, call.command) for call in calls]
-                del waiting[:-_MOST_ASKED]
-            case TurnStarted(session=session):
-                # Its results are in, or nobody wants them any more.
-                for sandbox, waiting in self._asked.items():
-                    self._asked[sandbox] = [asked for asked in waiting if asked.session != session]
-            case _:
-                pass
-
-    def _sandbox_of(self, session: SessionId) -> CgroupId | None:
-        if (joined := self._state.sandbox_of(session)) is not None:
-            return joined
-        return next((s.cgroup_id for s in self._state.sandboxes.values() if s.session == session), None)
+    def hear(self, event: Event) -> Iterable[Event]:
+        """What engines report, before the loop has it: an exec that was asked for follows within milliseconds, and on
+        a busy host it may be here before the report. Answers what has to be told anew of such execs."""
+        sandbox = self._witness.hear(event)
+        return () if sandbox is None else tuple(self._ruled_anew(sandbox, event.at_ns))
 
     # -- events
 
@@ -118,6 +123,8 @@ class RoleKeeper:
                 return tuple(self._execed(event))
             case ToolCallEnded() | ToolCallMemoryStepped() | BudgetReached() | ProcessesGone():
                 self._ended((event,))
+                if isinstance(event, ToolCallEnded | ProcessesGone) and event.id in self._unwitnessed:
+                    self._unwitnessed[event.id].since.append(event)
                 helper = self._helpers.get(event.id)
                 if helper is None:
                     return (event,)
@@ -130,7 +137,9 @@ class RoleKeeper:
         if isinstance(event, SandboxRemoved):
             self._helpers = {i: h for i, h in self._helpers.items() if h.fact.sandbox != event.cgroup_id}
             self._calls = {i: c for i, c in self._calls.items() if c.sandbox != event.cgroup_id}
-            self._asked.pop(event.cgroup_id, None)
+            self._witness.forget(event.cgroup_id)
+            for tag in [t for t, r in self._unwitnessed.items() if r.event.sandbox == event.cgroup_id]:
+                del self._unwitnessed[tag]
 
     def at_turn(self) -> tuple[Event, ...]:
         """Now and then: look for runtimes whose connection no event told of, and call what stays a service.
@@ -201,7 +210,7 @@ class RoleKeeper:
     # -- an exec
 
     def _started(self, event: ToolCallStarted, kept: Kept) -> Iterator[Event]:
-        pid, now = event.pid, event.at_ns
+        pid = event.pid
         if pid is None or self._probes is None:
             yield event
             return
@@ -211,67 +220,108 @@ class RoleKeeper:
             return
         shell = kept.shells.get(parent) if parent is not None else None
         runtime = self._runtime_of(parent, kept)
-        first = kept.agent_pid
-        full = evidence.command_line(pid)
-        seen = Exec(
-            command=full if len(full) > len(event.command) and full.startswith(event.command[:64]) else event.command,
-            session_leader=event.session_leader,
-            below_runtime=runtime is not None or shell is not None,
-            environment=evidence.environment(pid),
-            fed=evidence.can_be_fed(pid),
-            in_shell=shell is not None,
-            shares_output=bool(first) and _same(evidence.output_of(pid), evidence.output_of(first or 0)),
-        )
+        seen = _look_at(event, pid, kept, below_runtime=runtime is not None, in_shell=shell is not None)
         runtime_command = evidence.command_line(runtime) if runtime is not None else ""
-        asked = self._asked.get(event.sandbox, [])
-        ruling = roles.rule(
-            seen,
-            None if shell is not None else kept.profile,
-            runtime_command,
-            asked,
-            self._state.policy.roles,
-            witnessed=event.sandbox in self._asked,
-        )
+        profile = None if shell is not None else kept.profile
+        ruling = self._rule(event.sandbox, seen, profile, runtime_command)
         if kept.direct and ruling.role is Role.TOOL_CALL:
             ruling = replace(ruling, budgeted=True)  # its first program is the agent: nothing below can be
         log.debug("role", pid=pid, role=ruling.role.value, why=ruling.why, command=seen.command[:80])
-        if asked and ruling.call_id is not None:
-            self._asked[event.sandbox] = [a for a in asked if a.id != ruling.call_id]
+        if ruling.call_id is not None:
+            self._witness.answered(event.sandbox, ruling.call_id)
+        elif ruling.role in (Role.TOOL_CALL, Role.HOUSEKEEPING):
+            self._wait_for_witness(_Ruled(event, seen, profile, runtime_command, ruling, []))
         if ruling.role is not Role.START_UP:
             self._settled(event.id)
-        if ruling.role is Role.TOOL_CALL:
-            if not ruling.budgeted:
-                self._exempt(event.id)
+        is_call = ruling.role is Role.TOOL_CALL
+        if is_call:
             self._calls[event.id] = event
-            told = replace(
-                event,
-                command=ruling.command,
-                confidence=ruling.confidence,
-                session=ruling.session or event.session,
-                call_id=ruling.call_id,
-                exempt=not ruling.budgeted,
-                soft_bytes=event.soft_bytes if ruling.budgeted else 0,
-                hard_bytes=event.hard_bytes if ruling.budgeted else 0,
-            )
-            if shell is not None:
-                yield from self._lines.begin(told, shell)
-            else:
-                yield told
-            return
-        self._exempt(event.id)
-        fact = ProcessRole(event.id, event.sandbox, pid, seen.command, ruling.role, ruling.confidence, ruling.why, now)
-        if ruling.role is Role.SHELL:
+        if not ruling.budgeted:
+            self._exempt(event.id)
+        if shell is not None and (is_call or ruling.role is Role.HOUSEKEEPING):
+            yield from self._lines.begin(_as_call(event, ruling) if is_call else event, shell, told=is_call)
+        elif is_call:
+            yield _as_call(event, ruling)
+        if not is_call:
+            yield from self._no_call(event, _fact(event, seen, ruling), kept)
+
+    def _no_call(self, event: ToolCallStarted, fact: ProcessRole, kept: Kept) -> Iterator[Event]:
+        if fact.role is Role.SHELL:
             try:
-                tag = self._follow(pid, kept)
+                tag = self._follow(fact.pid, kept)
             except (ProcessLookupError, EbpfError):
                 tag = None
             if tag is not None:
-                kept.shells[tag] = pid
+                kept.shells[tag] = fact.pid
                 # Its exec's own record empties and goes; what it is known by from now on is its record as a parent.
                 self._helpers[event.id] = _Helper(fact, event.agent)
                 yield self._observe(tag, replace(fact, id=tag), event.agent)
                 return
         yield self._observe(event.id, fact, event.agent)
+
+    def _rule(self, sandbox: CgroupId, seen: Exec, profile: Profile | None, runtime: str) -> Ruling:
+        asked, rules = self._witness.asked(sandbox), self._state.policy.roles
+        return roles.rule(seen, profile, runtime, asked, rules, witnessed=self._witness.hears(sandbox))
+
+    def _wait_for_witness(self, ruled: _Ruled) -> None:
+        self._unwitnessed[ruled.event.id] = ruled
+        while len(self._unwitnessed) > _LATE_COUNT or self._oldest_unwitnessed_ns() < ruled.event.at_ns - _LATE_NS:
+            self._unwitnessed.popitem(last=False)
+
+    def _oldest_unwitnessed_ns(self) -> int:
+        return next(iter(self._unwitnessed.values())).event.at_ns
+
+    def _ruled_anew(self, sandbox: CgroupId, asked_ns: int) -> Iterator[Event]:
+        """The conversation's word of `asked_ns` came after execs that followed it."""
+        for ruled in [r for r in self._unwitnessed.values() if r.event.sandbox == sandbox]:
+            event = ruled.event
+            if event.at_ns < asked_ns or self._is_held(event.id):
+                continue
+            ruling = self._rule(sandbox, ruled.seen, ruled.profile, ruled.runtime)
+            if ruling.call_id is not None:
+                self._witness.answered(sandbox, ruling.call_id)
+                del self._unwitnessed[event.id]
+            elif ruling.role is ruled.ruling.role:
+                continue
+            log.debug("role_anew", pid=event.pid, role=ruling.role.value, why=ruling.why, command=event.command[:80])
+            yield from self._changed(ruled, ruling)
+            ruled.ruling = ruling
+
+    def _is_held(self, call: ToolCallId) -> bool:
+        """Somebody has announced it, or something was done to it: it stays what it was told to be."""
+        known = self._state.tool_calls.get(self._state.resolve(call))
+        free = (ToolCallPhase.RUNNING, ToolCallPhase.ENDED)
+        return known is not None and (
+            known.id != call
+            or known.source is not ToolCallSource.LINEAGE
+            or known.phase not in free
+            or known.granted_ns is not None
+        )
+
+    def _changed(self, ruled: _Ruled, ruling: Ruling) -> Iterator[Event]:
+        """Of a process that is in the picture as `ruled` says already."""
+        event, now_ns = ruled.event, self._now_ns()
+        was_call, is_call = (each.role is Role.TOOL_CALL for each in (ruled.ruling, ruling))
+        if was_call and is_call:
+            said = (ruling.confidence, ruling.command, ruling.session, ruling.call_id)
+            yield ToolCallAttributed(now_ns, event.id, event.source, *said)
+        elif is_call:
+            if (helper := self._helpers.pop(event.id, None)) is not None:
+                yield RoleObserved(now_ns, replace(helper.fact, gone=True))
+            of_line = self._lines.tell(event.id)
+            if of_line or not ruled.since:
+                self._calls[event.id] = event
+            # What it may use is set as for a call whose kind has a budget of its own: the kernel has none for it now.
+            yield replace(_as_call(event, ruling), soft_bytes=0, hard_bytes=0)
+            if not of_line:  # else its end is told when the line is over
+                yield from ruled.since
+        elif was_call:
+            self._calls.pop(event.id, None)
+            yield ToolCallWithdrawn(now_ns, event.id)
+            if ruled.since and isinstance(ruled.since[-1], ProcessesGone):
+                return
+            self._exempt(event.id)
+            yield self._observe(event.id, _fact(event, ruled.seen, ruling), event.agent)
 
     def _of_known_call(self, event: ToolCallStarted, parent: ToolCallId | None, kept: Kept) -> Iterator[Event] | None:
         """Where the process belongs to a call that is known already; None: it does not."""
@@ -280,9 +330,7 @@ class RoleKeeper:
         if parent in self._calls or parent in self._state.tool_calls:
             return self._join(event, parent, "forked by it before it was known for a call")
         if parent in kept.shells and (line := self._lines.under_way(event)) is not None:
-            if not line.open:
-                self._exempt(event.id)
-            return self._lines.add(event, line)
+            return self._lines.add(event, line) if line.told else None
         return None
 
     def _join(self, event: ToolCallStarted, call: ToolCallId, why: str) -> Iterator[Event]:
@@ -421,6 +469,37 @@ class RoleKeeper:
             case _:
                 pass
         return ()
+
+
+def _look_at(event: ToolCallStarted, pid: int, kept: Kept, *, below_runtime: bool, in_shell: bool) -> Exec:
+    full, first = evidence.command_line(pid), kept.agent_pid
+    return Exec(
+        command=full if len(full) > len(event.command) and full.startswith(event.command[:64]) else event.command,
+        session_leader=event.session_leader,
+        below_runtime=below_runtime or in_shell,
+        environment=evidence.environment(pid),
+        fed=evidence.can_be_fed(pid),
+        in_shell=in_shell,
+        shares_output=bool(first) and _same(evidence.output_of(pid), evidence.output_of(first or 0)),
+    )
+
+
+def _fact(event: ToolCallStarted, seen: Exec, ruling: Ruling) -> ProcessRole:
+    said = (ruling.role, ruling.confidence, ruling.why, event.at_ns)
+    return ProcessRole(event.id, event.sandbox, event.pid or 0, seen.command, *said)
+
+
+def _as_call(event: ToolCallStarted, ruling: Ruling) -> ToolCallStarted:
+    return replace(
+        event,
+        command=ruling.command,
+        confidence=ruling.confidence,
+        session=ruling.session or event.session,
+        call_id=ruling.call_id,
+        exempt=not ruling.budgeted,
+        soft_bytes=event.soft_bytes if ruling.budgeted else 0,
+        hard_bytes=event.hard_bytes if ruling.budgeted else 0,
+    )
 
 
 def _same(one: str, other: str) -> bool:

@@ -17,6 +17,7 @@ from ...policies.events import (
     BudgetChanged,
     Event,
     ProcessesGone,
+    RoleObserved,
     SandboxRemoved,
     ToolCallAttributed,
     ToolCallEnded,
@@ -24,6 +25,7 @@ from ...policies.events import (
     ToolCallMemoryStepped,
     ToolCallMerged,
     ToolCallStarted,
+    ToolCallWithdrawn,
 )
 from ...policies.model import CgroupId, Sandbox, SessionId, ToolCall, ToolCallId, ToolCallSource
 from ...policies.state import State
@@ -215,6 +217,11 @@ class ToolCallKeeper:
                 if known is not None and known.running:
                     # Its root left without an exit that the kernel told of: nobody will say how it ended.
                     self._emit(ToolCallEnded(self._now_ns(), event.id, None, None))
+            case ToolCallWithdrawn():
+                if not self._leaves.processes(event.id):
+                    self._leaves.drop(event.id)
+            case RoleObserved(process=process) if process.gone:
+                self._leaves.drop(process.id)  # it had one while it passed for a call
             case SandboxRemoved():
                 self._end_what_nobody_will(event.cgroup_id, state)
                 self._leaves.forget(event.cgroup_id)

@@ -22,6 +22,7 @@ from ..events import (
     ToolCallMemoryStepped,
     ToolCallMerged,
     ToolCallStarted,
+    ToolCallWithdrawn,
 )
 from ..model import ToolCall, ToolCallPhase, ToolCallSource, Verdict
 from .charges import accrue, kv_at_peak
@@ -108,6 +109,13 @@ def _attributed(picture: Picture, event: ToolCallAttributed) -> None:
             call_id=event.call_id or call.call_id,
         )
     )
+
+
+def _withdrawn(picture: Picture, event: ToolCallWithdrawn) -> None:
+    if picture.tool_calls.pop(event.id, None) is not None:
+        picture._accrued_ns.pop(event.id, None)
+        picture._aliases = {alias: to for alias, to in picture._aliases.items() if to != event.id}
+        picture._wrappers &= picture._aliases.keys()
 
 
 def _merged(picture: Picture, event: ToolCallMerged) -> None:
@@ -267,6 +275,7 @@ ARMS = (
     arm(ToolCallStarted, _started),
     arm(ToolCallAttributed, _attributed),
     arm(ToolCallJoined, _joined),
+    arm(ToolCallWithdrawn, _withdrawn),
     arm(ToolCallMerged, _merged),
     arm(ToolCallMemoryStepped, _memory_stepped),
     arm(BudgetReached, _budget_reached),
