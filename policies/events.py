@@ -155,11 +155,22 @@ class ToolCallAttributed:
     command: str | None = None
     session: SessionId | None = None
     call_id: str | None = None
+    exempt: bool = False
+    """It turned out to be an agent: no budget may stop it from now on."""
 
 
 @dataclass(frozen=True, slots=True)
 class ToolCallJoined:
     """One more process belongs to a call: the next program of a command line."""
+
+    at_ns: int
+    id: ToolCallId
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallLeft:
+    """A process of a call is an agent of its own: whatever is done to the call is not done to it."""
 
     at_ns: int
     id: ToolCallId
@@ -382,6 +393,7 @@ Event = (
     | ProcessExeced
     | ToolCallAttributed
     | ToolCallJoined
+    | ToolCallLeft
     | ToolCallWithdrawn
     | ToolCallMerged
     | PolicyApplied

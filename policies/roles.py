@@ -134,6 +134,8 @@ class Asked:
     id: str
     session: SessionId
     command: str
+    at_ns: int = 0
+    """When it was asked for."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,6 +57,11 @@ class Leaves:
         if self._driver is not None and (path := self.path(call)) is not None:
             self._driver.attach(pid, path)
 
+    def leave(self, call: ToolCallId, pid: int, cgroup: SandboxCgroup) -> None:
+        """Move a process out of a call's leaf, to the sandbox's runtime. Safe for a call without one."""
+        if self._driver is not None and self.path(call) is not None:
+            self._driver.attach(pid, cgroup.runtime)
+
     def drop(self, call: ToolCallId) -> None:
         """Remove a leaf that has done its duty. Safe for a call without one."""
         leaf = self._leaves.pop(call, None)

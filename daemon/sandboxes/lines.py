@@ -28,6 +28,7 @@ from ...policies.events import (
 from ...policies.model import NS_PER_S, ToolCallId
 from ...policies.state import State
 from . import evidence, processes
+from .records import Records
 
 _LOOK_NS = NS_PER_S // 20
 """How often a shell is asked whether it waits for input, besides at the end of each of its programs."""
@@ -61,8 +62,9 @@ class Line:
 class Lines:
     """`sift` comes before everybody else has an event, `at_turn` is asked at each of the loop's turns."""
 
-    def __init__(self, probes: ToolMemory | None, state: State, now_ns: Callable[[], int]) -> None:
+    def __init__(self, probes: ToolMemory | None, records: Records, state: State, now_ns: Callable[[], int]) -> None:
         self._probes = probes
+        self._records = records
         self._state = state
         self._now_ns = now_ns
         self._newest: dict[ToolCallId, Line] = {}
@@ -101,7 +103,7 @@ class Lines:
         line.parts.add(event.id)
         self._of[event.id] = line
         if not line.open:  # left behind by a line that is over
-            self._exempt(event.id)
+            self._records.exempt(event.id)
             return
         line.last, line.exit = event.id, None
         call = self._state.tool_calls.get(line.call, line.started)
@@ -196,10 +198,3 @@ class Lines:
         line = self._newest.pop(shell, None)
         if line is not None and line.open:
             yield from self._end(line)
-
-    def _exempt(self, record: ToolCallId) -> None:
-        assert self._probes is not None
-        try:
-            self._probes.set_budget(record, soft_bytes=0, hard_bytes=0)
-        except LookupError:
-            pass  # it has ended meanwhile

@@ -19,6 +19,7 @@ from ..events import (
     ToolCallAttributed,
     ToolCallEnded,
     ToolCallJoined,
+    ToolCallLeft,
     ToolCallMemoryStepped,
     ToolCallMerged,
     ToolCallStarted,
@@ -107,6 +108,7 @@ def _attributed(picture: Picture, event: ToolCallAttributed) -> None:
             kind=command_kind(command),
             session=event.session or call.session,
             call_id=event.call_id or call.call_id,
+            exempt=event.exempt or call.exempt,
         )
     )
 
@@ -156,6 +158,10 @@ def _merged(picture: Picture, event: ToolCallMerged) -> None:
 
 def _joined(picture: Picture, event: ToolCallJoined) -> None:
     """For whoever keeps its processes together (sandboxes/tool_calls.py): the picture knows none of them."""
+
+
+def _left(picture: Picture, event: ToolCallLeft) -> None:
+    """Likewise."""
 
 
 def _memory_stepped(picture: Picture, event: ToolCallMemoryStepped) -> None:
@@ -275,6 +281,7 @@ ARMS = (
     arm(ToolCallStarted, _started),
     arm(ToolCallAttributed, _attributed),
     arm(ToolCallJoined, _joined),
+    arm(ToolCallLeft, _left),
     arm(ToolCallWithdrawn, _withdrawn),
     arm(ToolCallMerged, _merged),
     arm(ToolCallMemoryStepped, _memory_stepped),
