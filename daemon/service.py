@@ -20,7 +20,7 @@ from ..ebpf.tool_memory import ToolMemory
 from ..gpuctl import nvml
 from ..gpuctl.hook import EngineHook
 from ..policies.actions import Decision, EngineAction, Outcome
-from ..policies.events import ConnectionOpened, Event, OutcomeObserved
+from ..policies.events import ConnectionOpened, Event, OutcomeObserved, TurnStarted
 from ..policies.policy import Policy
 from ..policies.snapshot import Snapshot
 from ..policies.state import State
@@ -281,6 +281,8 @@ class Core:
             self.sandboxes.close()
 
     def _from_engine(self, event: Event) -> None:
+        if isinstance(event, TurnStarted):
+            self.kernel.drain()  # whatever was started for the turn before is known by now
         self.loop.emit(event)
         for told in self.roles.hear(event):  # now: what was asked for may be exec'd before the loop's next turn
             self.loop.emit(told)

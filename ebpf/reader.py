@@ -134,6 +134,7 @@ class EventReader:
             agent=ToolCallId(header.agent_tag) if header.agent_tag else None,
             session_leader=event.session_id == header.tgid,
             group_leader=event.group_id == header.tgid,
+            input_stamp=event.input_stamp,
         )
 
 

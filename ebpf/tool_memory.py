@@ -105,7 +105,9 @@ class ToolMemory:
         self._ended.update(event.id for event in events if isinstance(event, ToolCallEnded))
         gone, self._gone = self._gone, []
         for tag, slot in gone:
-            self._release(tag, slot)
+            record = self._tools[slot]
+            if record.tag != tag or not record.processes:  # else one was adopted since, and it is told of again
+                self._release(tag, slot)
         if self._missed.due(monotonic_ns()):
             events += self.bury()
         return events
@@ -203,10 +205,21 @@ class ToolMemory:
             flags=flags,
         )
 
-    def adopt(self, pid: int, tag: ToolCallId) -> None:
-        """Add a running process to an existing tool call or agent. Raises UnknownTag, ProcessLookupError."""
+    def adopt(self, pid: int, tag: ToolCallId, *, as_root: bool = False) -> None:
+        """Add a running process to an existing tool call or agent. Raises UnknownTag, ProcessLookupError.
+
+        `as_root`: its exit, and not that of the one which was the root so far, is the call's end.
+        """
         slot = self._slot(tag)
-        self._tag_process(pid, tag, slot, Role(self._tools[slot].role))
+        record = self._tools[slot]
+        before = record.root_tgid
+        if as_root:
+            record.root_tgid = pid
+        try:
+            self._tag_process(pid, tag, slot, Role(record.role))
+        except BaseException:
+            record.root_tgid = before
+            raise
 
     def forget(self, tag: ToolCallId) -> None:
         """Give back the record of an agent or tool call whose processes are no longer of interest. Safe to repeat."""
@@ -376,8 +389,9 @@ class ToolMemory:
         self._gone.append((tag, slot))
 
     def _release(self, tag: int, slot: int) -> None:
-        self._slots.pop(tag, None)
-        self._ended.discard(tag)
+        if self._slots.get(tag) == slot:  # not of another record under the same tag
+            del self._slots[tag]
+            self._ended.discard(tag)
         record = self._tools[slot]
         if record.tag == tag:
             record.tag = 0

@@ -131,15 +131,7 @@ class Joins:
 
 def _leads_to(opened: _Opened, engine: Engine) -> bool:
     """Whether the connection's other end is where the engine listens; any will do where it does not say."""
-    for listening in engine.listen_addresses:
-        host, _, port = listening.rpartition(":")
-        if port == str(opened.remote_port) and (_is_any(host) or host.strip("[]") == opened.remote_address):
-            return True
-    return not engine.listen_addresses
-
-
-def _is_any(host: str) -> bool:
-    return host in ("", "*", "0.0.0.0", "[::]")
+    return not engine.listen_addresses or engine.listens_at(opened.remote_address, opened.remote_port)
 
 
 def _is_loopback(address: str) -> bool:

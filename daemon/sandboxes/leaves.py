@@ -52,6 +52,16 @@ class Leaves:
         if not joined.done and not self._driver.processes(path):
             self.drop(call)  # it was over before we could move it
 
+    def join(self, call: ToolCallId, pid: int) -> None:
+        """Move one more process to a call's leaf. Safe for a call without one."""
+        if self._driver is not None and (path := self.path(call)) is not None:
+            self._driver.attach(pid, path)
+
+    def leave(self, call: ToolCallId, pid: int, cgroup: SandboxCgroup) -> None:
+        """Move a process out of a call's leaf, to the sandbox's runtime. Safe for a call without one."""
+        if self._driver is not None and self.path(call) is not None:
+            self._driver.attach(pid, cgroup.runtime)
+
     def drop(self, call: ToolCallId) -> None:
         """Remove a leaf that has done its duty. Safe for a call without one."""
         leaf = self._leaves.pop(call, None)

@@ -28,6 +28,7 @@ from ...policies.events import (
     ToolCallMemoryStepped,
     ToolCallStarted,
     ToolCallWithdrawn,
+    TurnStarted,
 )
 from ...policies.model import NS_PER_S, CgroupId, ProcessRole, Role, ToolCallId, ToolCallPhase, ToolCallSource
 from ...policies.roles import Exec, Profile, Ruling
@@ -35,12 +36,13 @@ from ...policies.state import State
 from .. import log
 from . import evidence, processes
 from .kept import Book, Kept
+from .lines import Lines
+from .records import Records
+from .sub_agents import SubAgents
 from .witness import Witness
 
 STAYS_NS = 20 * NS_PER_S
 """What still runs so long after it began, and is no tool call, is a service."""
-_ONE_LINE_NS = NS_PER_S // 10
-"""Programs that a persistent shell starts so close together, while the first still runs, are one command line."""
 _LATE_NS = 5 * NS_PER_S
 """An exec that is so long ago waits for no witness any more."""
 _LATE_COUNT = 256
@@ -86,6 +88,9 @@ class RoleKeeper:
         """Tool calls that run, as they were told: the state hears of one only at the loop's next turn."""
         self._unwitnessed: OrderedDict[ToolCallId, _Ruled] = OrderedDict()
         self._looked_ns = 0
+        self._records = Records(probes, state)
+        self._lines = Lines(probes, self._records, state, now_ns)
+        self._sub_agents = SubAgents(probes, self._records, now_ns)
 
     # -- what the rest of the daemon asks
 
@@ -96,30 +101,82 @@ class RoleKeeper:
     def hear(self, event: Event) -> Iterable[Event]:
         """What engines report, before the loop has it: an exec that was asked for follows within milliseconds, and on
         a busy host it may be here before the report. Answers what has to be told anew of such execs."""
+        unseen = tuple(self._without_program(event)) if isinstance(event, TurnStarted) else ()
         sandbox = self._witness.hear(event)
-        return () if sandbox is None else tuple(self._ruled_anew(sandbox, event.at_ns))
+        return unseen if sandbox is None else tuple(self._ruled_anew(sandbox, event.at_ns))
+
+    def _without_program(self, event: TurnStarted) -> Iterator[Event]:
+        """Command lines of a persistent shell that were asked for and answered, and started no program: `cd`, `export`.
+
+        When each began and ended is not known better than by its turns.
+        """
+        for sandbox, asked in self._witness.open_of(event.session):
+            kept = self._book.get(sandbox)
+            if self._probes is None or kept is None or not kept.shells or kept.announced or not asked.command:
+                continue
+            call, ended_ns = self._probes.new_tag(), max(event.at_ns, asked.at_ns)
+            yield ToolCallStarted(
+                at_ns=asked.at_ns,
+                id=call,
+                sandbox=sandbox,
+                command=asked.command,
+                source=ToolCallSource.HOOK,
+                confidence=0.9,
+                session=asked.session,
+                call_id=asked.id,
+            )
+            yield ToolCallEnded(ended_ns, call, None, None)
+            yield ProcessesGone(ended_ns, call)
 
     # -- events
 
     def sift(self, event: Event) -> Iterable[Event]:
+        told = self._lines.sift(event)
+        if told is None:
+            return self._sift(event)
+        self._ended(told)
+        return told
+
+    def _ended(self, told: Iterable[Event]) -> None:
+        for event in told:
+            if not isinstance(event, ToolCallEnded | ProcessesGone):
+                continue
+            call = self._calls.pop(event.id, None)
+            if call is not None and (kept := self._book.get(call.sandbox)) is not None:
+                self._sub_agents.ended(event.id, kept)
+
+    def _sift(self, event: Event) -> Iterable[Event]:
         match event:
             case ToolCallStarted(source=ToolCallSource.LINEAGE) if event.sandbox in self._book:
                 return tuple(self._started(event, self._book[event.sandbox]))
             case ConnectionOpened() if event.sandbox in self._book:
-                return (*self._connected(event.pid, event.id, event.is_agent, self._book[event.sandbox]), event)
+                kept, at = self._book[event.sandbox], (event.remote_address, event.remote_port)
+                ours = any(engine.attached and engine.listens_at(*at) for engine in self._state.engines.values())
+                return (*self._connected(event.pid, event.id, event.is_agent, kept, to_engine=ours), event)
+            case BudgetReached() if event.id in self._calls and not self._sub_agents.has(event.id):
+                return tuple(self._at_budget(event, self._calls[event.id]))
             case ProcessExeced():
                 return tuple(self._execed(event))
             case ToolCallEnded() | ToolCallMemoryStepped() | BudgetReached() | ProcessesGone():
-                if isinstance(event, ToolCallEnded | ProcessesGone):
-                    self._calls.pop(event.id, None)
-                    if (ruled := self._unwitnessed.get(event.id)) is not None:
-                        ruled.since.append(event)
+                self._ended((event,))
+                if isinstance(event, ToolCallEnded | ProcessesGone) and event.id in self._unwitnessed:
+                    self._unwitnessed[event.id].since.append(event)
                 helper = self._helpers.get(event.id)
                 if helper is None:
                     return (event,)
                 return self._of_helper(event, helper)
             case _:
                 return (event,)
+
+    def _at_budget(self, event: BudgetReached, call: ToolCallStarted) -> Iterator[Event]:
+        """An agent in the call is let go before anything is done to the call."""
+        assert self._probes is not None
+        kept = self._book.get(call.sandbox)
+        found = tuple(self._found(self._sub_agents.at_budget(call, kept))) if kept is not None else ()
+        yield from found
+        usage = self._probes.usage(event.id)
+        if not found or (usage is not None and usage.hard_bytes and usage.used_bytes > usage.hard_bytes):
+            yield event
 
     def __call__(self, event: Event, state: State) -> None:
         """As a sink: forget what goes with its sandbox."""
@@ -138,7 +195,8 @@ class RoleKeeper:
         now_ns = self._now_ns()
         if self._probes is None:
             return ()
-        found: list[Event] = []
+        found: list[Event] = list(self._lines.at_turn())
+        self._ended(found)
         waiting = (k for k in self._book.values() if not k.runtimes and k.survey_due_ns <= now_ns)
         if (kept := min(waiting, key=lambda k: k.survey_due_ns, default=None)) is not None:
             kept.survey_due_ns = now_ns + kept.survey_pause_ns
@@ -150,7 +208,7 @@ class RoleKeeper:
         for tag, helper in list(self._helpers.items()):
             fact = helper.fact
             if fact.role in (Role.RUNTIME, Role.SHELL) and self._probes.usage(tag) is None:
-                found.append(self._parent_gone(tag, fact))  # of a parent of calls no event tells the end
+                found += self._parent_gone(tag, fact)  # of a parent of calls no event tells the end
                 continue
             if fact.role in (Role.HOUSEKEEPING, Role.START_UP) and now_ns - fact.since_ns > STAYS_NS:
                 kept_of = self._book.get(fact.sandbox)
@@ -158,12 +216,14 @@ class RoleKeeper:
                     found.append(self._observe(tag, replace(fact, role=Role.SERVICE, confidence=0.8, why="it stays")))
         return tuple(found)
 
-    def _parent_gone(self, tag: ToolCallId, fact: ProcessRole) -> RoleObserved:
+    def _parent_gone(self, tag: ToolCallId, fact: ProcessRole) -> Iterator[Event]:
         del self._helpers[tag]
+        yield from self._lines.shell_gone(tag)
         if (kept := self._book.get(fact.sandbox)) is not None:
+            self._sub_agents.ended(tag, kept)
             kept.runtimes.pop(tag, None)
             kept.shells.pop(tag, None)
-        return RoleObserved(self._now_ns(), replace(fact, gone=True))
+        yield RoleObserved(self._now_ns(), replace(fact, gone=True))
 
     def survey(self, kept: Kept) -> Iterator[Event]:
         """Runtimes among the processes that run already: those that hold a connection."""
@@ -202,59 +262,54 @@ class RoleKeeper:
             yield event
             return
         parent = self._state.resolve(event.agent) if event.agent is not None else None
-        if parent is not None and (parent in self._calls or parent in self._state.tool_calls):
-            yield from self._join(event, parent, "forked by it before it was known for a call")
+        if (joined := self._of_known_call(event, parent, kept)) is not None:
+            yield from joined
             return
-        shell = parent is not None and parent in kept.shells
+        shell = kept.shells.get(parent) if parent is not None else None
         runtime = self._runtime_of(parent, kept)
-        first = kept.agent_pid
-        full = evidence.command_line(pid)
-        seen = Exec(
-            command=full if len(full) > len(event.command) and full.startswith(event.command[:64]) else event.command,
-            session_leader=event.session_leader,
-            below_runtime=runtime is not None or shell,
-            environment=evidence.environment(pid),
-            shares_output=bool(first) and _same(evidence.output_of(pid), evidence.output_of(first or 0)),
-        )
-        if shell and (line := self._line_of(event)) is not None:
-            yield from self._join(event, line, "of the same command line")
-            return
+        seen = _look_at(event, pid, kept, below_runtime=runtime is not None, in_shell=shell is not None)
         runtime_command = evidence.command_line(runtime) if runtime is not None else ""
-        profile = None if shell else kept.profile
-        ruling = self._rule(event.sandbox, seen, profile, runtime_command, shell=shell)
-        if kept.direct and ruling.role is Role.TOOL_CALL and not shell:
+        sub_agent = self._sub_agents.of(parent)
+        profile = None if shell is not None else sub_agent.profile if sub_agent is not None else kept.profile
+        witnessed = self._witness.hears(event.sandbox) and (sub_agent is None or sub_agent.heard)
+        ruling = self._rule(event.sandbox, seen, profile, runtime_command, witnessed=witnessed)
+        if kept.direct and ruling.role is Role.TOOL_CALL:
             ruling = replace(ruling, budgeted=True)  # its first program is the agent: nothing below can be
         log.debug("role", pid=pid, role=ruling.role.value, why=ruling.why, command=seen.command[:80])
         if ruling.call_id is not None:
             self._witness.answered(event.sandbox, ruling.call_id)
-        elif not shell and ruling.role in (Role.TOOL_CALL, Role.HOUSEKEEPING):
+        elif ruling.role in (Role.TOOL_CALL, Role.HOUSEKEEPING) and (sub_agent is None or sub_agent.heard):
             self._wait_for_witness(_Ruled(event, seen, profile, runtime_command, ruling, []))
         if ruling.role is not Role.START_UP:
-            self._settled(event.id)
-        if ruling.role is Role.TOOL_CALL:
-            if not ruling.budgeted:
-                self._exempt(event.id)
+            self._records.settled(event.id)
+        is_call = ruling.role is Role.TOOL_CALL
+        if is_call:
             self._calls[event.id] = event
+        if not ruling.budgeted:
+            self._records.exempt(event.id)
+        if shell is not None and (is_call or ruling.role is Role.HOUSEKEEPING):
+            yield from self._lines.begin(_as_call(event, ruling) if is_call else event, shell, told=is_call)
+        elif is_call:
             yield _as_call(event, ruling)
-            return
-        self._exempt(event.id)
-        fact = _fact(event, seen, ruling)
-        if ruling.role is Role.SHELL:
+        if not is_call:
+            yield from self._no_call(event, _fact(event, seen, ruling), kept)
+
+    def _no_call(self, event: ToolCallStarted, fact: ProcessRole, kept: Kept) -> Iterator[Event]:
+        if fact.role is Role.SHELL:
             try:
-                tag = self._follow(pid, kept)
+                tag = self._records.follow(fact.pid, kept.cgroup.cgroup_id)
             except (ProcessLookupError, EbpfError):
                 tag = None
             if tag is not None:
-                kept.shells[tag] = pid
+                kept.shells[tag] = fact.pid
                 # Its exec's own record empties and goes; what it is known by from now on is its record as a parent.
                 self._helpers[event.id] = _Helper(fact, event.agent)
                 yield self._observe(tag, replace(fact, id=tag), event.agent)
                 return
         yield self._observe(event.id, fact, event.agent)
 
-    def _rule(self, sandbox: CgroupId, seen: Exec, profile: Profile | None, runtime: str, *, shell: bool) -> Ruling:
+    def _rule(self, sandbox: CgroupId, seen: Exec, profile: Profile | None, runtime: str, *, witnessed: bool) -> Ruling:
         asked, rules = self._witness.asked(sandbox), self._state.policy.roles
-        witnessed = not shell and self._witness.hears(sandbox)
         return roles.rule(seen, profile, runtime, asked, rules, witnessed=witnessed)
 
     def _wait_for_witness(self, ruled: _Ruled) -> None:
@@ -271,7 +326,7 @@ class RoleKeeper:
             event = ruled.event
             if event.at_ns < asked_ns or self._is_held(event.id):
                 continue
-            ruling = self._rule(sandbox, ruled.seen, ruled.profile, ruled.runtime, shell=False)
+            ruling = self._rule(sandbox, ruled.seen, ruled.profile, ruled.runtime, witnessed=True)
             if ruling.call_id is not None:
                 self._witness.answered(sandbox, ruling.call_id)
                 del self._unwitnessed[event.id]
@@ -302,24 +357,29 @@ class RoleKeeper:
         elif is_call:
             if (helper := self._helpers.pop(event.id, None)) is not None:
                 yield RoleObserved(now_ns, replace(helper.fact, gone=True))
-            if not ruled.since:
+            of_line = self._lines.tell(event.id)
+            if of_line or not ruled.since:
                 self._calls[event.id] = event
             # What it may use is set as for a call whose kind has a budget of its own: the kernel has none for it now.
             yield replace(_as_call(event, ruling), soft_bytes=0, hard_bytes=0)
-            yield from ruled.since
+            if not of_line:  # else its end is told when the line is over
+                yield from ruled.since
         elif was_call:
             self._calls.pop(event.id, None)
             yield ToolCallWithdrawn(now_ns, event.id)
             if ruled.since and isinstance(ruled.since[-1], ProcessesGone):
                 return
-            self._exempt(event.id)
+            self._records.exempt(event.id)
             yield self._observe(event.id, _fact(event, ruled.seen, ruling), event.agent)
 
-    def _line_of(self, event: ToolCallStarted) -> ToolCallId | None:
-        """The call of the same command line of a persistent shell: begun just before, and still running."""
-        for call in self._calls.values():
-            if call.agent == event.agent and 0 <= event.at_ns - call.at_ns < _ONE_LINE_NS:
-                return call.id
+    def _of_known_call(self, event: ToolCallStarted, parent: ToolCallId | None, kept: Kept) -> Iterator[Event] | None:
+        """Where the process belongs to a call that is known already; None: it does not."""
+        if parent is None:
+            return None
+        if self._sub_agents.of(parent) is None and (parent in self._calls or parent in self._state.tool_calls):
+            return self._join(event, parent, "forked by it before it was known for a call")
+        if parent in kept.shells and (line := self._lines.under_way(event)) is not None:
+            return self._lines.add(event, line) if line.told else None
         return None
 
     def _join(self, event: ToolCallStarted, call: ToolCallId, why: str) -> Iterator[Event]:
@@ -331,7 +391,7 @@ class RoleKeeper:
             self._probes.adopt(event.pid, call)
         except (LookupError, ProcessLookupError, EbpfError):
             # The call has ended, or the process has: it stays outside, with the budget of nobody.
-            self._exempt(event.id)
+            self._records.exempt(event.id)
         yield from ()
 
     def _runtime_of(self, parent: ToolCallId | None, kept: Kept) -> int | None:
@@ -347,9 +407,12 @@ class RoleKeeper:
         """A call's first process became another program: some agents say only then what was asked for."""
         call = self._calls.get(event.id)
         kept = self._book.get(call.sandbox) if call is not None else None
-        if call is None or kept is None or kept.profile is None or call.pid != event.pid:
+        if call is None or kept is None or call.pid != event.pid:
             return
-        profile = kept.profile
+        sub_agent = self._sub_agents.of(call.agent)
+        profile = sub_agent.profile if sub_agent is not None else kept.profile
+        if profile is None:
+            return
         command = event.command
         if event.command.endswith("…"):
             command = evidence.command_line(event.pid) or command
@@ -361,7 +424,9 @@ class RoleKeeper:
 
     # -- a connection
 
-    def _connected(self, pid: int, tag: ToolCallId, is_agent: bool, kept: Kept) -> Iterator[Event]:
+    def _connected(
+        self, pid: int, tag: ToolCallId, is_agent: bool, kept: Kept, *, to_engine: bool = False
+    ) -> Iterator[Event]:
         """Whoever speaks to a model is the agent: its children have budgets from now on, itself never."""
         if self._probes is None or pid in kept.runtimes.values():
             return
@@ -373,25 +438,38 @@ class RoleKeeper:
             return
         if is_agent and tag == kept.agent_tag and pid == kept.agent_pid:
             kept.runtimes[tag] = pid
-            self._settled(tag)
-            self._give_budgets(tag)
+            self._records.settled(tag)
+            self._records.give_budgets(tag)
         elif helper is not None and (helper.fact.role is Role.START_UP or roles.is_agent(command)):
             try:
-                tag = self._follow(pid, kept)
+                tag = self._records.follow(pid, kept.cgroup.cgroup_id)
             except (ProcessLookupError, EbpfError) as error:
                 log.warning("runtime_not_followed", pid=pid, error=str(error))
                 return
             kept.runtimes[tag] = pid
+        elif helper is None and tag in self._calls and (to_engine or roles.is_agent(command)):
+            yield from self._found(self._sub_agents.found(pid, self._calls[tag], kept, heard=to_engine))
+            return
         else:
             return  # a tool call, a service: they may speak to whom they like
         launched = [h.fact.command for h in self._helpers.values() if h.fact.sandbox == kept.cgroup.cgroup_id]
         first = evidence.command_line(kept.agent_pid) if kept.agent_pid else ""
-        kept.profile = roles.profile_of([command, first, *self._ancestry(pid, kept), *launched])
-        named = kept.profile.name if kept.profile else "unknown"
+        profile = roles.profile_of([command, first, *self._ancestry(pid, kept), *launched])
+        if len(kept.runtimes) == 1:
+            kept.profile = profile
+        else:
+            self._sub_agents.apart(tag, roles.profile_of([command]) or kept.profile)
+        named = profile.name if profile else "unknown"
         log.event("runtime_found", pid=pid, sandbox=kept.cgroup.path, agent=named, command=command[:80])
-        why = "it has a connection" + (f", as {named}" if kept.profile else "")
+        why = "it has a connection" + (f", as {named}" if profile else "")
         fact = ProcessRole(tag, kept.cgroup.cgroup_id, pid, command, Role.RUNTIME, 0.95, why, self._now_ns())
         yield self._observe(tag, fact)
+
+    def _found(self, sub_agents: Iterable[Event]) -> Iterator[Event]:
+        for event in sub_agents:
+            if isinstance(event, RoleObserved):
+                self._helpers[event.process.id] = _Helper(event.process, None)
+            yield event
 
     def _ancestry(self, pid: int, kept: Kept) -> Iterator[str]:
         """Command lines of the processes between it and the sandbox's first program."""
@@ -402,46 +480,7 @@ class RoleKeeper:
             pid = found.parent_pid
             yield evidence.command_line(pid)
 
-    def _follow(self, pid: int, kept: Kept) -> ToolCallId:
-        """A record of its own as a parent of tool calls. Raises ProcessLookupError, EbpfError."""
-        assert self._probes is not None
-        budget = self._state.policy.memory.budget if self._state.policy.enforce else None
-        return self._probes.register_agent(
-            pid,
-            kept.cgroup.cgroup_id,
-            soft_bytes=budget.soft_bytes if budget else 0,
-            hard_bytes=budget.hard_bytes if budget else 0,
-        )
-
-    def _give_budgets(self, agent: ToolCallId) -> None:
-        assert self._probes is not None
-        budget = self._state.policy.memory.budget if self._state.policy.enforce else None
-        if budget is not None:
-            try:
-                self._probes.set_child_budget(agent, soft_bytes=budget.soft_bytes, hard_bytes=budget.hard_bytes)
-            except LookupError:
-                pass  # it has gone
-
-    def _settled(self, tag: ToolCallId) -> None:
-        """It is known what it is: what its processes exec belongs to it from now on."""
-        assert self._probes is not None
-        try:
-            self._probes.set_starting(tag, False)
-        except LookupError:
-            pass  # it has ended meanwhile
-
     # -- those that are no tool calls
-
-    def _exempt(self, tag: ToolCallId) -> None:
-        """No budget; and it goes on where the budget it began with has stopped it already."""
-        assert self._probes is not None
-        try:
-            self._probes.set_budget(tag, soft_bytes=0, hard_bytes=0)
-            usage = self._probes.usage(tag)
-            if usage is not None and usage.stalled_since_ns is not None:
-                self._probes.resume(tag)
-        except LookupError:
-            pass  # it has ended meanwhile
 
     def _observe(self, tag: ToolCallId, fact: ProcessRole, agent: ToolCallId | None = None) -> RoleObserved:
         known = self._helpers.get(tag)
@@ -451,13 +490,26 @@ class RoleKeeper:
     def _of_helper(self, event: Event, helper: _Helper) -> Iterable[Event]:
         match event:
             case BudgetReached():
-                self._exempt(event.id)
+                self._records.exempt(event.id)
             case ProcessesGone():
                 del self._helpers[event.id]
                 return (RoleObserved(event.at_ns, replace(helper.fact, gone=True)),)
             case _:
                 pass
         return ()
+
+
+def _look_at(event: ToolCallStarted, pid: int, kept: Kept, *, below_runtime: bool, in_shell: bool) -> Exec:
+    full, first = evidence.command_line(pid), kept.agent_pid
+    return Exec(
+        command=full if len(full) > len(event.command) and full.startswith(event.command[:64]) else event.command,
+        session_leader=event.session_leader,
+        below_runtime=below_runtime or in_shell,
+        environment=evidence.environment(pid),
+        fed=evidence.can_be_fed(pid),
+        in_shell=in_shell,
+        shares_output=bool(first) and _same(evidence.output_of(pid), evidence.output_of(first or 0)),
+    )
 
 
 def _fact(event: ToolCallStarted, seen: Exec, ruling: Ruling) -> ProcessRole:

@@ -21,6 +21,8 @@ from ...policies.events import (
     SandboxRemoved,
     ToolCallAttributed,
     ToolCallEnded,
+    ToolCallJoined,
+    ToolCallLeft,
     ToolCallMemoryStepped,
     ToolCallMerged,
     ToolCallStarted,
@@ -205,6 +207,8 @@ class ToolCallKeeper:
             case ToolCallStarted():
                 if event.id in state.tool_calls:
                     self._on_started(event, state)
+            case ToolCallJoined() | ToolCallLeft():
+                self._move(event, state)
             case ToolCallEnded():
                 self._on_ended(event.id, state)
             case ProcessesGone():
@@ -244,6 +248,14 @@ class ToolCallKeeper:
         if event.pid is not None and self._probes is None:
             self._watch_root(event.id, event.pid)
         self._set_kind_budget(call)
+
+    def _move(self, event: ToolCallJoined | ToolCallLeft, state: State) -> None:
+        call = state.tool_calls.get(event.id)
+        kept = self._book.get(call.sandbox) if call is not None else None
+        if isinstance(event, ToolCallJoined):
+            self._leaves.join(event.id, event.pid)
+        elif kept is not None:
+            self._leaves.leave(event.id, event.pid, kept.cgroup)
 
     def _watch_root(self, call: ToolCallId, pid: int) -> None:
         """Without probes: nothing else tells that a call has ended whose wrapper was killed."""

@@ -35,7 +35,7 @@ class Witness:
         match event:
             case TurnEnded(asked=calls) if calls and (sandbox := self._sandbox_of(event.session)) is not None:
                 waiting = self._asked.setdefault(sandbox, [])
-                waiting += [Asked(call.call_id, event.session, call.command) for call in calls]
+                waiting += [Asked(call.call_id, event.session, call.command, event.at_ns) for call in calls]
                 del waiting[:-_MOST_ASKED]
                 return sandbox
             case TurnStarted(session=session):
@@ -58,6 +58,10 @@ class Witness:
     def asked(self, sandbox: CgroupId) -> list[Asked]:
         """What it asks for now, the oldest first."""
         return self._asked.get(sandbox, [])
+
+    def open_of(self, session: SessionId) -> list[tuple[CgroupId, Asked]]:
+        """What the conversation asked for and nothing was started for."""
+        return [(sandbox, each) for sandbox, asked in self._asked.items() for each in asked if each.session == session]
 
     def answered(self, sandbox: CgroupId, call_id: str) -> None:
         """The command was started: no other is that call."""

@@ -112,8 +112,24 @@ static __always_inline struct tool_record *new_tool(struct tool_record *agent, u
 	return tool;
 }
 
+/* How far above an exec its agent is looked for: a shell's subshells stand between them. */
+#define ANCESTORS 8
+
+/* The input of the process `tgid` that the task descends from; 0: it has another parent by now. */
+static __always_inline u32 input_stamp_above(struct task_struct *task, u32 tgid)
+{
+	int depth;
+
+	for (depth = 0; depth < ANCESTORS; depth++) {
+		task = BPF_CORE_READ(task, real_parent);
+		if (BPF_CORE_READ(task, tgid) == tgid)
+			return input_stamp_of(task);
+	}
+	return 0;
+}
+
 static __always_inline void emit_exec(u32 kind, struct tool_record *tool, u32 slot, struct task_struct *task,
-				      struct linux_binprm *bprm)
+				      struct linux_binprm *bprm, u32 input_stamp)
 {
 	struct exec_event *event = event_reserve(kind, sizeof(*event));
 	struct mm_struct *mm = task->mm;
@@ -125,7 +141,7 @@ static __always_inline void emit_exec(u32 kind, struct tool_record *tool, u32 sl
 	fill_header(&event->header, kind, sizeof(*event), tool, slot, task);
 	event->session_id = session_of(task);
 	event->group_id = group_of(task);
-	event->padding = 0;
+	event->input_stamp = input_stamp;
 	copied = bpf_probe_read_kernel_str(event->filename, sizeof(event->filename), bprm->filename);
 	event->filename_bytes = copied > 0 ? copied - 1 : 0;
 	event->argv_bytes = event->argv_total_bytes = 0;
@@ -206,10 +222,10 @@ static __always_inline int follow_exec(struct task_struct *task, struct linux_bi
 		process->tag = tag->tag = tool->tag;
 		process->slot = tag->slot = slot;
 		process->role = tag->role = ROLE_TOOL;
-		emit_exec(EVENT_TOOL_EXEC, tool, slot, task, bprm);
+		emit_exec(EVENT_TOOL_EXEC, tool, slot, task, bprm, input_stamp_above(task, agent->root_tgid));
 		remove_process(agent, agent_slot, task);
 	} else if (tunables.report_child_execs || (tool->role == ROLE_TOOL && tool->root_tgid == tgid)) {
-		emit_exec(EVENT_CHILD_EXEC, tool, slot, task, bprm);
+		emit_exec(EVENT_CHILD_EXEC, tool, slot, task, bprm, 0);
 	}
 	__sync_fetch_and_add(&tool->execs, 1);
 	join_mm(tool, tag->tag, slot, task->mm, false);

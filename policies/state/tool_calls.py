@@ -18,6 +18,8 @@ from ..events import (
     ProcessesGone,
     ToolCallAttributed,
     ToolCallEnded,
+    ToolCallJoined,
+    ToolCallLeft,
     ToolCallMemoryStepped,
     ToolCallMerged,
     ToolCallStarted,
@@ -106,6 +108,7 @@ def _attributed(picture: Picture, event: ToolCallAttributed) -> None:
             kind=command_kind(command),
             session=event.session or call.session,
             call_id=event.call_id or call.call_id,
+            exempt=event.exempt or call.exempt,
         )
     )
 
@@ -151,6 +154,14 @@ def _merged(picture: Picture, event: ToolCallMerged) -> None:
             expected_ns=told.expected_ns or seen.expected_ns,
         )
     )
+
+
+def _joined(picture: Picture, event: ToolCallJoined) -> None:
+    """For whoever keeps its processes together (sandboxes/tool_calls.py): the picture knows none of them."""
+
+
+def _left(picture: Picture, event: ToolCallLeft) -> None:
+    """Likewise."""
 
 
 def _memory_stepped(picture: Picture, event: ToolCallMemoryStepped) -> None:
@@ -269,6 +280,8 @@ def check(picture: Picture) -> None:
 ARMS = (
     arm(ToolCallStarted, _started),
     arm(ToolCallAttributed, _attributed),
+    arm(ToolCallJoined, _joined),
+    arm(ToolCallLeft, _left),
     arm(ToolCallWithdrawn, _withdrawn),
     arm(ToolCallMerged, _merged),
     arm(ToolCallMemoryStepped, _memory_stepped),
