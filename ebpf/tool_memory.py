@@ -272,12 +272,15 @@ class ToolMemory:
         return tuple(ToolCallId(tag) for tag in self._slots)
 
     def processes(self, tag: ToolCallId) -> tuple[int, ...]:
-        """Pids of a tool call's living processes, escapees included. Walks all followed processes."""
-        found, record = [], abi.ProcessRecord()
-        for key in self._processes.keys(ctypes.c_uint32):
-            if self._processes.lookup(key, record) and record.tag == tag:
-                found.append(key.value)
-        return tuple(dict.fromkeys(found))
+        """Pids of a tool call's living processes, escapees included. Walks all followed ones if it has several."""
+        slot = self._slots.get(tag)
+        record = self._tools[slot] if slot is not None else None
+        if record is not None and record.tag == tag and record.processes == 1:
+            pid: int = record.root_tgid
+            if self.tag_of(pid) == tag:
+                return (pid,)
+        everyone = self._processes.items(ctypes.c_uint32, abi.ProcessRecord)
+        return tuple(dict.fromkeys(pid for pid, process in everyone if process.tag == tag))
 
     def tag_of(self, pid: int) -> ToolCallId | None:
         """The tool call or agent that a process belongs to; None when it is not followed."""
