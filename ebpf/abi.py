@@ -8,7 +8,7 @@ from __future__ import annotations
 from ctypes import Structure, c_char, c_int64, c_uint8, c_uint16, c_uint32, c_uint64
 from enum import IntEnum
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 COMM_BYTES = 16
 FILENAME_BYTES = 128
 ARGV_BYTES = 1024
@@ -166,7 +166,7 @@ class ProcessRecord(Structure):
         ("slot", c_uint32),
         ("role", c_uint32),
         ("parent_tgid", c_uint32),
-        ("padding", c_uint32),
+        ("unrecorded", c_uint32),
     ]
 
 
