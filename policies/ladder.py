@@ -61,6 +61,8 @@ def _answer_stopped(snapshot: Snapshot, policy: Policy, by_tenant: dict[TenantId
     rank = {tenant: place for place, tenant in enumerate(serve_order(by_tenant))}
     largest = policy.memory.max_bytes
     standing = [c for c in snapshot.tool_calls if c.stopped_ns is not None and _holds_memory(c)]
+    if not standing:
+        return []
     standing.sort(key=lambda c: service_order(c, rank))
     steps = [_kill_at_largest(c, policy, snapshot) for c in standing if _at_largest(c, largest)]
     # What was ended a moment ago is about to be free: its payer must not be followed by another for the same need, and

@@ -324,3 +324,14 @@ def daemon(socket: str) -> Iterator[Row]:
     engine = status.engine_url or "none"
     detail = f"version {status.version}, policy {status.policy_name}, probes {status.probe_backend}, engine {engine}"
     yield Row("daemon", Status.DEGRADED if status.lacks else Status.OK, detail, "; ".join(status.lacks))
+    if status.losses:
+        lost = ", ".join(f"{count} x {source}" for source, count in sorted(status.losses.items()))
+        if status.unrecorded_call_count:
+            lost += f"; {status.unrecorded_call_count} tool calls run without a record and a budget"
+        yield Row("what the probes lost", Status.DEGRADED, lost, _REMEDY_OF_LOSSES)
+
+
+_REMEDY_OF_LOSSES = (
+    "what was lost is found again by looking; where it goes on, start the daemon with a larger --ring-bytes (ring "
+    "buffer) or more --tool-records (no_slot)"
+)
