@@ -182,14 +182,13 @@ class Core:
         self.tallies = Tallies()
         self.recorder = Recorder(journal, lambda: self.loop.snapshot)
         self.sandboxes = SandboxKeeper(driver, probes, self.state, emit, self.settle, now_ns)
-        self.joins = Joins(self.state, self._drain, emit)
+        book, entry, find = self.sandboxes.book, self.sandboxes.entry, self.sandboxes.find_by_pid
+        self.joins = Joins(self.state, lambda: self.kernel.drain(), emit)  # noqa: PLW0108 - it comes below
         witness = Witness(self.state, self.joins.sandbox_at)
-        self.roles = RoleKeeper(self.sandboxes.book, probes, self.state, witness, now_ns)
+        self.roles = RoleKeeper(book, entry, probes, self.state, witness, now_ns)
         self.kernel = KernelEvents(probes, self._from_kernel, now_ns, self.roles.sift, self.roles.look_again)
         self.hook = EngineHook(self._from_engine, now_ns, self.joins.who)
-        self.calls = ToolCallKeeper(
-            self.sandboxes.book, driver, probes, self.state, emit, now_ns, self.sandboxes.find_by_pid
-        )
+        self.calls = ToolCallKeeper(book, entry, driver, probes, self.state, emit, now_ns, find)
         self.holds = Holds(journal, driver)
         self.polling: FallbackBudget | None = None
         """Stands in for the probes."""
@@ -270,9 +269,6 @@ class Core:
         self.kernel.drain()
         self.loop.turn()
 
-    def _drain(self) -> None:
-        self.kernel.drain()
-
     def let_go(self) -> None:
         """At the end: nobody stays stopped or throttled, and no cgroup of ours stays that is empty."""
         try:
@@ -303,6 +299,8 @@ class Core:
 
     def _at_turn(self, snapshot: Snapshot) -> None:
         self.kernel.beat()
+        if self.sandboxes.entry.keep_up():
+            self.calls.keep_up()
         for event in self.roles.at_turn():
             self.loop.emit(event)
         for outcome in self.actuator.expire(snapshot.now_ns):

@@ -35,6 +35,7 @@ from ...policies.roles import Exec, Profile, Ruling
 from ...policies.state import State
 from .. import log
 from . import evidence, processes
+from .entry import EntryBudgets
 from .kept import Book, Kept
 from .lines import Lines
 from .records import Records
@@ -76,7 +77,13 @@ class RoleKeeper:
     """`sift(event)` answers what the loop shall hear instead."""
 
     def __init__(
-        self, book: Book, probes: ToolMemory | None, state: State, witness: Witness, now_ns: Callable[[], int]
+        self,
+        book: Book,
+        entry: EntryBudgets,
+        probes: ToolMemory | None,
+        state: State,
+        witness: Witness,
+        now_ns: Callable[[], int],
     ) -> None:
         self._book = book
         self._probes = probes
@@ -88,7 +95,7 @@ class RoleKeeper:
         """Tool calls that run, as they were told: the state hears of one only at the loop's next turn."""
         self._unwitnessed: OrderedDict[ToolCallId, _Ruled] = OrderedDict()
         self._looked_ns = 0
-        self._records = Records(probes, state)
+        self._records = Records(probes, entry)
         self._lines = Lines(probes, self._records, state, now_ns)
         self._sub_agents = SubAgents(probes, self._records, now_ns)
 

@@ -33,6 +33,7 @@ from ...policies.state import State
 from ..errors import Refusal, RegistrationRefused
 from . import registering
 from .cgroups import CgroupDriver
+from .entry import EntryBudgets
 from .kept import Book
 from .leaves import Leaves
 from .watch import unwatch, watch
@@ -50,6 +51,7 @@ class ToolCallKeeper:
     def __init__(
         self,
         book: Book,
+        entry: EntryBudgets,
         driver: CgroupDriver | None,
         probes: ToolMemory | None,
         state: State,
@@ -60,6 +62,7 @@ class ToolCallKeeper:
         """`sandbox_of(pid)` is the one that a process is in."""
         self._sandbox_of = sandbox_of
         self._book = book
+        self._entry = entry
         self._probes = probes
         self._state = state
         self._emit = emit
@@ -139,7 +142,7 @@ class ToolCallKeeper:
             return seen.id
         if seen is not None and seen.running and seen.pid != wrapper_pid:
             return None  # a wrapper inside a tool call
-        budget = self._state.policy.memory.budget
+        budget = self._entry.of(self._state.policy.memory.budget)
         call = self.new_id()
         if self._probes is not None:
             self._probes.begin_tool(
@@ -279,13 +282,22 @@ class ToolCallKeeper:
                 return  # it has ended meanwhile
         self._emit(BudgetChanged(self._now_ns(), call.id, soft, hard))
 
+    def keep_up(self) -> None:
+        """What calls begin with has changed: so has it for those that began a moment ago, and have not used it."""
+        for call in [c for c in self._state.tool_calls.values() if c.running and c.granted_ns is None]:
+            if call.stopped_ns is None and call.used_bytes < self.budget_of(call)[1] // 2:
+                self._set_kind_budget(call)
+
     def budget_of(self, call: ToolCall) -> tuple[int, int]:
         """Soft and hard: what the policy says for its kind, at least what was announced, and what it was granted."""
         memory = self._state.policy.memory
-        budget = memory.budget_for(call.kind)
+        usual = memory.budget_for(call.kind)
+        budget = self._entry.of(usual)
         if call.granted_ns is not None and call.hard_bytes > budget.hard_bytes:
             return call.soft_bytes, self._hard(call.hard_bytes)
-        return budget.soft_bytes, self._hard(max(budget.hard_bytes, min(call.expected_bytes or 0, memory.max_bytes)))
+        # In a pool too small for all it has to ask like the others: what was announced is then known for its claim.
+        announced = min(call.expected_bytes or 0, memory.max_bytes) if budget == usual else 0
+        return budget.soft_bytes, self._hard(max(budget.hard_bytes, announced))
 
     def _on_ended(self, call: ToolCallId, state: State) -> None:
         known = state.tool_calls.get(call)
