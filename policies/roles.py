@@ -129,13 +129,19 @@ class Exec:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A command that a conversation's model has asked for and nobody has answered yet."""
+    """A command that a conversation's model has asked for."""
 
     id: str
     session: SessionId
     command: str
     at_ns: int = 0
     """When it was asked for."""
+    answered_ns: int | None = None
+    """When the conversation went on, its result in; None: it has not."""
+
+    def waits_at(self, at_ns: int) -> bool:
+        """Whether what began then can be it."""
+        return self.at_ns <= at_ns and (self.answered_ns is None or at_ns <= self.answered_ns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +205,9 @@ def rule(
         return Ruling(Role.TOOL_CALL, 0.97, why, asked_text(seen.command, profile), budgeted=True)
     if (other := _besides(seen, profile, runtime)) is not None:
         return other
+    if seen.in_shell and any(each.command for each in asked):
+        why = "begins a command line of a shell while one is asked for"
+        return Ruling(Role.TOOL_CALL, 0.8, why, seen.command, budgeted=True)
     # A call without a command in its arguments may start any program: then the shape decides.
     if witnessed and all(each.command for each in asked):
         return Ruling(Role.HOUSEKEEPING, 0.7, "nothing of the kind was asked for in the conversation", seen.command)
@@ -308,16 +317,12 @@ def matching(command: str, asked: Sequence[Asked]) -> Asked | None:
 
 
 def of_line(command: str, asked: Sequence[Asked]) -> Asked | None:
-    """The asked-for command line that begins with this program, in a shell; None where nothing is asked for.
+    """The asked-for command line that this program of a shell stands in as it is; None for none.
 
-    Its arguments may have been expanded: then its name decides, and else the order in which lines are asked for.
+    Its arguments may have been expanded, or a function may have started it: then the time tells, once it is over.
     """
-    lines = [each for each in asked if each.command]
     seen = _QUOTING.sub("", command)
-    name = re.compile(rf"(?<![\w.-]){re.escape(_name(command.split(' ', 1)[0]))}(?![\w.-])")
-    whole = (each for each in lines if seen and seen in _QUOTING.sub("", each.command))
-    named = (each for each in lines if name.search(each.command))
-    return next(whole, None) or next(named, None) or next(iter(lines), None)
+    return next((each for each in asked if seen and seen in _QUOTING.sub("", each.command)), None)
 
 
 def _stands_whole(wanted: str, command: str) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from ...ebpf.tool_memory import ToolMemory
 from ...policies.events import Event, EventsLost, ToolCallMemoryStepped
 from ...policies.model import ToolCallId
+from .. import log
 
 
 class KernelEvents:
@@ -41,8 +42,11 @@ class KernelEvents:
         if any(isinstance(event, EventsLost) for event in events):
             events += self._probes.resync()
         for event in events:
-            for told in self._sift(event):
-                self._emit(told)
+            try:
+                for told in self._sift(event):
+                    self._emit(told)
+            except Exception as error:  # of one event: what came with it is not lost for that
+                log.warning("event_failed", kind=type(event).__name__, error=repr(error))
 
     def beat(self) -> None:
         """At each turn of the loop: the kernel stops nobody without it."""

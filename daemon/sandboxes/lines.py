@@ -20,6 +20,7 @@ from ...policies.events import (
     BudgetReached,
     Event,
     ProcessesGone,
+    ToolCallAttributed,
     ToolCallEnded,
     ToolCallJoined,
     ToolCallMemoryStepped,
@@ -33,6 +34,8 @@ from .records import Records
 _LOOK_NS = NS_PER_S // 20
 """How often a shell is asked whether it waits for input, besides at the end of each of its programs."""
 _OF_CALLS = (ToolCallEnded, ProcessesGone, ToolCallMemoryStepped, BudgetReached)
+_PIPELINE = 64
+"""Pids that a line's programs are apart at the most: a higher one was forked later."""
 
 
 @dataclass(slots=True)
@@ -45,12 +48,16 @@ class Line:
     """Whether it is a call. Else its programs are looked after by whoever ruled so; it may become one (tell)."""
     last: ToolCallId
     """The record of the program that began last: its exit code is the line's."""
+    first_pid: int
+    """Of the program that was forked first, as its number shows."""
     parts: set[ToolCallId] = field(default_factory=set)
     """Records of later programs, as the kernel made them; most are empty by now."""
     exit: ToolCallEnded | None = None
     """Of `last`."""
     peak_bytes: int = 0
     open: bool = True
+    over_ns: int = 0
+    """When it was seen to be over."""
     alive: bool = True
     """Whether a process is in the call's record."""
 
@@ -84,18 +91,18 @@ class Lines:
         if (line := self.under_way(event)) is not None and line.told == told:
             return
         yield from self.shell_gone(event.agent)
-        line = Line(event, shell_pid, told, event.id)
+        line = Line(event, shell_pid, told, event.id, event.pid or 0)
         self._newest[event.agent] = self._of[event.id] = line
         if told:
             yield event
 
-    def tell(self, record: ToolCallId) -> bool:
-        """The line that began with this program is a call after all; answers whether its end is still to come."""
+    def tell(self, record: ToolCallId) -> tuple[Event, ...] | None:
+        """The line that began with this program is a call after all: what follows its start. None: it is not known."""
         line = self._of.get(record)
-        if line is None or not line.open:
-            return False
+        if line is None or line.call != record:
+            return None
         line.told = True
-        return True
+        return () if line.open else self._ends_of(line)
 
     def add(self, event: ToolCallStarted, line: Line) -> Iterator[Event]:
         """One more program of a call's line. One that has ended meanwhile stays in the record that the kernel made."""
@@ -106,6 +113,7 @@ class Lines:
             self._records.exempt(event.id)
             return
         line.last, line.exit = event.id, None
+        yield from self._named_by(event, line)
         call = self._state.tool_calls.get(line.call, line.started)
         try:
             usage = self._probes.usage(line.call)
@@ -123,6 +131,13 @@ class Lines:
             return
         line.alive, line.last = True, line.call
         yield ToolCallJoined(event.at_ns, line.call, event.pid)
+
+    def _named_by(self, event: ToolCallStarted, line: Line) -> Iterator[Event]:
+        """A pipeline's programs exec in any order: it is known by the one that was forked first."""
+        first = line.first_pid
+        if line.started.call_id is None and event.pid is not None and first - _PIPELINE < event.pid < first:
+            line.first_pid = event.pid
+            yield ToolCallAttributed(event.at_ns, line.call, event.source, line.started.confidence, event.command)
 
     def sift(self, event: Event) -> Iterable[Event] | None:
         """What the loop shall hear instead; None: it is of no call's line."""
@@ -151,7 +166,8 @@ class Lines:
         line.alive = False
         if line.open:
             return self._look(line)
-        self._forget(line.call)
+        if line.told:
+            self._forget(line.call)
         return (event,)
 
     def _forget(self, record: ToolCallId) -> None:
@@ -171,27 +187,28 @@ class Lines:
         waits = evidence.waits_for_input(line.shell_pid)
         if waits is None:  # gone, or nothing tells
             waits = processes.identify(line.shell_pid) is None or not line.alive
-        return tuple(self._end(line)) if waits else ()
+        return self._end(line) if waits else ()
 
-    def _end(self, line: Line) -> Iterator[Event]:
-        assert self._probes is not None
-        line.open = False
-        usage = self._probes.usage(line.call)
-        left = usage.process_count if usage is not None else 0
-        ended = line.exit
-        if line.told:
-            yield ToolCallEnded(
-                at_ns=ended.at_ns if ended is not None else self._now_ns(),
-                id=line.call,
-                exit_code=ended.exit_code if ended is not None else None,
-                signal=ended.signal if ended is not None else None,
-                escaped_count=left,
-                peak_bytes=line.peak_bytes or None,
-            )
-        if not line.alive:
+    def _end(self, line: Line) -> tuple[Event, ...]:
+        line.open, line.over_ns = False, self._now_ns()
+        ends = self._ends_of(line) if line.told else ()
+        if not line.alive and line.told:
             self._forget(line.call)
-            if line.told:
-                yield ProcessesGone(self._now_ns(), line.call)
+        return ends
+
+    def _ends_of(self, line: Line) -> tuple[Event, ...]:
+        assert self._probes is not None
+        usage = self._probes.usage(line.call)
+        ended = line.exit
+        told = ToolCallEnded(
+            at_ns=ended.at_ns if ended is not None and not ended.escaped_count else line.over_ns,
+            id=line.call,
+            exit_code=ended.exit_code if ended is not None else None,
+            signal=ended.signal if ended is not None else None,
+            escaped_count=usage.process_count if usage is not None else 0,
+            peak_bytes=line.peak_bytes or None,
+        )
+        return (told,) if line.alive else (told, ProcessesGone(line.over_ns, line.call))
 
     def shell_gone(self, shell: ToolCallId) -> Iterator[Event]:
         """Its line is over. Safe for what is no shell."""

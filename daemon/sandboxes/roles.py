@@ -31,12 +31,12 @@ from ...policies.events import (
     TurnStarted,
 )
 from ...policies.model import NS_PER_S, CgroupId, ProcessRole, Role, ToolCallId, ToolCallPhase, ToolCallSource
-from ...policies.roles import Exec, Profile, Ruling
+from ...policies.roles import Asked, Exec, Profile, Ruling
 from ...policies.state import State
 from .. import log
 from . import evidence, processes
 from .kept import Book, Kept
-from .lines import Lines
+from .lines import Line, Lines
 from .records import Records
 from .sub_agents import SubAgents
 from .witness import Witness
@@ -101,20 +101,32 @@ class RoleKeeper:
     def hear(self, event: Event) -> Iterable[Event]:
         """What engines report, before the loop has it: an exec that was asked for follows within milliseconds, and on
         a busy host it may be here before the report. Answers what has to be told anew of such execs."""
-        unseen = tuple(self._without_program(event)) if isinstance(event, TurnStarted) else ()
         sandbox = self._witness.hear(event)
-        return unseen if sandbox is None else tuple(self._ruled_anew(sandbox, event.at_ns))
+        if isinstance(event, TurnStarted):
+            return tuple(told for each in self._witness.answered(event.session) for told in self._by_time(*each))
+        return () if sandbox is None else tuple(self._ruled_anew(sandbox, event.at_ns))
 
-    def _without_program(self, event: TurnStarted) -> Iterator[Event]:
+    def _by_time(self, sandbox: CgroupId, asked: Asked) -> Iterator[Event]:
+        """The line of a shell that began while it was asked for is it, where its words did not tell."""
+        for ruled in self._unwitnessed.values():
+            event, is_call = ruled.event, ruled.ruling.role is Role.TOOL_CALL
+            if event.sandbox == sandbox and ruled.seen.in_shell and is_call and asked.waits_at(event.at_ns):
+                self._witness.started(sandbox, asked.id)
+                del self._unwitnessed[event.id]
+                said = (0.9, asked.command, asked.session, asked.id)
+                yield ToolCallAttributed(self._now_ns(), event.id, event.source, *said)
+                return
+
+    def _without_program(self, now_ns: int) -> Iterator[Event]:
         """Command lines of a persistent shell that were asked for and answered, and started no program: `cd`, `export`.
 
         When each began and ended is not known better than by its turns.
         """
-        for sandbox, asked in self._witness.open_of(event.session):
+        for sandbox, asked in self._witness.never_started(now_ns):
             kept = self._book.get(sandbox)
             if self._probes is None or kept is None or not kept.shells or kept.announced or not asked.command:
                 continue
-            call, ended_ns = self._probes.new_tag(), max(event.at_ns, asked.at_ns)
+            call, ended_ns = self._probes.new_tag(), asked.answered_ns or now_ns
             yield ToolCallStarted(
                 at_ns=asked.at_ns,
                 id=call,
@@ -197,6 +209,7 @@ class RoleKeeper:
             return ()
         found: list[Event] = list(self._lines.at_turn())
         self._ended(found)
+        found += self._without_program(now_ns)
         waiting = (k for k in self._book.values() if not k.runtimes and k.survey_due_ns <= now_ns)
         if (kept := min(waiting, key=lambda k: k.survey_due_ns, default=None)) is not None:
             kept.survey_due_ns = now_ns + kept.survey_pause_ns
@@ -272,12 +285,12 @@ class RoleKeeper:
         sub_agent = self._sub_agents.of(parent)
         profile = None if shell is not None else sub_agent.profile if sub_agent is not None else kept.profile
         witnessed = self._witness.hears(event.sandbox) and (sub_agent is None or sub_agent.heard)
-        ruling = self._rule(event.sandbox, seen, profile, runtime_command, witnessed=witnessed)
+        ruling = self._rule(event, seen, profile, runtime_command, witnessed=witnessed)
         if kept.direct and ruling.role is Role.TOOL_CALL:
             ruling = replace(ruling, budgeted=True)  # its first program is the agent: nothing below can be
         log.debug("role", pid=pid, role=ruling.role.value, why=ruling.why, command=seen.command[:80])
         if ruling.call_id is not None:
-            self._witness.answered(event.sandbox, ruling.call_id)
+            self._witness.started(event.sandbox, ruling.call_id)
         elif ruling.role in (Role.TOOL_CALL, Role.HOUSEKEEPING) and (sub_agent is None or sub_agent.heard):
             self._wait_for_witness(_Ruled(event, seen, profile, runtime_command, ruling, []))
         if ruling.role is not Role.START_UP:
@@ -308,8 +321,10 @@ class RoleKeeper:
                 return
         yield self._observe(event.id, fact, event.agent)
 
-    def _rule(self, sandbox: CgroupId, seen: Exec, profile: Profile | None, runtime: str, *, witnessed: bool) -> Ruling:
-        asked, rules = self._witness.asked(sandbox), self._state.policy.roles
+    def _rule(
+        self, event: ToolCallStarted, seen: Exec, profile: Profile | None, runtime: str, *, witnessed: bool
+    ) -> Ruling:
+        asked, rules = self._witness.asked(event.sandbox, event.at_ns), self._state.policy.roles
         return roles.rule(seen, profile, runtime, asked, rules, witnessed=witnessed)
 
     def _wait_for_witness(self, ruled: _Ruled) -> None:
@@ -326,15 +341,13 @@ class RoleKeeper:
             event = ruled.event
             if event.at_ns < asked_ns or self._is_held(event.id):
                 continue
-            ruling = self._rule(sandbox, ruled.seen, ruled.profile, ruled.runtime, witnessed=True)
-            if ruling.call_id is not None:
-                self._witness.answered(sandbox, ruling.call_id)
-                del self._unwitnessed[event.id]
-            elif ruling.role is ruled.ruling.role:
-                continue
-            log.debug("role_anew", pid=event.pid, role=ruling.role.value, why=ruling.why, command=event.command[:80])
-            yield from self._changed(ruled, ruling)
-            ruled.ruling = ruling
+            ruling = self._rule(event, ruled.seen, ruled.profile, ruled.runtime, witnessed=True)
+            stays = ruling.role is ruled.ruling.role
+            of_line = ruled.seen.in_shell and ruling.role is Role.HOUSEKEEPING  # the word on it may still be on its way
+            if ruling.call_id is not None or not (stays or of_line):
+                said = {"role": ruling.role.value, "why": ruling.why, "command": event.command[:80]}
+                log.debug("role_anew", pid=event.pid, **said)
+                yield from self._becomes(ruled, ruling)
 
     def _is_held(self, call: ToolCallId) -> bool:
         """Somebody has announced it, or something was done to it: it stays what it was told to be."""
@@ -357,13 +370,14 @@ class RoleKeeper:
         elif is_call:
             if (helper := self._helpers.pop(event.id, None)) is not None:
                 yield RoleObserved(now_ns, replace(helper.fact, gone=True))
-            of_line = self._lines.tell(event.id)
-            if of_line or not ruled.since:
+            follows = self._lines.tell(event.id)
+            if follows is None:
+                follows = tuple(ruled.since)
+            if not follows:
                 self._calls[event.id] = event
             # What it may use is set as for a call whose kind has a budget of its own: the kernel has none for it now.
             yield replace(_as_call(event, ruling), soft_bytes=0, hard_bytes=0)
-            if not of_line:  # else its end is told when the line is over
-                yield from ruled.since
+            yield from follows
         elif was_call:
             self._calls.pop(event.id, None)
             yield ToolCallWithdrawn(now_ns, event.id)
@@ -379,8 +393,32 @@ class RoleKeeper:
         if self._sub_agents.of(parent) is None and (parent in self._calls or parent in self._state.tool_calls):
             return self._join(event, parent, "forked by it before it was known for a call")
         if parent in kept.shells and (line := self._lines.under_way(event)) is not None:
-            return self._lines.add(event, line) if line.told else None
+            return self._of_line(event, line)
         return None
+
+    def _of_line(self, event: ToolCallStarted, line: Line) -> Iterator[Event]:
+        """One more program of a line that is under way: what its first is, it is."""
+        ruled = self._unwitnessed.get(line.call)
+        if not line.told and ruled is not None:
+            # Its conversation may have been heard since.
+            ruling = self._rule(ruled.event, ruled.seen, ruled.profile, ruled.runtime, witnessed=True)
+            if ruling.role is Role.TOOL_CALL:
+                yield from self._becomes(ruled, ruling)
+        if line.told:
+            yield from self._lines.add(event, line)
+            return
+        why = "of a command line that nobody asked for"
+        said = (event.command, Role.HOUSEKEEPING, 0.7, why, event.at_ns)
+        self._records.settled(event.id)
+        self._records.exempt(event.id)
+        yield self._observe(event.id, ProcessRole(event.id, event.sandbox, event.pid or 0, *said), event.agent)
+
+    def _becomes(self, ruled: _Ruled, ruling: Ruling) -> Iterator[Event]:
+        if ruling.call_id is not None:
+            self._witness.started(ruled.event.sandbox, ruling.call_id)
+            self._unwitnessed.pop(ruled.event.id, None)
+        yield from self._changed(ruled, ruling)
+        ruled.ruling = ruling
 
     def _join(self, event: ToolCallStarted, call: ToolCallId, why: str) -> Iterator[Event]:
         """The process belongs to a call that is known already."""
