@@ -227,10 +227,10 @@ def _told(seen: Exec, profile: Profile | None, asked: Sequence[Asked], rules: Se
     if OWN.search(seen.command):
         return Ruling(Role.WRAPPER, 1.0, "a program of ours", seen.command)
     wanted = of_line(seen.command, asked) if seen.in_shell else matching(seen.command, asked)
+    if wanted is not None and seen.in_shell:
+        return by_its_line(wanted)
     if wanted is not None:
         why = "its arguments hold the command that the conversation asked for"
-        if seen.in_shell:
-            why = "begins the command line that the conversation asked for"
         return Ruling(Role.TOOL_CALL, 0.99, why, wanted.command, wanted.id, wanted.session, budgeted=True)
     if profile is not None and profile.call_key and (call := seen.environment.get(profile.call_key)):
         why = f"{profile.call_key} is set in its environment"
@@ -240,6 +240,12 @@ def _told(seen: Exec, profile: Profile | None, asked: Sequence[Asked], rules: Se
             called = each.role is Role.TOOL_CALL
             return Ruling(each.role, 0.99, f"the policy's rule {each.match!r}", seen.command, budgeted=called)
     return None
+
+
+def by_its_line(asked: Asked) -> Ruling:
+    """Of a program of a shell that stands in this line as it is."""
+    why = "begins the command line that the conversation asked for"
+    return Ruling(Role.TOOL_CALL, 0.99, why, asked.command, asked.id, asked.session, budgeted=True)
 
 
 def _looks_like_call(seen: Exec, profile: Profile) -> bool:

@@ -46,6 +46,8 @@ STAYS_NS = 20 * NS_PER_S
 _LATE_NS = 5 * NS_PER_S
 """An exec that is so long ago waits for no witness any more."""
 _LATE_COUNT = 256
+_BEHIND_NS = NS_PER_S // 4
+"""So long after its line was answered a program may begin that the line put in the background."""
 _SURVEY_NS = NS_PER_S
 _SURVEY_PAUSE_MAX_NS = 30 * NS_PER_S
 
@@ -123,6 +125,9 @@ class RoleKeeper:
         When each began and ended is not known better than by its turns.
         """
         for sandbox, asked in self._witness.never_started(now_ns):
+            if (ruled := self._left_behind(sandbox, asked)) is not None:
+                yield from self._becomes(ruled, roles.by_its_line(asked))
+                continue
             kept = self._book.get(sandbox)
             if self._probes is None or kept is None or not kept.shells or kept.announced or not asked.command:
                 continue
@@ -139,6 +144,15 @@ class RoleKeeper:
             )
             yield ToolCallEnded(ended_ns, call, None, None)
             yield ProcessesGone(ended_ns, call)
+
+    def _left_behind(self, sandbox: CgroupId, asked: Asked) -> _Ruled | None:
+        """`make &` may be exec'd after its line was answered: what stands in the line as it is, and came soon after."""
+        until_ns = (asked.answered_ns or 0) + _BEHIND_NS
+        for ruled in self._unwitnessed.values():
+            here = ruled.event.sandbox == sandbox and asked.at_ns <= ruled.event.at_ns <= until_ns
+            if here and ruled.seen.in_shell and roles.of_line(ruled.seen.command, [asked]) is not None:
+                return ruled
+        return None
 
     # -- events
 

@@ -45,7 +45,11 @@ class Step:
     killed: bool = False
     """It meets the largest budget."""
     open: str = ""
-    """Why nobody can tell it from outside the conversation; empty: it can be told."""
+    """Why it cannot be told from outside the conversation; empty: it can."""
+
+    def is_open(self, *, heard: bool) -> bool:
+        """Whether it is left out of the ratios. What goes over a socket no conversation can tell apart either."""
+        return bool(self.open) and (not heard or self.open == OF_SOCKETS)
 
 
 @dataclass(slots=True)
@@ -104,6 +108,7 @@ GROW = (
     "python3 -S -c 'held = [bytearray(b\"x\" * (8 << 20)) for _ in range(20)]; import time; time.sleep(20)' @@; echo rc"
 )
 OF_BUILTINS = "a line of builtins starts no program"
+OF_SOCKETS = "of a socket only how much bash has read is known: a substitution or a second line looks like a new one"
 SAME_FILES = "an unknown agent's own git looks as its calls do"
 
 
@@ -155,10 +160,11 @@ def _services(numbers: _Numbers, folder: Path) -> Iterator[Step]:
 def _of_shells(numbers: _Numbers, chance: random.Random, share: int) -> Plan:
     steps = []
     for shell in SHELLS:
-        lines = [numbers.call(shell, *BODIES[n % len(BODIES)]) for n in range(5 * share)
-                 if not ("terminal" in shell and "END" in BODIES[n % len(BODIES)][0])]  # fmt: skip
+        bodies = [BODIES[n % len(BODIES)] for n in range(5 * share)] + [SUBSTITUTION] * share
+        if "terminal" in shell:
+            bodies = [body for body in bodies if "END" not in body[0]]  # typed ahead of `cat`, who would read it?
+        lines = [numbers.call(shell, *body, open=_of_socket(shell, body[0])) for body in bodies]
         if "pipe" in shell:
-            lines += [numbers.call(shell, *SUBSTITUTION) for _ in range(share)]
             lines += [numbers.call(shell, LEFT[n % 4], leaves=True) for n in range(share)]
         lines += [numbers.call(shell, BUILTINS[n % len(BUILTINS)], open=OF_BUILTINS) for n in range(share)]
         chance.shuffle(lines)
@@ -167,6 +173,11 @@ def _of_shells(numbers: _Numbers, chance: random.Random, share: int) -> Plan:
         steps.append(numbers.call(shell, 'test "$KEPT" = yes && env A=@@ pwd'))
     steps.insert(len(steps) // 3, numbers.call("shell bash pipe", GROW, killed=True))
     return Plan("shells", turns=[[step] for step in steps])
+
+
+def _of_socket(shell: str, text: str) -> str:
+    """The here-document is no case of it: bash reads that before it starts anything."""
+    return OF_SOCKETS if shell == "shell bash socket" and ("$(" in text or text.count("/bin/echo @@ ") > 1) else ""
 
 
 def _known(profile: str, numbers: _Numbers, share: int) -> Plan:
