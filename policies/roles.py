@@ -12,6 +12,7 @@ may still be the agent: nothing of it has a budget.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ HOOK = re.compile(r"equipoise\.integrations\.")
 _SHELL = re.compile(r"^(\S*/)?(ba|da|z|k|a|fi)?sh( |$)")
 _SHELL_COMMAND = re.compile(r"^(\S*/)?(ba|da|z|k|a|fi)?sh( -\S+| --\S+)*? -\w*c ")
 _SHELL_FOR_GOOD = re.compile(
-    r"^-?(\S*/)?(ba|da|z|k|a|fi)?sh( (-[ils]+|--(rcfile|init-file|init-command) \S+|--[\w-]+|[-+][oO] \w+))*$"
+    r"^-?(\S*/)?(ba|da|z|k|a|fi)?sh( (-[fils]+|--(rcfile|init-file|init-command) \S+|--[\w-]+|[-+][oO] \w+))*$"
 )
 """A shell without a command and without a script: it is fed line by line."""
 _LAUNCHER = re.compile(
@@ -48,6 +49,8 @@ _SERVICE = re.compile(
     r"|(^|/| )(\S*language-?server\S*|\S*-ls|\S*langserver|gopls|rust-analyzer|clangd|tsserver(\.js)?|pylsp|jdtls)( |$)"
 )
 """Children that stay and are spoken to: their memory is the sandbox's, they take no part in any wait."""
+_CODE = frozenset(("-c", "-e", "-p", "-m", "--eval", "--print"))
+"""Options of interpreters that are followed by code, or by a module, and no script."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +172,10 @@ def profile_of(commands: Sequence[str]) -> Profile | None:
 
 def is_agent(command: str) -> bool:
     """Whether the program itself, or the script its interpreter runs, is that of a known agent."""
-    program = " ".join(command.split(" ", 2)[:2])
+    words = command.split(" ")
+    options = list(itertools.takewhile(lambda word: word.startswith("-"), words[1:]))
+    script = [] if _CODE.intersection(options) else words[1 + len(options) : 2 + len(options)]
+    program = " ".join([words[0], *script])
     return not _SHELL.search(command) and not _LAUNCHER.search(command) and profile_of([program]) is not None
 
 

@@ -54,6 +54,8 @@ class Line:
     """Records of later programs, as the kernel made them; most are empty by now."""
     exit: ToolCallEnded | None = None
     """Of `last`."""
+    one_ended: bool = False
+    """A program of it has ended: whatever begins now is no part of the same pipeline."""
     peak_bytes: int = 0
     open: bool = True
     over_ns: int = 0
@@ -94,16 +96,22 @@ class Lines:
         assert event.agent is not None
         if (line := self.under_way(event)) is not None and line.told == told:
             return
-        if (before := self._newest.get(event.agent)) is not None and before.open:
+        before = self._newest.get(event.agent)
+        late = before is not None and _is_older(event.input_stamp, before.started.input_stamp)
+        if before is not None and before.open and not late:
             yield from self._end(before)
         line = Line(event, shell_pid, told, event.id, event.pid or 0)
-        self._newest[event.agent] = self._of[event.id] = line
+        self._of[event.id] = line
+        if not late:
+            self._newest[event.agent] = line
         past = self._past.setdefault(event.agent, {})
         past[event.input_stamp] = line
         if len(past) > _PAST_COUNT:
             del past[next(iter(past))]
         if told:
             yield event
+        if late:  # all that it started runs in the background, and the shell has gone on
+            yield from self._end(line)
 
     def tell(self, record: ToolCallId) -> tuple[Event, ...] | None:
         """The line that began with this program is a call after all: what follows its start. None: it is not known."""
@@ -151,7 +159,8 @@ class Lines:
     def _named_by(self, event: ToolCallStarted, line: Line) -> Iterator[Event]:
         """A pipeline's programs exec in any order: it is known by the one that was forked first."""
         first = line.first_pid
-        if line.started.call_id is None and event.pid is not None and first - _PIPELINE < event.pid < first:
+        together = line.started.call_id is None and not line.one_ended
+        if together and event.pid is not None and first - _PIPELINE < event.pid < first:
             line.first_pid = event.pid
             yield ToolCallAttributed(event.at_ns, line.call, event.source, line.started.confidence, event.command)
 
@@ -162,7 +171,7 @@ class Lines:
             return None
         match event:
             case ToolCallEnded():
-                line.peak_bytes = max(line.peak_bytes, event.peak_bytes or 0)
+                line.peak_bytes, line.one_ended = max(line.peak_bytes, event.peak_bytes or 0), True
                 if line.open and event.id == line.last:
                     line.exit = event
                 told: Iterable[Event] = self._look(line) if line.open else ()
@@ -243,3 +252,8 @@ class Lines:
         self._past.pop(shell, None)
         if line is not None and line.open:
             yield from self._end(line)
+
+
+def _is_older(stamp: int, than: int) -> bool:
+    """Whether it was given to the shell before: both count up, in 31 bits."""
+    return 0 < (than - stamp) % (1 << 31) < 1 << 30
