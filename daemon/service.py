@@ -11,11 +11,11 @@ import contextlib
 import signal
 import time
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..ebpf.errors import EbpfError
-from ..ebpf.probes import Probes
+from ..ebpf.probes import Probes, Tuning
 from ..ebpf.tool_memory import ToolMemory
 from ..gpuctl import nvml
 from ..gpuctl.hook import EngineHook
@@ -72,6 +72,8 @@ class Config:
     """HOST:PORT of the Prometheus endpoint; empty: none."""
     cgroup_base: str | None = None
     ebpf: bool = True
+    tuning: Tuning = field(default_factory=Tuning)
+    """Of the probes."""
     engine: EngineConfig | None = None
     """None: engines attach by themselves, or not at all."""
 
@@ -183,7 +185,7 @@ class Core:
         self.joins = Joins(self.state, self._drain, emit)
         witness = Witness(self.state, self.joins.sandbox_at)
         self.roles = RoleKeeper(self.sandboxes.book, probes, self.state, witness, now_ns)
-        self.kernel = KernelEvents(probes, self._from_kernel, now_ns, self.roles.sift)
+        self.kernel = KernelEvents(probes, self._from_kernel, now_ns, self.roles.sift, self.roles.look_again)
         self.hook = EngineHook(self._from_engine, now_ns, self.joins.who)
         self.calls = ToolCallKeeper(
             self.sandboxes.book, driver, probes, self.state, emit, now_ns, self.sandboxes.find_by_pid
@@ -358,7 +360,7 @@ def _open_probes(config: Config, host: Host, parts: contextlib.AsyncExitStack) -
     try:
         if not config.ebpf:
             raise EbpfError("switched off by --no-ebpf")
-        loaded = Probes.load()
+        loaded = Probes.load(config.tuning)
     except EbpfError as error:
         host.probe_backend = f"none: {error}"
         host.lacks.append(

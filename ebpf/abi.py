@@ -172,7 +172,7 @@ class ProcessRecord(Structure):
         ("slot", c_uint32),
         ("role", c_uint32),
         ("parent_tgid", c_uint32),
-        ("padding", c_uint32),
+        ("unrecorded", c_uint32),
     ]
 
 

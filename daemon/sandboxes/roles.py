@@ -252,6 +252,11 @@ class RoleKeeper:
             kept.shells.pop(tag, None)
         yield RoleObserved(self._now_ns(), replace(fact, gone=True))
 
+    def look_again(self) -> None:
+        """Events were lost, who speaks to a model perhaps among them: look soon, and as often as at the start."""
+        for kept in self._book.values():
+            kept.survey_due_ns, kept.survey_pause_ns = 0, _SURVEY_NS
+
     def survey(self, kept: Kept) -> Iterator[Event]:
         """Runtimes among the processes that run already: those that hold a connection."""
         assert self._probes is not None

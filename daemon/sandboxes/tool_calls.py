@@ -64,7 +64,7 @@ class ToolCallKeeper:
         self._state = state
         self._emit = emit
         self._now_ns = now_ns
-        self._leaves = Leaves(driver, probes.processes if probes is not None else lambda call: ())
+        self._leaves = Leaves(driver, probes.processes if probes is not None else None)
         self._roots: dict[ToolCallId, int] = {}
         """Without probes: a pidfd of the root process of each call."""
         self._external: dict[tuple[CgroupId, str], ToolCallId] = {}

@@ -35,7 +35,7 @@ enum event_kind {
 
 /* Why a process or a tool call could not be followed; index into control.untracked */
 enum untracked_reason {
-	UNTRACKED_NO_SLOT = 0,    /* more tool calls alive than tool records */
+	UNTRACKED_NO_SLOT = 0,    /* more tool calls alive, or not yet given back, than tool records */
 	UNTRACKED_NO_STORAGE = 1, /* task storage refused (memory or contention) */
 	UNTRACKED_NO_PROCESS = 2, /* map `processes` full */
 	UNTRACKED_NO_MM = 3,      /* map `mms` full */
@@ -172,7 +172,7 @@ struct process_record {
 	__u32 slot;
 	__u32 role;
 	__u32 parent_tgid;
-	__u32 padding;
+	__u32 unrecorded; /* the process whose exec began a tool call for which there was no record; 0: none did */
 };
 _Static_assert(sizeof(struct process_record) == 40, "process_record");
 
