@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
-from ...ebpf.errors import EbpfError
-from ...ebpf.tool_memory import ToolMemory
-from ...policies.events import (
+from ....ebpf.errors import EbpfError
+from ....ebpf.tool_memory import ToolMemory
+from ....policies.events import (
     BudgetReached,
     Event,
     ProcessesGone,
@@ -25,9 +25,9 @@ from ...policies.events import (
     ToolCallMemoryStepped,
     ToolCallStarted,
 )
-from ...policies.model import NS_PER_S, ToolCallId
-from ...policies.state import State
-from . import evidence, processes
+from ....policies.model import NS_PER_S, ToolCallId
+from ....policies.state import State
+from .. import evidence, processes
 from .records import Records
 
 _LOOK_NS = NS_PER_S // 20

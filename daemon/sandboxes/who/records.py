@@ -5,10 +5,10 @@ Owns nothing but the way to say it. A record that has gone meanwhile is nobody's
 
 from __future__ import annotations
 
-from ...ebpf.tool_memory import ToolMemory
-from ...policies.model import CgroupId, ToolCallId
-from ...policies.policy import Budget
-from ...policies.state import State
+from ....ebpf.tool_memory import ToolMemory
+from ....policies.model import CgroupId, ToolCallId
+from ....policies.policy import Budget
+from ....policies.state import State
 
 
 class Records:
