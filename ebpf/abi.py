@@ -155,7 +155,13 @@ class ToolRecord(Structure):
 
 
 class TaskTag(Structure):
-    _fields_ = [("tag", c_uint64), ("slot", c_uint32), ("role", c_uint32)]
+    _fields_ = [
+        ("tag", c_uint64),
+        ("slot", c_uint32),
+        ("role", c_uint32),
+        ("input_stamp", c_uint32),
+        ("padding", c_uint32),
+    ]
 
 
 class ProcessRecord(Structure):

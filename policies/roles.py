@@ -12,6 +12,7 @@ may still be the agent: nothing of it has a budget.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ HOOK = re.compile(r"equipoise\.integrations\.")
 _SHELL = re.compile(r"^(\S*/)?(ba|da|z|k|a|fi)?sh( |$)")
 _SHELL_COMMAND = re.compile(r"^(\S*/)?(ba|da|z|k|a|fi)?sh( -\S+| --\S+)*? -\w*c ")
 _SHELL_FOR_GOOD = re.compile(
-    r"^-?(\S*/)?(ba|da|z|k|a|fi)?sh( (-[ils]+|--(rcfile|init-file|init-command) \S+|--[\w-]+|[-+][oO] \w+))*$"
+    r"^-?(\S*/)?(ba|da|z|k|a|fi)?sh( (-[fils]+|--(rcfile|init-file|init-command) \S+|--[\w-]+|[-+][oO] \w+))*$"
 )
 """A shell without a command and without a script: it is fed line by line."""
 _LAUNCHER = re.compile(
@@ -48,6 +49,8 @@ _SERVICE = re.compile(
     r"|(^|/| )(\S*language-?server\S*|\S*-ls|\S*langserver|gopls|rust-analyzer|clangd|tsserver(\.js)?|pylsp|jdtls)( |$)"
 )
 """Children that stay and are spoken to: their memory is the sandbox's, they take no part in any wait."""
+_CODE = frozenset(("-c", "-e", "-p", "-m", "--eval", "--print"))
+"""Options of interpreters that are followed by code, or by a module, and no script."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,13 +132,19 @@ class Exec:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A command that a conversation's model has asked for and nobody has answered yet."""
+    """A command that a conversation's model has asked for."""
 
     id: str
     session: SessionId
     command: str
     at_ns: int = 0
     """When it was asked for."""
+    answered_ns: int | None = None
+    """When the conversation went on, its result in; None: it has not."""
+
+    def waits_at(self, at_ns: int) -> bool:
+        """Whether what began then can be it."""
+        return self.at_ns <= at_ns and (self.answered_ns is None or at_ns <= self.answered_ns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +172,10 @@ def profile_of(commands: Sequence[str]) -> Profile | None:
 
 def is_agent(command: str) -> bool:
     """Whether the program itself, or the script its interpreter runs, is that of a known agent."""
-    program = " ".join(command.split(" ", 2)[:2])
+    words = command.split(" ")
+    options = list(itertools.takewhile(lambda word: word.startswith("-"), words[1:]))
+    script = [] if _CODE.intersection(options) else words[1 + len(options) : 2 + len(options)]
+    program = " ".join([words[0], *script])
     return not _SHELL.search(command) and not _LAUNCHER.search(command) and profile_of([program]) is not None
 
 
@@ -199,6 +211,9 @@ def rule(
         return Ruling(Role.TOOL_CALL, 0.97, why, asked_text(seen.command, profile), budgeted=True)
     if (other := _besides(seen, profile, runtime)) is not None:
         return other
+    if seen.in_shell and any(each.command for each in asked):
+        why = "begins a command line of a shell while one is asked for"
+        return Ruling(Role.TOOL_CALL, 0.8, why, seen.command, budgeted=True)
     # A call without a command in its arguments may start any program: then the shape decides.
     if witnessed and all(each.command for each in asked):
         return Ruling(Role.HOUSEKEEPING, 0.7, "nothing of the kind was asked for in the conversation", seen.command)
@@ -218,10 +233,10 @@ def _told(seen: Exec, profile: Profile | None, asked: Sequence[Asked], rules: Se
     if OWN.search(seen.command):
         return Ruling(Role.WRAPPER, 1.0, "a program of ours", seen.command)
     wanted = of_line(seen.command, asked) if seen.in_shell else matching(seen.command, asked)
+    if wanted is not None and seen.in_shell:
+        return by_its_line(wanted)
     if wanted is not None:
         why = "its arguments hold the command that the conversation asked for"
-        if seen.in_shell:
-            why = "begins the command line that the conversation asked for"
         return Ruling(Role.TOOL_CALL, 0.99, why, wanted.command, wanted.id, wanted.session, budgeted=True)
     if profile is not None and profile.call_key and (call := seen.environment.get(profile.call_key)):
         why = f"{profile.call_key} is set in its environment"
@@ -231,6 +246,12 @@ def _told(seen: Exec, profile: Profile | None, asked: Sequence[Asked], rules: Se
             called = each.role is Role.TOOL_CALL
             return Ruling(each.role, 0.99, f"the policy's rule {each.match!r}", seen.command, budgeted=called)
     return None
+
+
+def by_its_line(asked: Asked) -> Ruling:
+    """Of a program of a shell that stands in this line as it is."""
+    why = "begins the command line that the conversation asked for"
+    return Ruling(Role.TOOL_CALL, 0.99, why, asked.command, asked.id, asked.session, budgeted=True)
 
 
 def _looks_like_call(seen: Exec, profile: Profile) -> bool:
@@ -308,16 +329,12 @@ def matching(command: str, asked: Sequence[Asked]) -> Asked | None:
 
 
 def of_line(command: str, asked: Sequence[Asked]) -> Asked | None:
-    """The asked-for command line that begins with this program, in a shell; None where nothing is asked for.
+    """The asked-for command line that this program of a shell stands in as it is; None for none.
 
-    Its arguments may have been expanded: then its name decides, and else the order in which lines are asked for.
+    Its arguments may have been expanded, or a function may have started it: then the time tells, once it is over.
     """
-    lines = [each for each in asked if each.command]
     seen = _QUOTING.sub("", command)
-    name = re.compile(rf"(?<![\w.-]){re.escape(_name(command.split(' ', 1)[0]))}(?![\w.-])")
-    whole = (each for each in lines if seen and seen in _QUOTING.sub("", each.command))
-    named = (each for each in lines if name.search(each.command))
-    return next(whole, None) or next(named, None) or next(iter(lines), None)
+    return next((each for each in asked if seen and seen in _QUOTING.sub("", each.command)), None)
 
 
 def _stands_whole(wanted: str, command: str) -> bool:

@@ -7,6 +7,7 @@ import signal
 from rich.text import Text
 
 from ..daemon.api.v1.policy_pb2 import DecisionView, ToolCallView
+from ..policies.shown import printable
 
 DASH = "-"
 GOOD = "#6fae75"
@@ -115,5 +116,5 @@ def outcome(decision: DecisionView) -> Text:
 
 
 def one_line(text: str, width: int) -> str:
-    line = " ".join(text.split())
+    line = printable(" ".join(text.split()))
     return line if len(line) <= width else line[: max(0, width - 1)] + "…"

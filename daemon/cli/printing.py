@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ...policies.model import MIB, NS_PER_S
+from ...policies.shown import printable
 from ..api.v1 import policy_pb2 as pb
 
 
@@ -35,6 +36,10 @@ def _console() -> Console:
     return Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH_WITHOUT_TERMINAL)
 
 
+def _one_line(text: str) -> str:
+    return printable(" ".join(text.split()))
+
+
 def tool_calls(calls: list[pb.ToolCallView], console: Console | None = None) -> None:
     """One row a tool call; a line where there are none. "left behind": it has ended, and not all of its processes."""
     console = console or _console()
@@ -52,7 +57,7 @@ def tool_calls(calls: list[pb.ToolCallView], console: Console | None = None) -> 
         table.add_row(
             call.tool_call_id,
             escape(f"{call.tenant_id}/{call.sandbox}"),
-            escape(" ".join(call.command.split())),
+            escape(_one_line(call.command)),
             f"{call.source} {call.confidence:.2f}",
             "left behind" if call.end_ns and call.used_bytes else call.phase,
             seconds,
@@ -78,7 +83,7 @@ def processes(found: list[pb.ProcessView], console: Console | None = None) -> No
         table.add_row(
             str(process.pid),
             escape(f"{process.tenant_id}/{process.sandbox}"),
-            escape(" ".join(process.command.split())),
+            escape(_one_line(process.command)),
             f"{process.role} {process.confidence:.2f}",
             escape(process.why),
         )

@@ -60,8 +60,11 @@ class KernelEvents:
         events = self._probes.drain()
         self._say_losses(events)
         for event in events:
-            for told in self._sift(event):
-                self._emit(told)
+            try:
+                for told in self._sift(event):
+                    self._emit(told)
+            except Exception as error:  # of one event: what came with it is not lost for that
+                log.warning("event_failed", kind=type(event).__name__, error=repr(error))
 
     def _say_losses(self, events: Iterable[Event]) -> None:
         now_ns = self._now_ns()

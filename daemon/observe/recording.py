@@ -16,6 +16,7 @@ from ...policies.events import (
     SandboxRemoved,
     ToolCallAttributed,
     ToolCallEnded,
+    ToolCallJoined,
     ToolCallMerged,
     ToolCallStarted,
     ToolCallWithdrawn,
@@ -46,6 +47,7 @@ class Recorder:
             case (
                 ToolCallStarted(id=tool_call)
                 | ToolCallAttributed(id=tool_call)
+                | ToolCallJoined(id=tool_call)
                 | ToolCallMerged(into=tool_call)
                 | ToolCallEnded(id=tool_call)
                 | ProcessesGone(id=tool_call)

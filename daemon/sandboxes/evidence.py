@@ -9,7 +9,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from ...policies.roles import ENVIRONMENT_KEYS
+from ...policies.events import ToolCallStarted
+from ...policies.roles import ENVIRONMENT_KEYS, Exec
 from .cgroups.files import read_text
 from .processes import PROC, stat
 
@@ -120,3 +121,21 @@ def _sockets(pid: int, state: str, proc_root: Path) -> set[str]:
             if len(fields) > 9 and fields[3] == state:
                 found.add(fields[9])
     return found
+
+
+def of_exec(event: ToolCallStarted, pid: int, first: int | None, *, below_runtime: bool, in_shell: bool) -> Exec:
+    """What an exec of the kernel's looks like. `first`: the sandbox's first program."""
+    full = command_line(pid)
+    return Exec(
+        command=full if len(full) > len(event.command) and full.startswith(event.command[:64]) else event.command,
+        session_leader=event.session_leader,
+        below_runtime=below_runtime or in_shell,
+        environment=environment(pid),
+        fed=can_be_fed(pid),
+        in_shell=in_shell,
+        shares_output=bool(first) and _same(output_of(pid), output_of(first or 0)),
+    )
+
+
+def _same(one: str, other: str) -> bool:
+    return bool(one) and one == other and one != "/dev/null"

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 
 from ...policies.events import Event, TurnEnded, TurnStarted
-from ...policies.model import CgroupId, SessionId
+from ...policies.model import NS_PER_S, CgroupId, SessionId
 from ...policies.roles import Asked
 from ...policies.state import State
 
 _MOST_ASKED = 64
 _SESSIONS_COUNT = 16_384
 """Remembered by their connections; past it the oldest are forgotten."""
+_LATE_NS = NS_PER_S // 2
+"""How much later than its conversation's next turn an exec may be drained."""
 
 
 class Witness:
@@ -46,7 +49,7 @@ class Witness:
                         self._sandboxes.popitem(last=False)
                 # Its results are in, or nobody wants them any more.
                 for sandbox, waiting in self._asked.items():
-                    self._asked[sandbox] = [asked for asked in waiting if asked.session != session]
+                    self._asked[sandbox] = [_answered(asked, event) for asked in waiting]
             case _:
                 pass
         return None
@@ -55,17 +58,33 @@ class Witness:
         """Whether an engine of ours has told what its conversation asks for."""
         return sandbox in self._asked
 
-    def asked(self, sandbox: CgroupId) -> list[Asked]:
-        """What it asks for now, the oldest first."""
-        return self._asked.get(sandbox, [])
+    def asked(self, sandbox: CgroupId, at_ns: int) -> list[Asked]:
+        """What it asked for and had no answer to at this time, the oldest first; what was started is not among it."""
+        return [each for each in self._asked.get(sandbox, ()) if each.waits_at(at_ns)]
 
-    def open_of(self, session: SessionId) -> list[tuple[CgroupId, Asked]]:
-        """What the conversation asked for and nothing was started for."""
-        return [(sandbox, each) for sandbox, asked in self._asked.items() for each in asked if each.session == session]
+    def started(self, sandbox: CgroupId, call_id: str) -> None:
+        """The command was started: no other is that call. Safe for a sandbox that is gone."""
+        if sandbox in self._asked:
+            self._asked[sandbox] = [asked for asked in self._asked[sandbox] if asked.id != call_id]
 
-    def answered(self, sandbox: CgroupId, call_id: str) -> None:
-        """The command was started: no other is that call."""
-        self._asked[sandbox] = [asked for asked in self.asked(sandbox) if asked.id != call_id]
+    def answered(self, session: SessionId) -> list[tuple[CgroupId, Asked]]:
+        """What the conversation went on after, and nothing is known to have been started for."""
+        return [
+            (sandbox, each)
+            for sandbox, waiting in self._asked.items()
+            for each in waiting
+            if each.session == session and each.answered_ns is not None
+        ]
+
+    def never_started(self, now_ns: int) -> list[tuple[CgroupId, Asked]]:
+        """What was answered a while ago, and nothing was started for; told once."""
+        found = []
+        for sandbox, waiting in self._asked.items():
+            old = [each for each in waiting if each.answered_ns is not None and now_ns - each.answered_ns > _LATE_NS]
+            if old:
+                self._asked[sandbox] = [each for each in waiting if each not in old]
+                found += [(sandbox, each) for each in old]
+        return found
 
     def forget(self, sandbox: CgroupId) -> None:
         self._asked.pop(sandbox, None)
@@ -78,3 +97,9 @@ class Witness:
         if (joined := self._state.sandbox_of(session)) is not None:
             return joined
         return next((s.cgroup_id for s in self._state.sandboxes.values() if s.session == session), None)
+
+
+def _answered(asked: Asked, turn: TurnStarted) -> Asked:
+    if asked.session != turn.session or asked.answered_ns is not None:
+        return asked
+    return replace(asked, answered_ns=turn.at_ns)

@@ -147,19 +147,30 @@ static __always_inline u32 group_of(struct task_struct *task)
 /*
  * A number that changes when a shell that is fed line by line is given its next line, and not while it runs one. Of a
  * pipe that is `head`, which counts what was put in when there was no room left to append to: whatever is written while
- * the shell waits for input moves it. "pipe: Use head and tail pointers" (8cefc107ca54, 5.5) brought it. Of anything else
- * (a socket, a terminal) it is how much the shell has read, which a command substitution moves too. Never 0.
+ * the shell waits for input moves it. "pipe: Use head and tail pointers" (8cefc107ca54, 5.5) brought it. Of a terminal it
+ * is how much was typed (n_tty's own record, 3.12). Of anything else, a socket, it is how much the shell has read, which
+ * a command substitution moves too. Never 0.
  */
 static __always_inline u32 input_stamp_of(struct task_struct *task)
 {
 	struct file **files = BPF_CORE_READ(task, files, fdt, fd), *input = NULL;
+	struct tty_file_private *terminal;
+	struct n_tty_data *typed;
 	struct inode *inode;
+	u32 kind, major;
 
 	if (!bpf_probe_read_kernel(&input, sizeof(input), files) && input) {
 		inode = BPF_CORE_READ(input, f_inode);
-		if (bpf_core_field_exists(((struct pipe_inode_info *)0)->head) &&
-		    (BPF_CORE_READ(inode, i_mode) & S_IFMT) == S_IFIFO)
+		kind = BPF_CORE_READ(inode, i_mode) & S_IFMT;
+		major = BPF_CORE_READ(inode, i_rdev) >> DEVICE_MINOR_BITS;
+		if (kind == S_IFIFO && bpf_core_field_exists(((struct pipe_inode_info *)0)->head))
 			return BPF_CORE_READ(inode, i_pipe, head) | 1u << 31;
+		if (kind == S_IFCHR && major >= PTY_MAJOR_FIRST && major <= PTY_MAJOR_LAST &&
+		    bpf_core_type_exists(struct n_tty_data)) {
+			terminal = BPF_CORE_READ(input, private_data);
+			typed = BPF_CORE_READ(terminal, tty, disc_data);
+			return (u32)BPF_CORE_READ(typed, read_head) | 1u << 31;
+		}
 	}
 	if (bpf_core_field_exists(task->ioac.rchar))
 		return (u32)BPF_CORE_READ(task, ioac.rchar) | 1u << 31;

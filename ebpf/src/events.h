@@ -65,7 +65,7 @@ struct exec_event {
 	__u32 argv_total_bytes; /* what the process has; larger than argv_bytes when cut off */
 	__u32 session_id;       /* sid and pgid in the first pid namespace, like tgid: equal to it where the process leads */
 	__u32 group_id;
-	__u32 input_stamp; /* of the agent at this moment: another one when it has been given more input; 0: not known */
+	__u32 input_stamp; /* see struct task_tag */
 	char filename[FILENAME_BYTES];
 	char argv[ARGV_BYTES];
 };
@@ -159,8 +159,10 @@ struct task_tag {
 	__u64 tag;
 	__u32 slot;
 	__u32 role;
+	__u32 input_stamp; /* of a fork of an agent: the agent's input then; another number once it got more. 0: not known */
+	__u32 padding;
 };
-_Static_assert(sizeof(struct task_tag) == 16, "task_tag");
+_Static_assert(sizeof(struct task_tag) == 24, "task_tag");
 
 /* Value of `processes`, keyed by tgid: every living process of every tag, escapees included */
 struct process_record {

@@ -55,7 +55,8 @@ enum { SIGNAL_GROUP_EXIT = 0x4 }; /* linux/sched/signal.h */
 enum { SIGKILL = 9, SIGSTOP = 19 }; /* asm-generic/signal.h */
 enum { PF_KTHREAD = 0x00200000 }; /* linux/sched.h: task_struct.flags */
 
-enum { S_IFMT = 00170000, S_IFIFO = 0010000 }; /* linux/stat.h */
+enum { S_IFMT = 00170000, S_IFIFO = 0010000, S_IFCHR = 0020000 }; /* linux/stat.h */
+enum { DEVICE_MINOR_BITS = 20, PTY_MAJOR_FIRST = 136, PTY_MAJOR_LAST = 143 }; /* linux/kdev_t.h, uapi/linux/major.h */
 enum { PIDTYPE_PGID = 2, PIDTYPE_SID = 3, PIDTYPE_MAX = 4 }; /* linux/pid_types.h; the same numbers since 4.19 */
 enum { AF_INET = 2, AF_INET6 = 10, IPPROTO_TCP = 6 }; /* linux/socket.h, linux/in.h */
 enum { TCP_ESTABLISHED = 1, TCP_SYN_SENT = 2, TCP_SYN_RECV = 3, TCP_CLOSE = 7 }; /* net/tcp_states.h */
@@ -117,11 +118,25 @@ struct pipe_inode_info {
 
 struct inode {
 	unsigned short i_mode;
+	u32 i_rdev;
 	struct pipe_inode_info *i_pipe;
 } CORE;
 
 struct file {
 	struct inode *f_inode;
+	void *private_data;
+} CORE;
+
+struct n_tty_data {
+	unsigned long read_head;
+} CORE;
+
+struct tty_struct {
+	struct n_tty_data *disc_data; /* of whichever line discipline it has: void * in the kernel */
+} CORE;
+
+struct tty_file_private {
+	struct tty_struct *tty;
 } CORE;
 
 struct fdtable {

@@ -65,13 +65,16 @@ static __always_inline int follow_fork(struct task_struct *parent, struct task_s
 	if (!tag || bpf_task_storage_get(&task_tags, child, NULL, 0))
 		return 0;
 	inherited = *tag;
+	tool = tool_of(inherited.tag, inherited.slot);
+	/* What its own forks start later keeps the stamp: a subshell's programs are of the line that began it. */
+	if (tool && inherited.role == ROLE_AGENT && parent->tgid == tool->root_tgid)
+		inherited.input_stamp = input_stamp_of(parent);
 	if (!bpf_task_storage_get(&task_tags, child, &inherited, BPF_LOCAL_STORAGE_GET_F_CREATE)) {
 		count_untracked(UNTRACKED_NO_STORAGE);
 		return 0;
 	}
 	if (child->pid != child->tgid) /* a thread */
 		return 0;
-	tool = tool_of(inherited.tag, inherited.slot);
 	process = bpf_map_lookup_elem(&processes, &parent_tgid);
 	if (tool)
 		add_process(tool, inherited.tag, inherited.slot, inherited.role, child, parent_tgid,
@@ -116,22 +119,6 @@ static __always_inline struct tool_record *new_tool(struct tool_record *agent, u
 	tool->processes = 1;
 	tool->tag = (u64)tunables.tag_epoch << 32 | (u32)(__sync_fetch_and_add(&block->tool_counter, 1) + 1);
 	return tool;
-}
-
-/* How far above an exec its agent is looked for: a shell's subshells stand between them. */
-#define ANCESTORS 8
-
-/* The input of the process `tgid` that the task descends from; 0: it has another parent by now. */
-static __always_inline u32 input_stamp_above(struct task_struct *task, u32 tgid)
-{
-	int depth;
-
-	for (depth = 0; depth < ANCESTORS; depth++) {
-		task = BPF_CORE_READ(task, real_parent);
-		if (BPF_CORE_READ(task, tgid) == tgid)
-			return input_stamp_of(task);
-	}
-	return 0;
 }
 
 static __always_inline void emit_exec(u32 kind, struct tool_record *tool, u32 slot, struct task_struct *task,
@@ -230,7 +217,7 @@ static __always_inline int follow_exec(struct task_struct *task, struct linux_bi
 		process->tag = tag->tag = tool->tag;
 		process->slot = tag->slot = slot;
 		process->role = tag->role = ROLE_TOOL;
-		emit_exec(EVENT_TOOL_EXEC, tool, slot, task, bprm, input_stamp_above(task, agent->root_tgid));
+		emit_exec(EVENT_TOOL_EXEC, tool, slot, task, bprm, tag->input_stamp);
 		remove_process(agent, agent_slot, task);
 	} else if (tunables.report_child_execs || (tool->role == ROLE_TOOL && tool->root_tgid == tgid)) {
 		emit_exec(EVENT_CHILD_EXEC, tool, slot, task, bprm, 0);

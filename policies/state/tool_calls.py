@@ -157,11 +157,14 @@ def _merged(picture: Picture, event: ToolCallMerged) -> None:
 
 
 def _joined(picture: Picture, event: ToolCallJoined) -> None:
-    """For whoever keeps its processes together (sandboxes/tool_calls.py): the picture knows none of them."""
+    """What a call that is over has put in the background begins late: it has left that behind."""
+    call = picture._known(event.id)
+    if call is not None and call.gone_ns is not None:
+        picture._put(replace(call, gone_ns=None, escaped_count=max(1, call.escaped_count)))
 
 
 def _left(picture: Picture, event: ToolCallLeft) -> None:
-    """Likewise."""
+    """For whoever keeps its processes together (sandboxes/tool_calls.py): the picture knows none of them."""
 
 
 def _memory_stepped(picture: Picture, event: ToolCallMemoryStepped) -> None:

@@ -17,7 +17,9 @@ from equipoise.policies.roles import (
     PROFILES,
     Asked,
     Exec,
+    Ruling,
     asked_text,
+    is_agent,
     matching,
     may_be_agent,
     profile_of,
@@ -191,3 +193,73 @@ def test_a_call_whose_arguments_hold_no_command_may_start_any_program():
     asked = [Asked("a", SESSION, "")]
     ruling = rule(Exec("pytest tests", below_runtime=True), None, "python agent.py", asked, witnessed=True)
     assert (ruling.role, ruling.budgeted) == (Role.TOOL_CALL, True)
+
+
+def test_what_was_asked_for_must_stand_whole_in_the_command_line():
+    asked = [Asked("a", SESSION, "git status"), Asked("b", SESSION, "echo 1"), Asked("c", SESSION, "make")]
+    for command in ("git status --porcelain=v2", "sh -c git status -s", "/bin/sh -c echo 12", "cmake .", "make -v"):
+        assert matching(command, asked) is None, command
+    for command, wanted in (
+        ("git status", 0),
+        ("/bin/bash -c eval 'git status' < /dev/null && pwd -P >| /t", 0),
+        ('sh -c "git status" 2>&1', 0),
+        ("bash -c cd /w && git status; exit 3", 0),
+        ("bash -c (\n  trap x EXIT\necho 1\n)\n__code=$?", 1),
+        ("/usr/bin/make", 2),
+    ):
+        assert matching(command, asked) is asked[wanted], command
+
+
+def test_of_two_that_stand_in_it_the_longer_is_meant():
+    asked = [Asked("a", SESSION, "make"), Asked("b", SESSION, "cd x && make")]
+    assert matching("bash -c cd x && make", asked) is asked[1]
+
+
+def test_a_command_waits_from_its_asking_to_its_answer():
+    asked = Asked("a", SESSION, "make", at_ns=10, answered_ns=20)
+    assert [asked.waits_at(at_ns) for at_ns in (9, 10, 20, 21)] == [False, True, True, False]
+    assert Asked("b", SESSION, "make", at_ns=10).waits_at(1 << 62)
+
+
+def test_a_program_of_a_shell_is_of_the_line_it_stands_in_and_else_of_one_that_is_yet_to_be_told():
+    asked = [Asked("a", SESSION, "cd x; ls *.c | wc -l"), Asked("b", SESSION, "cat 'two words'; make")]
+
+    def ruled(command: str, *asked: Asked) -> Ruling:
+        return rule(Exec(command, below_runtime=True, in_shell=True), asked=asked, witnessed=True)
+
+    ruling = ruled("cat two words", *asked)
+    assert (ruling.role, ruling.call_id, ruling.command) == (Role.TOOL_CALL, "b", "cat 'two words'; make")
+    ruling = ruled("ls a.c b.c", *asked)
+    assert (ruling.role, ruling.call_id) == (Role.TOOL_CALL, None)
+    assert ruled("git --version").role is Role.HOUSEKEEPING
+
+
+@pytest.mark.parametrize(
+    "command", ["bash", "bash --norc", "/bin/sh -s", "bash --rcfile /tmp/x -i", "-bash", "zsh -f -i", "bash -il"]
+)
+def test_a_shell_without_a_command_is_fed_unless_its_input_is_a_file(command):
+    assert rule(Exec(command, below_runtime=True)).role is Role.SHELL
+    assert rule(Exec(command, below_runtime=True, fed=False)).role is Role.TOOL_CALL
+
+
+def test_servers_and_shells_are_what_they_are_though_nobody_asked_for_them():
+    for command, role in (
+        ("node mcp-server-files /w", Role.SERVICE),
+        ("python -c from multiprocessing.resource_tracker import main;main(4)", Role.SERVICE),
+        ("bash --norc", Role.SHELL),
+        ("git status", Role.HOUSEKEEPING),
+    ):
+        assert rule(Exec(command, below_runtime=True), witnessed=True).role is role, command
+
+
+def test_one_agent_that_starts_another_makes_a_call_that_no_budget_stops():
+    codex = next(p for p in PROFILES if p.name == "codex")
+    ruling = rule(Exec("claude -p look", below_runtime=True), codex, "codex exec")
+    assert (ruling.role, ruling.budgeted) == (Role.TOOL_CALL, False)
+    assert rule(Exec("codex app-server", below_runtime=True), codex, "codex tui").role is Role.START_UP
+
+
+def test_an_agents_script_is_found_behind_its_interpreters_options():
+    assert is_agent("node --max-old-space-size=8192 /usr/bin/gemini --yolo")
+    assert is_agent("/usr/bin/env node /opt/opencode") is False, "a launcher is none"
+    assert not is_agent("python -c codex") and not is_agent("python -m codex")

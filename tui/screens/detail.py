@@ -17,6 +17,7 @@ from textual.screen import ModalScreen
 from textual.widgets import Static
 
 from ...daemon.api.v1.policy_pb2 import DecisionView, ToolCallView
+from ...policies.shown import printable
 from .. import text
 
 
@@ -55,7 +56,7 @@ def _facts(call: ToolCallView, now_ns: int) -> RenderableType:
     table.add_column(style="dim", no_wrap=True)
     table.add_column()
     table.add_row("agent", text.tenant(call.tenant_id, f"{call.tenant_id}/{call.sandbox}"))
-    table.add_row("command", Text(call.command))
+    table.add_row("command", Text(printable(call.command)))
     table.add_row("phase", text.phase(call))
     table.add_row("found by", f"{call.source}, confidence {call.confidence:.0%}, root process {call.pid or 'unknown'}")
     table.add_row("time", text.duration((call.end_ns or now_ns) - call.start_ns))

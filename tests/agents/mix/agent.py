@@ -162,7 +162,8 @@ def started_as(how: str, text: str, call: str, folder: str) -> tuple[list[str], 
     trapped = (
         f"_bgpids_file=/dev/null\n(\n  trap 'jobs -p > \"$_bgpids_file\"' EXIT\n{text}\n)\n__code=$?\nexit $__code"
     )
-    codex = ["/bin/sh", "-c", f"exec '/bin/bash' -c {shlex.quote(text)}", "codex", "--codex-run-as-process-setup"]
+    codex = [f"{folder}/shims/codex-exec", "--codex-run-as-process-setup", "40", "/bin/bash", "-c"]
+    codex.append(f"exec '/bin/bash' -c {shlex.quote(text)}")
     environment = {**os.environ, "PATH": f"{folder}/shims:{os.environ['PATH']}"}
     argv = {
         "argv": lambda: shlex.split(text),

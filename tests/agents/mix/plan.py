@@ -23,6 +23,7 @@ SHIMS = {
     "npx": '#!/bin/bash\nhere=$(dirname "$(readlink -f "$0")")\n"$here/npm-lookup" >/dev/null\nsh -c "$1"\n',
     "npm-lookup": "#!/bin/sh\nbasename x; uname\n",
     "shimmed-bash": '#!/bin/bash\nprogram=$(basename bash)\nreadlink -f "$0" >/dev/null\nexec /bin/bash "$@"\n',
+    "codex-exec": '#!/bin/sh\nshift 2\nexec "$@"\n',
     "mcp-server-files": "#!/bin/sh\nexec sleep 60\n",
     "toy-language-server": "#!/bin/sh\nwhile read -r line; do :; done\n",
 }
@@ -44,7 +45,11 @@ class Step:
     killed: bool = False
     """It meets the largest budget."""
     open: str = ""
-    """Why nobody can tell it from outside the conversation; empty: it can be told."""
+    """Why it cannot be told from outside the conversation; empty: it can."""
+
+    def is_open(self, *, heard: bool) -> bool:
+        """Whether it is left out of the ratios. What goes over a socket no conversation can tell apart either."""
+        return bool(self.open) and (not heard or self.open == OF_SOCKETS)
 
 
 @dataclass(slots=True)
@@ -56,7 +61,7 @@ class Plan:
     at_once: bool = False
     before: list[Step] = field(default_factory=list)
     turns: list[list[Step]] = field(default_factory=list)
-    stays_s: float = 0.5
+    stays_s: float = 1.2
 
     @property
     def steps(self) -> list[Step]:
@@ -76,33 +81,34 @@ class Plan:
 
 
 BODIES: tuple[tuple[str, int], ...] = (
-    ("basename M", 0),
-    ("basename M; dirname M; /bin/echo M", 0),
-    ("basename M && /bin/echo 'two words' M || false", 0),
-    ("for n in 1 2 3; do /bin/echo M $n; done", 0),
-    ("/bin/echo M | tr a-z A-Z | wc -c", 0),
-    ("(basename M; (/bin/echo M; exit 3))", 3),
-    ("env KEY='it'\"'\"'s' /bin/echo M \"$HOME\" \\$HOME", 0),
-    ("env A=M cat <<'END' | tail -n 1\nfirst M\nlast\nEND", 0),
-    ("env A=M sleep 0.05; /bin/echo M", 0),
-    ("env A=M ls /nowhere-M; env A=M sh -c 'exit 7'", 7),
-    ("/bin/echo M one\n/bin/echo M two", 0),
-    ("true; basename M; cd / && env A=M pwd", 0),
+    ("basename @@", 0),
+    ("basename @@; dirname @@; /bin/echo @@", 0),
+    ("basename @@ && /bin/echo 'two words' @@ || false", 0),
+    ("for n in 1 2 3; do /bin/echo @@ $n; done", 0),
+    ("/bin/echo @@ | tr a-z A-Z | wc -c", 0),
+    ("(basename @@; (/bin/echo @@; exit 3))", 3),
+    ("env KEY='it'\"'\"'s' /bin/echo @@ \"$HOME\" \\$HOME", 0),
+    ("env A=@@ cat <<'END' | tail -n 1\nfirst @@\nlast\nEND", 0),
+    ("env A=@@ sleep 0.05; /bin/echo @@", 0),
+    ("env A=@@ ls /nowhere-@@; env A=@@ sh -c 'exit 7'", 7),
+    ("/bin/echo @@ one\n/bin/echo @@ two", 0),
+    ("true; basename @@; cd / && env A=@@ pwd", 0),
 )
-SUBSTITUTION = ('x=$(basename M); /bin/echo "$x" M', 0)
+SUBSTITUTION = ('x=$(basename @@); /bin/echo "$x" @@', 0)
 LEFT = (
-    "nohup env A=M sleep 0.8 >/dev/null 2>&1 &",
-    "setsid env A=M sleep 0.8 >/dev/null 2>&1 &",
-    "(env A=M sleep 0.8 >/dev/null 2>&1 &)",
-    "basename M; { env A=M sleep 0.8 & } >/dev/null 2>&1",
+    "nohup env A=@@ sleep 0.8 >/dev/null 2>&1 &",
+    "setsid env A=@@ sleep 0.8 >/dev/null 2>&1 &",
+    "(env A=@@ sleep 0.8 >/dev/null 2>&1 &)",
+    "basename @@; { env A=@@ sleep 0.8 & } >/dev/null 2>&1",
 )
-BUILTINS = ("cd / # M", "export OTHER=M", "alias m=true # M", "umask 022 # M")
+BUILTINS = ("cd / # @@", "export OTHER=@@", "alias m=true # @@", "umask 022 # @@")
 WAYS = ("sh -c", "bash -c", "bash -lc", "dash -c", "session", "env", "timeout", "nice nohup", "sudo", "npx", "pyenv")
 SHELLS = ("shell bash pipe", "shell dash pipe", "shell sh pipe", "shell bash socket", "shell bash terminal")
 GROW = (
-    "python3 -S -c 'held = [bytearray(b\"x\" * (8 << 20)) for _ in range(20)]; import time; time.sleep(20)' M; echo rc"
+    "python3 -S -c 'held = [bytearray(b\"x\" * (8 << 20)) for _ in range(20)]; import time; time.sleep(20)' @@; echo rc"
 )
 OF_BUILTINS = "a line of builtins starts no program"
+OF_SOCKETS = "of a socket only how much bash has read is known: a substitution or a second line looks like a new one"
 SAME_FILES = "an unknown agent's own git looks as its calls do"
 
 
@@ -112,11 +118,11 @@ class _Numbers:
 
     def call(self, how: str, text: str, code: int | None = 0, **more: Any) -> Step:
         self.last += 1
-        return Step(self.last, "tool call", how, text.replace("M", f"mix{self.last}x"), code, **more)
+        return Step(self.last, "tool call", how, text.replace("@@", f"mix{self.last}x"), code, **more)
 
     def other(self, role: str, how: str, text: str, why_open: str = "") -> Step:
         self.last += 1
-        return Step(self.last, role, how, text.replace("M", f"mix{self.last}x"), None, open=why_open)
+        return Step(self.last, role, how, text.replace("@@", f"mix{self.last}x"), None, open=why_open)
 
 
 def plans(calls: int, seed: int = 7, *, folder: Path) -> list[Plan]:
@@ -126,8 +132,8 @@ def plans(calls: int, seed: int = 7, *, folder: Path) -> list[Plan]:
     unknown = Plan("unknown", before=list(_start_up(numbers)))
     unknown.turns += [[step] for step in _services(numbers, folder)]
     mixed = [numbers.call(WAYS[n % len(WAYS)], *BODIES[n % len(BODIES)]) for n in range(26 * share)]
-    mixed += [numbers.call("argv", "/bin/echo M as words") for _ in range(2 * share)]
-    mixed += [numbers.call("wrapper", "basename M; env A=M sleep 0.05") for _ in range(share)]
+    mixed += [numbers.call("argv", "/bin/echo @@ as words") for _ in range(2 * share)]
+    mixed += [numbers.call("wrapper", "basename @@; env A=@@ sleep 0.05") for _ in range(share)]
     mixed += [numbers.call(WAYS[n], LEFT[n % 4], leaves=True) for n in range(min(4 * share, len(WAYS)))]
     mixed += [numbers.call("bash -c", *SUBSTITUTION) for _ in range(share)]
     mixed += [numbers.call("bash -c", GROW, None, killed=True)]
@@ -135,37 +141,43 @@ def plans(calls: int, seed: int = 7, *, folder: Path) -> list[Plan]:
     chance.shuffle(mixed)
     unknown.turns += [[step] for step in mixed]
     burst = Plan("burst", at_once=True)
-    burst.turns = [[numbers.call(WAYS[n % 4], "env A=M sleep 0.4; basename M") for n in range(min(40, 12 * share))]]
+    burst.turns = [[numbers.call(WAYS[n % 4], "env A=@@ sleep 0.4; basename @@") for n in range(min(40, 12 * share))]]
     return [unknown, _of_shells(numbers, chance, share), burst, *(_known(p, numbers, share) for p in PROFILES)]
 
 
 def _start_up(numbers: _Numbers) -> Iterator[Step]:
-    yield numbers.other("start-up", "pyenv", "basename M")
-    yield numbers.other("start-up", "argv", "readlink -f /bin/M")
-    yield numbers.other("start-up", "sh -c", "uname; env A=M sleep 0.02")
+    yield numbers.other("start-up", "pyenv", "basename @@")
+    yield numbers.other("start-up", "argv", "readlink -f /bin/@@")
+    yield numbers.other("start-up", "sh -c", "uname; env A=@@ sleep 0.02")
 
 
 def _services(numbers: _Numbers, folder: Path) -> Iterator[Step]:
-    yield numbers.other("service", "stays", f"{folder}/shims/mcp-server-files M")
-    yield numbers.other("service", "stays", f"{folder}/shims/toy-language-server M")
+    yield numbers.other("service", "stays", f"{folder}/shims/mcp-server-files @@")
+    yield numbers.other("service", "stays", f"{folder}/shims/toy-language-server @@")
     yield numbers.other("service", "spawned workers", "")
 
 
 def _of_shells(numbers: _Numbers, chance: random.Random, share: int) -> Plan:
     steps = []
     for shell in SHELLS:
-        lines = [numbers.call(shell, *BODIES[n % len(BODIES)]) for n in range(5 * share)
-                 if not ("terminal" in shell and "END" in BODIES[n % len(BODIES)][0])]  # fmt: skip
+        bodies = [BODIES[n % len(BODIES)] for n in range(5 * share)] + [SUBSTITUTION] * share
+        if "terminal" in shell:
+            bodies = [body for body in bodies if "END" not in body[0]]  # typed ahead of `cat`, who would read it?
+        lines = [numbers.call(shell, *body, open=_of_socket(shell, body[0])) for body in bodies]
         if "pipe" in shell:
-            lines += [numbers.call(shell, *SUBSTITUTION) for _ in range(share)]
             lines += [numbers.call(shell, LEFT[n % 4], leaves=True) for n in range(share)]
         lines += [numbers.call(shell, BUILTINS[n % len(BUILTINS)], open=OF_BUILTINS) for n in range(share)]
         chance.shuffle(lines)
-        steps.append(numbers.call(shell, "cd /usr; export KEPT=yes # M", open=OF_BUILTINS))
+        steps.append(numbers.call(shell, "cd /usr; export KEPT=yes # @@", open=OF_BUILTINS))
         steps += lines
-        steps.append(numbers.call(shell, 'test "$KEPT" = yes && env A=M pwd'))
+        steps.append(numbers.call(shell, 'test "$KEPT" = yes && env A=@@ pwd'))
     steps.insert(len(steps) // 3, numbers.call("shell bash pipe", GROW, killed=True))
     return Plan("shells", turns=[[step] for step in steps])
+
+
+def _of_socket(shell: str, text: str) -> str:
+    """The here-document is no case of it: bash reads that before it starts anything."""
+    return OF_SOCKETS if shell == "shell bash socket" and ("$(" in text or text.count("/bin/echo @@ ") > 1) else ""
 
 
 def _known(profile: str, numbers: _Numbers, share: int) -> Plan:

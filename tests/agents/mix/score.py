@@ -15,7 +15,7 @@ from equipoise.tests.agents.mix.plan import MARK, Step
 
 EARLY_NS = 20_000_000
 """The agent reads its clock before it forks; a command line's time is that of its writing."""
-LATE_NS = 400_000_000
+LATE_NS = 1_000_000_000
 """How much later than its agent the daemon may see a call begin or end, on a machine that does other work too."""
 
 
@@ -47,7 +47,6 @@ class Said:
     signal: int | None
     escaped_count: int
     call_id: str
-    in_shell: bool = False
 
 
 @dataclass(slots=True)
@@ -86,51 +85,22 @@ class Score:
 
 
 def score(
-    steps: Mapping[int, Step], things: Sequence[Thing], said: Sequence[Said], roles: Mapping[int, str], *, heard: bool
+    steps: Mapping[int, Step],
+    things: Sequence[Thing],
+    said: Sequence[Said],
+    roles: Mapping[int, str],
+    marks: Mapping[int, int],
+    *,
+    heard: bool,
 ) -> Score:
-    """`roles`: what the daemon last took each pid for. `heard`: it was told the conversations."""
+    """`roles`: what the daemon last took each pid for; `marks`: the mark in its first arguments. `heard`: the daemon
+    was told the conversations.
+    """
     result = Score()
-    by_pid = {(t.agent, t.pid): t for t in things if t.pid}
-    by_number = {t.number: t for t in things if t.number}
-    found: dict[int, Said] = {}
-    for row in sorted(said, key=lambda r: r.start_ns):
-        thing = by_pid.get((row.agent, row.pid))
-        marks = MARK.findall(row.command)
-        if thing is None and marks:
-            thing = by_number.get(int(marks[0]))
-        step = steps.get(thing.number) if thing is not None else None
-        undecidable = step is not None and bool(step.open) and not heard
-        if thing is None or thing.role != "tool call":
-            if undecidable:
-                result.open_rows += 1
-            else:
-                result.invented.append(f"{row.agent}: {row.command[:90]!r}")
-        elif thing.number in found:
-            result.split.append(f"{thing.number} {_how(steps, thing)}: {row.command[:90]!r}")
-        else:
-            found[thing.number] = row
+    found = _match(steps, things, said, marks, result, heard=heard)
     for thing in things:
-        if thing.role != "tool call":
-            continue
-        step = steps[thing.number]
-        row_of = found.get(thing.number)
-        if step.open and not heard:
-            result.open_calls += 1
-            result.open_found += row_of is not None
-            if row_of is not None:
-                result.open_rows += 1
-            continue
-        result.calls += 1
-        if row_of is not None:
-            result.right += 1
-            result.wrong += _wrong(thing, step, row_of, result, heard=heard)
-        else:
-            covered = any(
-                r.agent == thing.agent and r.in_shell and r.start_ns < thing.began_ns
-                and (r.end_ns is None or r.end_ns > thing.began_ns + EARLY_NS) for r in said
-            )  # fmt: skip
-            where = result.merged if covered else result.missed
-            where.append(f"{thing.number} {_how(steps, thing)}: {step.text[:60]!r}")
+        if thing.role == "tool call":
+            _count(thing, steps[thing.number], found.get(thing.number), said, result, heard=heard)
     result.rows = result.right + len(result.split) + len(result.invented)
     shown = {(row.agent, row.pid) for row in said}
     for thing in things:
@@ -143,12 +113,69 @@ def score(
     return result
 
 
-def _how(steps: Mapping[int, Step], thing: Thing) -> str:
-    return f"({thing.agent}, {steps[thing.number].how})"
+def _match(
+    steps: Mapping[int, Step],
+    things: Sequence[Thing],
+    said: Sequence[Said],
+    marks: Mapping[int, int],
+    result: Score,
+    *,
+    heard: bool,
+) -> dict[int, Said]:
+    """The row of each call that has one."""
+    by_pid = {(t.agent, t.pid): t for t in things if t.pid}
+    by_number = {t.number: t for t in things if t.number}
+    found: dict[int, Said] = {}
+    for row in sorted(said, key=lambda r: r.start_ns):
+        thing = by_pid.get((row.agent, row.pid))
+        if thing is None:
+            shown = MARK.search(row.command)
+            mark = marks.get(row.pid, int(shown[1]) if shown is not None else 0)
+            thing = by_number.get(mark)
+            if shown is not None and int(shown[1]) != mark:
+                result.wrong.append(f"{mark}: shown as {row.command[:60]!r}")
+        if thing is None or thing.role != "tool call":
+            if thing is not None and thing.number and steps[thing.number].is_open(heard=heard):
+                result.open_rows += 1
+            else:
+                result.invented.append(f"{row.agent}: {row.command[:90]!r}")
+        elif thing.number in found and steps[thing.number].is_open(heard=heard):
+            result.open_rows += 1
+        elif thing.number in found:
+            result.split.append(f"{_name(thing, steps[thing.number])}: {row.command[:90]!r}")
+        else:
+            found[thing.number] = row
+    return found
+
+
+def _count(thing: Thing, step: Step, row: Said | None, said: Sequence[Said], result: Score, *, heard: bool) -> None:
+    """One call of the truth."""
+    if step.is_open(heard=heard):
+        result.open_calls += 1
+        result.open_found += row is not None
+        result.open_rows += row is not None
+        return
+    result.calls += 1
+    if row is not None:
+        result.right += 1
+        result.wrong += _wrong(thing, step, row, result, heard=heard)
+    elif any(_covers(other, thing) for other in said if step.how.startswith("shell ")):
+        result.merged.append(_name(thing, step))
+    else:
+        result.missed.append(_name(thing, step))
+
+
+def _covers(row: Said, thing: Thing) -> bool:
+    after = row.end_ns is None or row.end_ns > thing.began_ns + EARLY_NS
+    return row.agent == thing.agent and row.start_ns < thing.began_ns and after
+
+
+def _name(thing: Thing, step: Step) -> str:
+    return f"{thing.number} {thing.agent} ({step.how}, {step.text[:50]!r})"
 
 
 def _wrong(thing: Thing, step: Step, row: Said, result: Score, *, heard: bool) -> list[str]:
-    name = f"{thing.number} {thing.agent} ({step.how}, {step.text[:40]!r})"
+    name = _name(thing, step)
     assert thing.ended_ns is not None
     told = []
     if row.end_ns is None:
@@ -160,7 +187,7 @@ def _wrong(thing: Thing, step: Step, row: Said, result: Score, *, heard: bool) -
         result.ends_late_ns.append(after)
     if not -EARLY_NS <= late <= LATE_NS and not by_turns:
         told.append(f"{name}: begins {late / 1e6:.0f} ms late")
-    if not row.start_ns <= row.end_ns or not (step.leaves or after <= LATE_NS) and not by_turns:
+    if row.end_ns < row.start_ns or (after > LATE_NS and not by_turns):
         told.append(f"{name}: ends {after / 1e6:.0f} ms late")
     if step.killed and row.signal != 9:
         told.append(f"{name}: was killed, said to have ended with {row.code}")

@@ -15,7 +15,7 @@ import time
 from itertools import count
 from pathlib import Path
 
-from equipoise.tests.agents.mix.plan import FILES, SHIMS, Plan, plans
+from equipoise.tests.agents.mix.plan import FILES, MARK, SHIMS, Plan, plans
 from equipoise.tests.agents.mix.score import Said, Score, Thing, score
 from equipoise.tests.agents.mix.witness import Witness
 from equipoise.tests.fixtures.running_daemon import CLI, RunningDaemon
@@ -33,9 +33,12 @@ spec:
     maxWait: 1s
 """
 _NUMBER = count(1)
-_ROLE = re.compile(r"\brole(?:_anew)? pid=(\d+) role=(\S+|\"[^\"]*\")")
+_ROLE = re.compile(r'\brole(?:_anew)? pid=(\d+) role=("[^"]*"|\S+)')
 _RUNTIME = re.compile(r"\bruntime_found pid=(\d+)")
 AGENT_S = 180.0
+SETTLE_S = 2.0
+"""How long after the last agent's end the daemon may take to have said everything: a line without a program takes a
+second."""
 
 
 def run(daemon: RunningDaemon, calls: int, folder: Path, *, heard: bool) -> Score:
@@ -50,7 +53,7 @@ def run(daemon: RunningDaemon, calls: int, folder: Path, *, heard: bool) -> Scor
         for name, process in agents.items():
             said = process.communicate(timeout=AGENT_S)[0]
             assert process.returncode == 0, f"agent {name} ended with {process.returncode}: {said[-3000:]}"
-        time.sleep(1.0)
+        time.sleep(SETTLE_S)
     finally:
         for process in agents.values():
             if process.poll() is None:
@@ -59,8 +62,7 @@ def run(daemon: RunningDaemon, calls: int, folder: Path, *, heard: bool) -> Scor
         witness.close()
     things = [thing for plan in made for thing in _things(plan.name, folder / f"{plan.name}.log")]
     steps = {step.number: step for plan in made for step in plan.steps}
-    shells = {thing.pid for thing in things if thing.role == "shell"}
-    return score(steps, things, _said(daemon, names, shells), _roles(daemon), heard=heard)
+    return score(steps, things, _said(daemon, names), *_logged(daemon), heard=heard)
 
 
 def _prepare(folder: Path, calls: int) -> list[Plan]:
@@ -94,7 +96,7 @@ def _things(agent: str, log: Path) -> list[Thing]:
     return [Thing(agent, *json.loads(line)) for line in log.read_text().splitlines()]
 
 
-def _said(daemon: RunningDaemon, names: dict[str, str], shells: set[int]) -> list[Said]:
+def _said(daemon: RunningDaemon, names: dict[str, str]) -> list[Said]:
     agent_of = {name: agent for agent, name in names.items()}
     rows = []
     for view in daemon.tool_calls():
@@ -112,18 +114,20 @@ def _said(daemon: RunningDaemon, names: dict[str, str], shells: set[int]) -> lis
                     signal=number,
                     escaped_count=view.escaped_count,
                     call_id=view.agent_call_id,
-                    in_shell=bool(shells),
                 )
             )
     return rows
 
 
-def _roles(daemon: RunningDaemon) -> dict[int, str]:
-    """By pid: what the daemon said last, in its log."""
+def _logged(daemon: RunningDaemon) -> tuple[dict[int, str], dict[int, int]]:
+    """By pid, in the daemon's log: what it took the process for last, and whose mark its first arguments had."""
     roles: dict[int, str] = {}
+    marks: dict[int, int] = {}
     for line in daemon.log.read_text(errors="replace").splitlines():
         if found := _ROLE.search(line):
             roles[int(found[1])] = found[2].strip('"')
+            if mark := MARK.search(line):
+                marks[int(found[1])] = int(mark[1])
         elif found := _RUNTIME.search(line):
             roles[int(found[1])] = "runtime"
-    return roles
+    return roles, marks

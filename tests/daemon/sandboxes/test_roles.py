@@ -6,148 +6,15 @@ agent must be found out.
 
 from __future__ import annotations
 
-import contextlib
-import os
-import queue
-import socket
-import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from equipoise.daemon.api.v1 import policy_pb2
-from equipoise.gpuctl.api.v1 import engine_pb2, engine_pb2_grpc
-from equipoise.tests.fixtures.running_daemon import CLI, RunningDaemon, eventually
+from equipoise.tests.fixtures.running_daemon import eventually
+from equipoise.tests.fixtures.scripted_agent import GROW
 
 pytestmark = pytest.mark.kernel
-
-POLICY = """
-apiVersion: equipoise/v1
-kind: Policy
-metadata: {name: roles}
-spec:
-  tenants: {gold: {weight: 1}}
-  memory:
-    toolPool: 4GiB
-    budget: {soft: 48MiB, hard: 64MiB, step: 32MiB, max: 96MiB}
-    maxWait: 1s
-  roles:
-    - {match: "my-dev-server", role: service}
-"""
-
-# Speaks to "a model", then does what it is told on standard input, one Python statement a line.
-AGENT = """
-import os, socket, subprocess, sys, time
-port = int(sys.argv[1])
-def run(*argv, **options):
-    return subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, **options)
-def speak():
-    global held
-    held = socket.create_connection(("127.0.0.1", port))
-    held.sendall(b"x"); held.recv(1)
-for line in sys.stdin:
-    exec(line)
-    print("done", flush=True)
-"""
-GROW = "held = [bytearray(b'x' * (8 << 20)) for _ in range({mib} // 8)]; import time; time.sleep({seconds})"
-
-
-class Model(threading.Thread):
-    """Accepts connections and answers each with one byte."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self.listener.getsockname()[1]
-        self.open: list[socket.socket] = []
-
-    def run(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                connection, _ = self.listener.accept()
-                self.open.append(connection)
-                connection.recv(1)
-                connection.sendall(b"y")
-
-    def close(self) -> None:
-        self.listener.close()
-        for each in self.open:
-            each.close()
-
-
-@pytest.fixture(scope="module")
-def daemon(tmp_path_factory) -> Iterator[RunningDaemon]:
-    running = RunningDaemon(tmp_path_factory.mktemp("roles"), POLICY)
-    try:
-        running.start()
-        if not running.status().probe_backend.startswith("libbpf"):
-            pytest.skip(f"no probes here: {running.status().probe_backend}")
-        yield running
-    finally:
-        running.close()
-
-
-@pytest.fixture
-def model() -> Iterator[Model]:
-    answering = Model()
-    answering.start()
-    yield answering
-    answering.close()
-
-
-class Scripted:
-    """The agent above, behind whatever launches it."""
-
-    def __init__(self, daemon: RunningDaemon, model: Model, name: str, *launcher: str) -> None:
-        self.daemon, self.name = daemon, name
-        argv = [sys.executable, "-S", "-u", "-c", AGENT, str(model.port)]
-        if launcher[:2] == ("sh", "-c"):
-            script = subprocess.list2cmdline([sys.executable, "-S", "-u"]) + ' -c "$AGENT" ' + f"{model.port}; echo end"
-            argv = ["sh", "-c", script]
-        else:
-            argv = [*launcher, *argv]
-        self.process = subprocess.Popen(
-            [*CLI, "run", "--tenant", "gold", "--name", name, "--", *argv],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "EQUIPOISE_SOCKET": str(daemon.socket), "AGENT": AGENT},
-        )
-
-    def do(self, statement: str) -> None:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(statement + "\n")
-        self.process.stdin.flush()
-        assert self.process.stdout.readline() == "done\n"
-
-    def calls(self) -> list[policy_pb2.ToolCallView]:
-        return [c for c in self.daemon.tool_calls() if c.sandbox == self.name]
-
-    def roles(self) -> dict[str, str]:
-        return {p.command: p.role for p in self.daemon.watch().processes if p.sandbox == self.name}
-
-    def end(self) -> int:
-        self.process.communicate(timeout=20)
-        return self.process.returncode
-
-
-@pytest.fixture
-def agent(daemon, model, request) -> Iterator[Callable[..., Scripted]]:
-    started: list[Scripted] = []
-
-    def start(*launcher: str) -> Scripted:
-        started.append(Scripted(daemon, model, f"a{len(started)}-{abs(hash(request.node.nodeid)) % 10**8}", *launcher))
-        return started[-1]
-
-    yield start
-    for each in started:
-        if each.process.poll() is None:
-            each.process.kill()
-            each.process.communicate()
 
 
 @pytest.mark.parametrize("launcher", [(), ("timeout", "90"), ("env", "X=1"), ("sh", "-c"), ("nice", "nohup")])
@@ -248,55 +115,6 @@ def test_said_to_be_direct_the_first_call_counts_at_once(daemon):
     assert bo.call("expr", "4", "+", "4").returncode == 0
     assert [c.command for c in daemon.tool_calls("expr 4 + 4")] == ["expr 4 + 4"]
     bo.leave()
-
-
-class Conversation:
-    """An engine that says what it is told to, when it is told to, of a session on the agent's connection."""
-
-    def __init__(self, daemon: RunningDaemon, model: Model) -> None:
-        self._reports: queue.Queue[engine_pb2.EngineReport | None] = queue.Queue()
-        self._address, self._port = model.open[-1].getpeername()
-        hello = engine_pb2.EngineHello(
-            engine_id="told", kind="test", listen_addresses=[f"127.0.0.1:{model.port}"], pid=os.getpid()
-        )
-        self._report(time.monotonic_ns(), hello=hello)
-        self._stream = engine_pb2_grpc.EngineServiceStub(daemon.channel).Attach(iter(self._reports.get, None))
-        eventually(lambda: any(e.engine_id == "told" and e.attached for e in daemon.watch().engines))
-
-    def _report(self, at_ns: int, **report: Any) -> None:
-        self._reports.put(engine_pb2.EngineReport(at_ns=at_ns, **report))
-
-    def start_turn(self) -> None:
-        turn = engine_pb2.TurnStarted(
-            session_id="talk", tenant_id="gold", turn_id="t", peer_address=self._address, peer_port=self._port
-        )
-        self._report(time.monotonic_ns(), turn_started=turn)
-
-    def end_turn(self, at_ns: int, **asked: str) -> None:
-        calls = [engine_pb2.AskedToolCall(call_id=i, name="shell", command=command) for i, command in asked.items()]
-        ended = engine_pb2.TurnEnded(
-            session_id="talk",
-            tenant_id="gold",
-            turn_id="t",
-            finish_reason=engine_pb2.FINISH_REASON_TOOL_CALLS,
-            asked=calls,
-        )
-        self._report(at_ns, turn_ended=ended)
-
-    def close(self) -> None:
-        self._reports.put(None)
-        self._stream.cancel()
-
-
-@pytest.fixture
-def spoken(agent, model) -> Iterator[tuple[Scripted, Conversation]]:
-    """An agent that has spoken, and its conversation."""
-    ada = agent()
-    ada.do("speak()")
-    eventually(lambda: "runtime" in ada.roles().values())
-    conversation = Conversation(ada.daemon, model)
-    yield ada, conversation
-    conversation.close()
 
 
 def test_what_was_asked_for_is_the_call_though_the_kernel_was_heard_before_the_conversation(spoken):

@@ -14,15 +14,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from ...ebpf.errors import EbpfError
-from ...ebpf.tool_memory import ToolMemory
-from ...policies import roles
-from ...policies.events import BudgetChanged, Event, RoleObserved, ToolCallAttributed, ToolCallLeft, ToolCallStarted
-from ...policies.model import ProcessRole, Role, ToolCallId
-from ...policies.roles import Profile
-from .. import log
-from . import evidence
-from .kept import Kept
+from ....ebpf.errors import EbpfError
+from ....ebpf.tool_memory import ToolMemory
+from ....policies import roles
+from ....policies.events import BudgetChanged, Event, RoleObserved, ToolCallAttributed, ToolCallLeft, ToolCallStarted
+from ....policies.model import ProcessRole, Role, ToolCallId
+from ....policies.roles import Profile
+from ... import log
+from .. import evidence
+from ..kept import Kept
 from .records import Records
 
 

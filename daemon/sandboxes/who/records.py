@@ -5,9 +5,9 @@ Owns nothing but the way to say it. A record that has gone meanwhile is nobody's
 
 from __future__ import annotations
 
-from ...ebpf.tool_memory import ToolMemory
-from ...policies.model import CgroupId, ToolCallId
-from .entry import EntryBudgets
+from ....ebpf.tool_memory import ToolMemory
+from ....policies.model import CgroupId, ToolCallId
+from ..entry import EntryBudgets
 
 
 class Records:

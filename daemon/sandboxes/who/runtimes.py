@@ -1,0 +1,134 @@
+"""Who of a sandbox's processes speaks to a model: the runtimes, whose children have budgets, and who never has one.
+
+Owns finding them, by the event of a connection or by a look at what runs already. Until one is found everything may
+still be the agent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+from ....ebpf.errors import EbpfError
+from ....ebpf.tool_memory import ToolMemory
+from ....policies import roles
+from ....policies.events import Event, RoleObserved, ToolCallStarted
+from ....policies.model import ProcessRole, Role, ToolCallId
+from ... import log
+from .. import evidence, processes
+from ..kept import Kept
+from .helpers import Helpers
+from .records import Records
+from .sub_agents import SubAgents
+
+
+class Runtimes:
+    def __init__(
+        self,
+        probes: ToolMemory | None,
+        records: Records,
+        helpers: Helpers,
+        sub_agents: SubAgents,
+        calls: Mapping[ToolCallId, ToolCallStarted],
+        now_ns: Callable[[], int],
+    ) -> None:
+        """`calls` are the tool calls that run now, by record."""
+        self._probes = probes
+        self._records = records
+        self._helpers = helpers
+        self._sub_agents = sub_agents
+        self._calls = calls
+        self._now_ns = now_ns
+
+    def of(self, parent: ToolCallId | None, kept: Kept) -> int | None:
+        """The runtime's process, where the record that forked is a runtime's, or was before it spoke to a model."""
+        if parent is None:
+            return None
+        helper = self._helpers.get(parent)
+        if helper is not None and helper.fact.pid in kept.runtimes.values():
+            return helper.fact.pid
+        return kept.runtimes.get(parent)
+
+    def connected(
+        self, pid: int, tag: ToolCallId, is_agent: bool, kept: Kept, *, to_engine: bool = False
+    ) -> Iterator[Event]:
+        """Whoever speaks to a model is the agent: its children have budgets from now on, itself never."""
+        if self._probes is None or pid in kept.runtimes.values():
+            return
+        command = evidence.command_line(pid)
+        helper = self._helpers.get(tag)
+        known = helper.fact.role.value if helper is not None else "none"
+        log.debug("connected", pid=pid, tag=f"{tag:x}", is_agent=is_agent, role=known, command=command[:80])
+        if not command or not roles.may_be_agent(command):
+            return
+        if is_agent and tag == kept.agent_tag and pid == kept.agent_pid:
+            kept.runtimes[tag] = pid
+            self._records.settled(tag)
+            self._records.give_budgets(tag)
+        elif helper is not None and (helper.fact.role is Role.START_UP or roles.is_agent(command)):
+            try:
+                tag = self._records.follow(pid, kept.cgroup.cgroup_id)
+            except (ProcessLookupError, EbpfError) as error:
+                log.warning("runtime_not_followed", pid=pid, error=str(error))
+                return
+            kept.runtimes[tag] = pid
+        elif helper is None and tag in self._calls and (to_engine or roles.is_agent(command)):
+            yield from self.at_sub_agents(self._sub_agents.found(pid, self._calls[tag], kept, heard=to_engine))
+            return
+        else:
+            return  # a tool call, a service: they may speak to whom they like
+        launched = [h.fact.command for h in self._helpers.of(kept.cgroup.cgroup_id)]
+        first = evidence.command_line(kept.agent_pid) if kept.agent_pid else ""
+        profile = roles.profile_of([command, first, *self._ancestry(pid, kept), *launched])
+        if len(kept.runtimes) == 1:
+            kept.profile = profile
+        else:
+            self._sub_agents.apart(tag, roles.profile_of([command]) or kept.profile)
+        named = profile.name if profile else "unknown"
+        log.event("runtime_found", pid=pid, sandbox=kept.cgroup.path, agent=named, command=command[:80])
+        why = "it has a connection" + (f", as {named}" if profile else "")
+        fact = ProcessRole(tag, kept.cgroup.cgroup_id, pid, command, Role.RUNTIME, 0.95, why, self._now_ns())
+        yield self._helpers.observe(tag, fact)
+
+    def at_sub_agents(self, sub_agents: Iterable[Event]) -> Iterator[Event]:
+        for event in sub_agents:
+            if isinstance(event, RoleObserved):
+                self._helpers.note(event.process.id, event.process, None)
+            yield event
+
+    def _ancestry(self, pid: int, kept: Kept) -> Iterator[str]:
+        """Command lines of the processes between it and the sandbox's first program."""
+        for _ in range(32):
+            found = processes.stat(pid)
+            if found is None or pid in (kept.agent_pid, 0, 1):
+                return
+            pid = found.parent_pid
+            yield evidence.command_line(pid)
+
+    def survey(self, kept: Kept) -> Iterator[Event]:
+        """Runtimes among the processes that run already: those that hold a connection."""
+        assert self._probes is not None
+        tags = {tag for tag, h in self._helpers.all() if h.fact.sandbox == kept.cgroup.cgroup_id}
+        for tag in (*([kept.agent_tag] if kept.agent_tag is not None else []), *tags):
+            for pid in self._probes.processes(tag):
+                if roles.may_be_agent(evidence.command_line(pid)) and evidence.has_connection(pid):
+                    yield from self.connected(pid, tag, tag == kept.agent_tag, kept)
+
+    def take_up(self, root: int, pids: Sequence[int], kept: Kept) -> Iterator[Event]:
+        """Processes that ran before anybody followed them, `root` above the others: they may be the agent yet."""
+        assert self._probes is not None
+        sandbox = kept.cgroup.cgroup_id
+        try:
+            tag = self._probes.begin_tool(root, sandbox)
+            self._probes.set_starting(tag, True)
+        except (LookupError, ProcessLookupError, EbpfError):
+            return  # it has ended meanwhile
+        for pid in pids:
+            if pid != root:
+                try:
+                    self._probes.adopt(pid, tag)
+                except (LookupError, ProcessLookupError, EbpfError):
+                    continue  # likewise
+        why = "it ran before the daemon did, and may be the agent"
+        command = evidence.command_line(root)
+        fact = ProcessRole(tag, sandbox, root, command, Role.START_UP, 0.9, why, self._now_ns())
+        yield self._helpers.observe(tag, fact)
