@@ -143,7 +143,9 @@ class Ruling:
     call_id: str | None = None
     """By which the agent's own log, and the conversation, know the call."""
     session: SessionId | None = None
-    """Of the conversation that asked, where it is known."""
+    """Of the conversation that asked, where an engine told of it."""
+    conversation: str | None = None
+    """By which the agent itself knows it."""
     budgeted: bool = False
     """Whether a tool call's budget may stop it."""
 
@@ -189,7 +191,8 @@ def rule(
         return Ruling(Role.TOOL_CALL, 0.99, why, wanted.command, wanted.id, wanted.session, budgeted=True)
     if profile is not None and profile.call_key and (call := seen.environment.get(profile.call_key)):
         why = f"{profile.call_key} is set in its environment"
-        return Ruling(Role.TOOL_CALL, 0.98, why, asked_text(seen.command, profile), call, budgeted=True)
+        text, named = asked_text(seen.command, profile), conversation_of(seen, profile)
+        return Ruling(Role.TOOL_CALL, 0.98, why, text, call, conversation=named, budgeted=True)
     for each in rules:
         if re.search(each.match, seen.command):
             called = each.role is Role.TOOL_CALL
@@ -204,10 +207,16 @@ def rule(
     return _by_shape(seen, runtime)
 
 
+def conversation_of(seen: Exec, profile: Profile) -> str | None:
+    """The id of the conversation that asked for it, as the agent puts it into the environment of its tool calls."""
+    return seen.environment.get(profile.session_key) if profile.session_key else None
+
+
 def _by_profile(seen: Exec, profile: Profile, runtime: str) -> Ruling:
     if profile.call.search(seen.command) and (seen.session_leader or not profile.own_session):
         why = f"looks as tool calls of {profile.name} do"
-        return Ruling(Role.TOOL_CALL, 0.97, why, asked_text(seen.command, profile), budgeted=True)
+        text, named = asked_text(seen.command, profile), conversation_of(seen, profile)
+        return Ruling(Role.TOOL_CALL, 0.97, why, text, conversation=named, budgeted=True)
     if is_agent(seen.command) or same_program(seen.command, runtime):
         # Codex's screen starts a server of its own that speaks to the model and runs the calls.
         return Ruling(Role.START_UP, 0.9, "an agent's program: it is one once it speaks to a model", seen.command)

@@ -154,6 +154,7 @@ class RoleKeeper:
         if (kept := self._book.get(fact.sandbox)) is not None:
             kept.runtimes.pop(tag, None)
             kept.shells.pop(tag, None)
+            kept.conversations.forget(tag)
         return RoleObserved(self._now_ns(), replace(fact, gone=True))
 
     def look_again(self) -> None:
@@ -246,6 +247,8 @@ class RoleKeeper:
                 soft_bytes=event.soft_bytes if ruling.budgeted else 0,
                 hard_bytes=event.hard_bytes if ruling.budgeted else 0,
             )
+            if ruling.session is None and kept.profile is not None and kept.profile.session_key:
+                yield from self._of_conversation(now, event, ruling.conversation, kept)
             return
         self._exempt(event.id)
         fact = ProcessRole(event.id, event.sandbox, pid, seen.command, ruling.role, ruling.confidence, ruling.why, now)
@@ -261,6 +264,11 @@ class RoleKeeper:
                 yield self._observe(tag, replace(fact, id=tag), event.agent)
                 return
         yield self._observe(event.id, fact, event.agent)
+
+    def _of_conversation(self, at_ns: int, call: ToolCallStarted, name: str | None, kept: Kept) -> Iterator[Event]:
+        sandbox = self._state.sandboxes.get(kept.cgroup.cgroup_id)
+        if sandbox is not None and call.agent is not None:
+            yield from kept.conversations.heard(at_ns, call.id, call.agent, name, sandbox, self._state)
 
     def _line_of(self, event: ToolCallStarted) -> ToolCallId | None:
         """The call of the same command line of a persistent shell: begun just before, and still running."""
@@ -301,10 +309,13 @@ class RoleKeeper:
         if event.command.endswith("…"):
             command = evidence.command_line(event.pid) or command
         text = roles.asked_text(command, profile)
-        named = evidence.environment(event.pid).get(profile.call_key) if profile.call_key else None
+        environment = evidence.environment(event.pid)
+        named = environment.get(profile.call_key) if profile.call_key else None
         if text != command or named:
             told = text if text != command else None
             yield ToolCallAttributed(event.at_ns, call.id, call.source, call.confidence, told, call_id=named)
+        if profile.session_key and (conversation := environment.get(profile.session_key)):
+            yield from self._of_conversation(event.at_ns, call, conversation, kept)
 
     # -- a connection
 
