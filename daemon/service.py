@@ -57,6 +57,7 @@ from .sandboxes.tool_calls import ToolCallKeeper
 from .sandboxes.witness import Witness
 from .status import Host, Status
 
+CANCEL_AGAIN_S = 1.0
 RECALLED = 2000
 """Calls, and decisions, of earlier runs that are answered from memory; the journal has more."""
 
@@ -392,7 +393,10 @@ def _task(work: Coroutine[None, None, None], parts: contextlib.AsyncExitStack) -
     task = asyncio.create_task(work)
 
     async def end() -> None:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        while (
+            not task.done()
+        ):  # again, should something below have lost the first: a daemon that does not end is killed
+            task.cancel()
+            await asyncio.wait((task,), timeout=CANCEL_AGAIN_S)
 
     parts.push_async_callback(end)

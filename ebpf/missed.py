@@ -59,9 +59,11 @@ class MissedExits:
         for tgid, record in self._processes.items(ctypes.c_uint32, abi.ProcessRecord):
             if self._lives(tgid):
                 continue
-            self._request.update(ctypes.c_uint32(0), abi.RetagRequest(tag=record.tag, tgid=tgid))
+            zero, request = ctypes.c_uint32(0), abi.RetagRequest(tag=record.tag, tgid=tgid)
+            self._request.update(zero, request)
             self._bury.run_over_tasks(os.getpid())
-            buried.append(Buried(tgid, record.tag, record.slot))
+            if self._request.lookup(zero, request) and request.tagged_tasks:  # else its exit was seen, only just now
+                buried.append(Buried(tgid, record.tag, record.slot))
         return buried
 
     def _lives(self, tgid: int) -> bool:

@@ -25,7 +25,7 @@ from ..policies.events import (
 )
 from ..policies.model import CgroupId, ToolCallId, ToolCallSource
 from .abi import ConnectionEvent, EventHeader, EventKind, ExecEvent, ExitEvent, MemoryEvent, Role, ToolRecord
-from .libbpf import BpfMap, RingBuffer, monotonic_ns
+from .libbpf import READ_AT_ONCE, BpfMap, RingBuffer, monotonic_ns
 
 LINEAGE_CONFIDENCE = 0.9
 """An agent's fork exec'd: a tool call, unless it is a helper that the agent keeps for itself (a language server)."""
@@ -56,14 +56,16 @@ class EventReader:
         self._on_found = on_found
         self._on_gone = on_gone
         self._events: list[Event] = []
+        self.emptied = True
+        """Whether the latest drain() read everything."""
 
     def fileno(self) -> int:
         """For loop.add_reader()."""
         return self._ring.fileno()
 
     def drain(self) -> list[Event]:
-        """Every event since the last call, in the kernel's order. Never blocks."""
-        self._ring.consume()
+        """The events since the last call, in the kernel's order; of very many a part. Never blocks."""
+        self.emptied = self._ring.consume() < READ_AT_ONCE
         events, self._events = self._events, []
         lost = self._lost()
         if lost != self._lost_reported:

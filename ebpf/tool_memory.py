@@ -131,7 +131,7 @@ class ToolMemory:
         now_ns = monotonic_ns()
         if self._missed.due(now_ns):
             events += self.bury()
-        if self._resync.due(now_ns):
+        if self.reader.emptied and self._resync.due(now_ns):
             events += self._resync.look(now_ns)
         return events
 

@@ -26,6 +26,14 @@ NS_PER_S = 1_000_000_000
 MIB = 1 << 20
 
 
+def tenants_session(tenant: TenantId, named: str) -> SessionId:
+    """The session that a tenant means by a name: "private" of gold is "gold/private", and stays so when said again.
+
+    Every name of one tenant differs from every name of another, so that nobody can take another's before he does.
+    """
+    return SessionId(named if named.startswith(f"{tenant}/") else f"{tenant}/{named}")
+
+
 class ToolCallSource(Enum):
     """How a tool call's boundaries were found."""
 

@@ -221,6 +221,7 @@ class RoleKeeper:
             self._sub_agents.ended(tag, kept)
             kept.runtimes.pop(tag, None)
             kept.shells.pop(tag, None)
+            kept.conversations.forget(tag)
         yield RoleObserved(self._now_ns(), replace(fact, gone=True))
 
     def look_again(self) -> None:
@@ -268,6 +269,8 @@ class RoleKeeper:
             yield as_call(event, ruling)
         if not is_call:
             yield from self._no_call(event, fact_of(event, seen, ruling), kept)
+        elif ruling.session is None and profile is not None and profile.session_key:
+            yield from self._of_conversation(event.at_ns, event, ruling.conversation, kept)
 
     def _no_call(self, event: ToolCallStarted, fact: ProcessRole, kept: Kept) -> Iterator[Event]:
         if fact.role is Role.SHELL:
@@ -282,6 +285,11 @@ class RoleKeeper:
                 yield self._helpers.observe(tag, replace(fact, id=tag), event.agent)
                 return
         yield self._helpers.observe(event.id, fact, event.agent)
+
+    def _of_conversation(self, at_ns: int, call: ToolCallStarted, name: str | None, kept: Kept) -> Iterator[Event]:
+        sandbox = self._state.sandboxes.get(kept.cgroup.cgroup_id)
+        if sandbox is not None and call.agent is not None:
+            yield from kept.conversations.heard(at_ns, call.id, call.agent, name, sandbox, self._state)
 
     def _rule(
         self, event: ToolCallStarted, seen: Exec, profile: Profile | None, runtime: str, *, witnessed: bool
@@ -400,7 +408,10 @@ class RoleKeeper:
         if event.command.endswith("…"):
             command = evidence.command_line(event.pid) or command
         text = roles.asked_text(command, profile)
-        named = evidence.environment(event.pid).get(profile.call_key) if profile.call_key else None
+        environment = evidence.environment(event.pid)
+        named = environment.get(profile.call_key) if profile.call_key else None
         if text != command or named:
             told = text if text != command else None
             yield ToolCallAttributed(event.at_ns, call.id, call.source, call.confidence, told, call_id=named)
+        if profile.session_key and (conversation := environment.get(profile.session_key)):
+            yield from self._of_conversation(event.at_ns, call, conversation, kept)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
 
 from ...ebpf.errors import EbpfError
 from ...ebpf.tool_memory import ToolMemory
@@ -41,6 +42,8 @@ from .watch import unwatch, watch
 WRAPPER_CONFIDENCE = 1.0
 HOOK_CONFIDENCE = 0.95
 """A hook's boundaries are exact; which processes are meant is inferred from what is exec'd meanwhile."""
+REMEMBERED = 10_000
+"""Ids of announcers."""
 REPORT_GRACE_S = 0.5
 """Without probes: how long after its root process has exited a wrapper may say with which exit code."""
 
@@ -70,7 +73,9 @@ class ToolCallKeeper:
         self._leaves = Leaves(driver, probes.processes if probes is not None else None)
         self._roots: dict[ToolCallId, int] = {}
         """Without probes: a pidfd of the root process of each call."""
-        self._external: dict[tuple[CgroupId, str], ToolCallId] = {}
+        self._external: OrderedDict[tuple[CgroupId, str], ToolCallId] = OrderedDict()
+        """Calls by the ids of those who announced them, the newest."""
+        self._earlier: Mapping[ToolCallId, ToolCallId] = {}
 
     def close(self) -> None:
         """Watch nothing any more; what runs goes on."""
@@ -98,10 +103,36 @@ class ToolCallKeeper:
         if pid is not None:
             call = self._begin_process(sandbox, command, pid, wrapper_pid, session)
         else:
-            call = self._announce(sandbox, command, session)
+            call = self._announce(sandbox, command, session, external)
         if external and call is not None:
-            self._external[(sandbox.cgroup_id, external)] = call
+            self._remember(sandbox.cgroup_id, external, call)
         return call
+
+    def take_up(self, calls: Iterable[ToolCall], merged: Mapping[ToolCallId, ToolCallId]) -> None:
+        """What was announced to an earlier run: whoever announced it has its own id, or ours, to end it by.
+
+        `merged`: announcements, and the calls that they became.
+        """
+        self._earlier = merged
+        for call in calls:
+            if call.call_id is not None:
+                self._remember(call.sandbox, call.call_id, call.id)
+            if (
+                call.running
+                and call.pid is None
+                and call.source is ToolCallSource.HOOK
+                and (kept := self._book.get(call.sandbox))
+            ):
+                kept.announced.append(call.id)
+
+    def _remember(self, sandbox: CgroupId, external: str, call: ToolCallId) -> None:
+        self._external[sandbox, external] = call
+        if len(self._external) > REMEMBERED:
+            self._external.popitem(last=False)
+
+    def resolve(self, call: ToolCallId) -> ToolCallId:
+        """The call that an announcement of this run, or of an earlier one, is known as now."""
+        return self._state.resolve(self._earlier.get(call, call))
 
     def _check(self, sandbox: Sandbox, pid: int) -> None:
         root = registering.check_process(pid)
@@ -112,7 +143,7 @@ class ToolCallKeeper:
             )
         registering.check_free(pid, self._sandbox_of(pid), sandbox.label)
 
-    def _announce(self, sandbox: Sandbox, command: str, session: SessionId | None) -> ToolCallId:
+    def _announce(self, sandbox: Sandbox, command: str, session: SessionId | None, external: str | None) -> ToolCallId:
         call = self.new_id()
         self._emit(
             ToolCallStarted(
@@ -123,6 +154,7 @@ class ToolCallKeeper:
                 source=ToolCallSource.HOOK,
                 confidence=HOOK_CONFIDENCE,
                 session=session,
+                call_id=external,
             )
         )
         if kept := self._book.get(sandbox.cgroup_id):
@@ -168,17 +200,18 @@ class ToolCallKeeper:
 
     def end(self, call: ToolCallId, exit_code: int | None = None, signal: int | None = None) -> None:
         """A wrapper or a hook says that a tool call has ended. One that has ended already stays as it is."""
-        known = self._state.tool_calls.get(self._state.resolve(call))
+        known = self._state.tool_calls.get(self.resolve(call))
         if known is None or not known.running:
             return
         peak = self._charged_peak(known.id)
         left = len(self.processes(known.id))
         self._emit(ToolCallEnded(self._now_ns(), known.id, exit_code, signal, escaped_count=left, peak_bytes=peak))
         if kept := self._book.get(known.sandbox):
-            kept.announced = [c for c in kept.announced if c != call]
+            kept.announced = [c for c in kept.announced if c not in (call, known.id)]
 
     def external_call(self, external: str) -> ToolCallId | None:
-        return next((call for (_, name), call in self._external.items() if name == external), None)
+        """The newest call that was announced under that id."""
+        return next((call for (_, name), call in reversed(self._external.items()) if name == external), None)
 
     def processes(self, call: ToolCallId) -> tuple[int, ...]:
         """Living processes of a tool call, escapees included."""
@@ -229,7 +262,8 @@ class ToolCallKeeper:
             case SandboxRemoved():
                 self._end_what_nobody_will(event.cgroup_id, state)
                 self._leaves.forget(event.cgroup_id)
-                self._external = {key: call for key, call in self._external.items() if key[0] != event.cgroup_id}
+                for key in [key for key in self._external if key[0] == event.cgroup_id]:
+                    del self._external[key]
             case _:
                 pass
 

@@ -206,7 +206,7 @@ struct retag_request {
 	__u32 slot;
 	__u32 role;
 	__u32 tgid;
-	__u32 tagged_tasks; /* out: threads that carry the tag now; 0: no such process */
+	__u32 tagged_tasks; /* out: threads that carry the tag now, or processes buried; 0: no such process */
 	__u32 failed_tasks; /* out */
 	__u32 padding;
 };

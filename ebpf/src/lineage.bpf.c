@@ -366,6 +366,7 @@ int bury_process(struct bpf_iter__task *ctx)
 	process = *found;
 	if (bpf_map_delete_elem(&processes, &tgid))
 		return 0;
+	request->tagged_tasks++;
 	tool = tool_of(process.tag, process.slot);
 	leave_mm(process.mm);
 	if (tool)

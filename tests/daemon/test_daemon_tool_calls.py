@@ -104,7 +104,7 @@ def test_what_a_hook_announces_is_joined_with_the_process_that_the_kernel_sees(d
     agent.call("sh", "-c", "sleep 0.2; exit 4 # under-a-hook")
     ended = daemon.sandboxes.EndToolCall(sandbox_pb2.EndToolCallRequest(external_id="toolu_1"))
     call = next(c for c in daemon.tool_calls() if c.tool_call_id == ended.tool_call_id)
-    assert (call.source, call.command, call.session_id) == ("hook", "Bash: run the checks", "talk")
+    assert (call.source, call.command, call.session_id) == ("hook", "Bash: run the checks", "gold/talk")
     assert call.exit_code == 4 and call.pid, "the kernel knows what the hook does not"
     assert ended.peak_bytes == call.peak_bytes > 0 and ended.duration_ns >= 200_000_000
     assert not daemon.tool_calls("under-a-hook"), "it is one call, not two"
