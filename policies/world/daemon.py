@@ -25,7 +25,7 @@ from ..actions import (
     ToolCallAction,
 )
 from ..decide import decide
-from ..events import BudgetReached, DecisionMade, Event, OutcomeObserved
+from ..events import BudgetReached, DecisionMade, Event, OutcomeObserved, ToolCallMemoryStepped
 from ..model import NS_PER_S, KvTier
 from ..policy import Policy
 from ..snapshot import Snapshot
@@ -35,7 +35,9 @@ from .seat import Stage
 if TYPE_CHECKING:
     from .world import World
 
-TICK_S = 0.25
+TICK_S = 0.5
+LONGEST_TICK, QUIET_TICKS = 4.0, 2
+"""The pause between two looks grows after so many quiet ones, up to so many ticks."""
 Decide = Callable[[Snapshot, Policy], tuple[Decision, ...]]
 
 
@@ -54,14 +56,20 @@ class Daemon:
         self._decide = decide
         self._tick_s = tick_s
         self._events: list[Event] = []
-        self._next_s = 0.0
+        self._next_s = self._last_s = 0.0
+        self._quiet = 0
         self._due: list[tuple[float, Decision]] = []
 
     def hear(self, event: Event) -> None:
-        """Taken in at the next turn; a call that stands at its budget brings that about at once."""
+        """Taken in at the next turn, at most a tick later; a call that stands at its budget brings it about at once.
+
+        Memory that moves below every budget can wait for the turn that comes anyway.
+        """
         self._events.append(event)
         if isinstance(event, BudgetReached):
             self._next_s = 0.0
+        elif not isinstance(event, ToolCallMemoryStepped):
+            self._next_s, self._quiet = min(self._next_s, self._last_s + self._tick_s), 0
 
     def next_s(self) -> float:
         return min(self._next_s, self._due[0][0] if self._due else inf)
@@ -72,7 +80,7 @@ class Daemon:
             self._done(self._due[0][1], self._obey(self._due.pop(0)[1], world), world)
         if self._next_s > world.now_s:
             return
-        self._next_s = world.now_s + self._tick_s
+        self._last_s = world.now_s
         world.observe()
         self.take_in()
         for decision in self._decide(self.state.snapshot(_ns(world.now_s)), self.policy):
@@ -82,6 +90,17 @@ class Daemon:
             else:
                 self._due.append((world.engine.compute.border_s(), decision))
         self._due.sort(key=lambda due: due[0])
+        self._next_s = self._last_s + self._pause_s(world)
+
+    def _pause_s(self, world: World) -> float:
+        """Until the next look, were nothing to happen: longer and longer while nothing does, since all that changes
+        then is how long calls have run; without a call there is nothing to decide at all."""
+        self._quiet += 1
+        if not world.tools.calls:
+            return inf
+        if any(call.held_back for call in world.tools.calls.values()):
+            return self._tick_s
+        return self._tick_s * max(1.0, min(LONGEST_TICK, self._quiet / QUIET_TICKS))
 
     def take_in(self) -> None:
         for event in self._events:

@@ -50,14 +50,16 @@ EMBEDDED_BYTES_PER_TOKEN = 23_040
 """Of the embedded engine's default model: what a fitted cost model, which holds speeds alone, is completed with."""
 
 
-def machine_of(name: str, figures: Mapping[str, object]) -> Machine:
+def machine_of(name: str, figures: object) -> Machine:
     """A machine from a mapping: `bytes_per_token` and the fields of CostModel, the disk's speed optional.
 
     What an engine keeps of its fit is such a mapping but for `bytes_per_token`; more keys are no error.
 
     Raises:
-        ValueError: a figure is missing, not a number, or not above 0.
+        ValueError: it is no mapping, or a figure is missing, not a number, or not above 0.
     """
+    if not isinstance(figures, Mapping):
+        raise ValueError(f"{name}: no mapping of figures")  # noqa: TRY004 - one error for whatever a file holds
     wanted = {field.name: field.default for field in fields(CostModel)}
     values = {key: _figure(name, figures, key) for key in wanted}
     for key in ("prefill_seconds_per_token", "decode_step_seconds", "host_bytes_per_second"):

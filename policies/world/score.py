@@ -49,6 +49,17 @@ class Tally:
         for each in fields(Tally):
             setattr(self, each.name, getattr(fresh, each.name))
 
+    def take(self, other: Tally) -> None:
+        """Add the sums of another run to these; the most is the most of either."""
+        for each in fields(Tally):
+            mine, more = getattr(self, each.name), getattr(other, each.name)
+            if each.name == "most_tool_bytes":
+                setattr(self, each.name, max(mine, more))
+            elif each.name == "tokens":
+                self.tokens = {t: mine.get(t, 0) + more.get(t, 0) for t in sorted(mine | more)}
+            elif each.name != "since_s":
+                setattr(self, each.name, mine + more)
+
 
 @dataclass(frozen=True, slots=True)
 class Score:

@@ -57,6 +57,10 @@ class Call:
     step: int = 0
     """Index of the next step of its memory."""
 
+    @property
+    def held_back(self) -> bool:
+        return self.stopped_s is not None or self.throttle is not None
+
     def next_s(self) -> float:
         if self.killed:
             return self.at_s

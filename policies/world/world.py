@@ -75,6 +75,8 @@ class Agent:
     cgroup: CgroupId
     turn: int = 0
     """Next to be asked for."""
+    turn_id: str = ""
+    """Of the turn last asked for, unique in the engine."""
     running: set[ToolCallId] = field(default_factory=set)
     wake_s: float = 0.0
     """When it asks for its next turn; infinity while a turn or a tool runs."""
@@ -123,7 +125,7 @@ class World:
         self._scripts = tuple(scripts)
         self._steady = steady
         self._next_script = 0
-        self._last_call = 0
+        self._last_call = self._last_turn = 0
         sessions = {
             SessionId(f"{script.tenant}/{script.name}"): (script.tenant, self.weights[script.tenant])
             for script in scripts
@@ -250,13 +252,14 @@ class World:
     def _ask(self, agent: Agent) -> None:
         turn = agent.script.turns[agent.turn]
         agent.wake_s = inf
-        name, prompt = f"t{agent.turn}", turn.prompt_tokens
-        self._tell(lambda: TurnStarted(self._ns(), ENGINE, agent.seat.session, name, prompt, 0))
+        self._last_turn += 1
+        agent.turn_id, prompt = f"t{self._last_turn}", turn.prompt_tokens
+        self._tell(lambda: TurnStarted(self._ns(), ENGINE, agent.seat.session, agent.turn_id, prompt, 0))
         self.engine.ask(agent.seat, turn.prompt_tokens, turn.output_tokens)
 
     def _turn_over(self, agent: Agent) -> None:
         seat, turn = agent.seat, agent.script.turns[agent.turn]
-        self._tell(lambda: self._ended(seat, f"t{agent.turn}", bool(turn.tools)))
+        self._tell(lambda: self._ended(seat, agent.turn_id, bool(turn.tools)))
         if agent.spoilt:
             self.tally.spoilt_count += 1
         else:

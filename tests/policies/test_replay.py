@@ -90,7 +90,8 @@ def test_kv_of_long_calls_leaves_the_crowded_device_and_comes_back_after(replaye
 def test_each_tool_call_carries_the_kv_its_session_held_meanwhile(replayed: Simulation) -> None:
     for call in replayed.lawful.state.tool_calls.values():
         assert call.kv.held_bytes > 0, call.kind
-        assert call.kv.idle_byte_seconds > 0, call.kind
+        # Swapped by the engine at once, where another turn waited for the room, it pays on the host alone.
+        assert call.kv.idle_byte_seconds + call.kv.host_byte_seconds > 0, call.kind
         assert call.kv.at_peak_bytes > 0 or call.verdict is Verdict.DROP, call.kind
 
 
