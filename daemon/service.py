@@ -11,16 +11,16 @@ import contextlib
 import signal
 import time
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..ebpf.errors import EbpfError
-from ..ebpf.probes import Probes
+from ..ebpf.probes import Probes, Tuning
 from ..ebpf.tool_memory import ToolMemory
 from ..gpuctl import nvml
 from ..gpuctl.hook import EngineHook
 from ..policies.actions import Decision, EngineAction, Outcome
-from ..policies.events import ConnectionOpened, Event, OutcomeObserved
+from ..policies.events import ConnectionOpened, Event, OutcomeObserved, TurnStarted
 from ..policies.policy import Policy
 from ..policies.snapshot import Snapshot
 from ..policies.state import State
@@ -54,6 +54,7 @@ from .sandboxes.keeper import SandboxKeeper
 from .sandboxes.processes import boot_id
 from .sandboxes.roles import RoleKeeper
 from .sandboxes.tool_calls import ToolCallKeeper
+from .sandboxes.witness import Witness
 from .status import Host, Status
 
 RECALLED = 2000
@@ -71,6 +72,8 @@ class Config:
     """HOST:PORT of the Prometheus endpoint; empty: none."""
     cgroup_base: str | None = None
     ebpf: bool = True
+    tuning: Tuning = field(default_factory=Tuning)
+    """Of the probes."""
     engine: EngineConfig | None = None
     """None: engines attach by themselves, or not at all."""
 
@@ -179,9 +182,10 @@ class Core:
         self.tallies = Tallies()
         self.recorder = Recorder(journal, lambda: self.loop.snapshot)
         self.sandboxes = SandboxKeeper(driver, probes, self.state, emit, self.settle, now_ns)
-        self.roles = RoleKeeper(self.sandboxes.book, probes, self.state, now_ns)
-        self.kernel = KernelEvents(probes, self._from_kernel, now_ns, self.roles.sift)
-        self.joins = Joins(self.state, self.kernel.drain, emit)
+        self.joins = Joins(self.state, self._drain, emit)
+        witness = Witness(self.state, self.joins.sandbox_at)
+        self.roles = RoleKeeper(self.sandboxes.book, probes, self.state, witness, now_ns)
+        self.kernel = KernelEvents(probes, self._from_kernel, now_ns, self.roles.sift, self.roles.look_again)
         self.hook = EngineHook(self._from_engine, now_ns, self.joins.who)
         self.calls = ToolCallKeeper(
             self.sandboxes.book, driver, probes, self.state, emit, now_ns, self.sandboxes.find_by_pid
@@ -266,6 +270,9 @@ class Core:
         self.kernel.drain()
         self.loop.turn()
 
+    def _drain(self) -> None:
+        self.kernel.drain()
+
     def let_go(self) -> None:
         """At the end: nobody stays stopped or throttled, and no cgroup of ours stays that is empty."""
         try:
@@ -276,8 +283,11 @@ class Core:
             self.sandboxes.close()
 
     def _from_engine(self, event: Event) -> None:
-        self.roles.hear(event)  # now: what was asked for may be exec'd before the loop's next turn
+        if isinstance(event, TurnStarted):
+            self.kernel.drain()  # whatever was started for the turn before is known by now
         self.loop.emit(event)
+        for told in self.roles.hear(event):  # now: what was asked for may be exec'd before the loop's next turn
+            self.loop.emit(told)
 
     def _from_kernel(self, event: Event) -> None:
         if isinstance(event, ConnectionOpened):
@@ -350,7 +360,7 @@ def _open_probes(config: Config, host: Host, parts: contextlib.AsyncExitStack) -
     try:
         if not config.ebpf:
             raise EbpfError("switched off by --no-ebpf")
-        loaded = Probes.load()
+        loaded = Probes.load(config.tuning)
     except EbpfError as error:
         host.probe_backend = f"none: {error}"
         host.lacks.append(

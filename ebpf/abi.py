@@ -8,7 +8,7 @@ from __future__ import annotations
 from ctypes import Structure, c_char, c_int64, c_uint8, c_uint16, c_uint32, c_uint64
 from enum import IntEnum
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 COMM_BYTES = 16
 FILENAME_BYTES = 128
 ARGV_BYTES = 1024
@@ -71,7 +71,7 @@ class ExecEvent(Structure):
         ("argv_total_bytes", c_uint32),
         ("session_id", c_uint32),
         ("group_id", c_uint32),
-        ("padding", c_uint32),
+        ("input_stamp", c_uint32),
         ("filename", c_char * FILENAME_BYTES),
         ("argv", c_char * ARGV_BYTES),
     ]
@@ -166,7 +166,7 @@ class ProcessRecord(Structure):
         ("slot", c_uint32),
         ("role", c_uint32),
         ("parent_tgid", c_uint32),
-        ("padding", c_uint32),
+        ("unrecorded", c_uint32),
     ]
 
 

@@ -55,13 +55,13 @@ class MissedExits:
 
     def bury(self) -> list[Buried]:
         """Takes every dead process out of the books. Walks all followed processes."""
-        buried, record = [], abi.ProcessRecord()
-        for key in list(self._processes.keys(ctypes.c_uint32)):
-            if self._lives(key.value) or not self._processes.lookup(key, record):
+        buried = []
+        for tgid, record in self._processes.items(ctypes.c_uint32, abi.ProcessRecord):
+            if self._lives(tgid):
                 continue
-            self._request.update(ctypes.c_uint32(0), abi.RetagRequest(tag=record.tag, tgid=key.value))
+            self._request.update(ctypes.c_uint32(0), abi.RetagRequest(tag=record.tag, tgid=tgid))
             self._bury.run_over_tasks(os.getpid())
-            buried.append(Buried(key.value, record.tag, record.slot))
+            buried.append(Buried(tgid, record.tag, record.slot))
         return buried
 
     def _lives(self, tgid: int) -> bool:

@@ -37,8 +37,8 @@ class Tuning:
     """Also report the execs inside a tool call."""
     ring_bytes: int = 4 * MIB
     """Size of the ring buffer: a power of two, at least a page."""
-    tool_slots: int = 2048
-    """Most tool calls and agents alive at once."""
+    tool_slots: int = 8192
+    """Most tool calls and agents alive at once, those included whose end has not been read yet."""
     full_sum_cpus: int = 8
     """Up to this many CPUs every page counted is exact; above, exact at steps only (see charge.bpf.h)."""
 

@@ -7,7 +7,7 @@ loop watches `fileno()` and calls `drain()`; the daemon's tick calls it as well,
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from ipaddress import IPv6Address
 from typing import TypeVar
 
@@ -34,13 +34,13 @@ Record = TypeVar("Record", bound=ctypes.Structure)
 
 
 class EventReader:
-    """Reads one ring. `lost_count()` is the kernel's running total of records that found the ring full."""
+    """Reads one ring. `lost()` is the kernel's running count of what it could not tell or follow, by source."""
 
     def __init__(
         self,
         ring: BpfMap,
         record_of: Callable[[int], ToolRecord],
-        lost_count: Callable[[], int],
+        lost: Callable[[], Mapping[str, int]],
         on_found: Callable[[int, int], None],
         on_gone: Callable[[int, int], None],
     ) -> None:
@@ -51,8 +51,8 @@ class EventReader:
         """
         self._ring = RingBuffer(ring, self._decode)
         self._record_of = record_of
-        self._lost_count = lost_count
-        self._lost_reported = 0
+        self._lost = lost
+        self._lost_reported: Mapping[str, int] = {}
         self._on_found = on_found
         self._on_gone = on_gone
         self._events: list[Event] = []
@@ -65,9 +65,10 @@ class EventReader:
         """Every event since the last call, in the kernel's order. Never blocks."""
         self._ring.consume()
         events, self._events = self._events, []
-        lost = self._lost_count()
-        if lost > self._lost_reported:
-            events.append(EventsLost(monotonic_ns(), "ring buffer", lost - self._lost_reported))
+        lost = self._lost()
+        if lost != self._lost_reported:
+            more = {source: count - self._lost_reported.get(source, 0) for source, count in lost.items()}
+            events += [EventsLost(monotonic_ns(), source, count) for source, count in more.items() if count]
             self._lost_reported = lost
         return events
 
@@ -134,6 +135,7 @@ class EventReader:
             agent=ToolCallId(header.agent_tag) if header.agent_tag else None,
             session_leader=event.session_id == header.tgid,
             group_leader=event.group_id == header.tgid,
+            input_stamp=event.input_stamp,
         )
 
 

@@ -13,9 +13,10 @@ import os
 import signal
 import time
 from dataclasses import dataclass
+from typing import TypeVar
 
-from ..policies.events import Event, ProcessesGone, ToolCallEnded, ToolCallStarted
-from ..policies.model import CgroupId, ToolCallId, ToolCallSource
+from ..policies.events import BudgetLevel, BudgetReached, Event, EventsLost, ToolCallEnded
+from ..policies.model import CgroupId, ToolCallId
 from . import abi
 from .abi import Role
 from .errors import EbpfError, UnknownTag
@@ -23,7 +24,9 @@ from .libbpf import BpfMap, monotonic_ns
 from .missed import MissedExits
 from .probes import Probes
 from .reader import EventReader
+from .resync import Books, Resync
 
+Element = TypeVar("Element", bound=ctypes.Structure)
 _SIGNAL_IN_FLIGHT_S = 0.05
 """Longest wait for a stop signal that is being sent: the bracket is a few hundred instructions on another CPU."""
 
@@ -61,6 +64,12 @@ class Losses:
     def events_count(self) -> int:
         return sum(count for _, count in self.events)
 
+    def by_source(self) -> dict[str, int]:
+        """Everything that was lost, under one name each; what is zero is left out."""
+        named = [(f"ring buffer: {kind}", count) for kind, count in self.events]
+        named += [(f"not followed: {reason}", count) for reason, count in self.untracked]
+        return {name: count for name, count in named if count}
+
 
 class ToolMemory:
     """The daemon's handle on the loaded probes."""
@@ -75,19 +84,18 @@ class ToolMemory:
         self._control = _shared_array(maps["control"], abi.Control)[0]
         for slot in range(len(self._tools)):
             self._free.update(None, ctypes.c_uint32(slot))
-        self._slots: dict[int, int] = {}
+        self._books = Books()
         self._gone: list[tuple[int, int]] = []
-        self._ended: set[int] = set()
-        """Tags whose root has exited while processes are left."""
         self._last_tag = 0
         self._missed = MissedExits(probes.object)
         self.reader = EventReader(
             maps["events"],
             record_of=self._tools.__getitem__,
-            lost_count=lambda: self.losses().events_count,
-            on_found=self._slots.__setitem__,
+            lost=lambda: self.losses().by_source(),
+            on_found=self._books.slots.__setitem__,
             on_gone=self._on_gone,
         )
+        self._resync = Resync(self._tools, self._processes, self._books, self._release, self._record)
 
     # --- life -----------------------------------------------------------------------------------------------------
 
@@ -100,14 +108,31 @@ class ToolMemory:
         return self.reader.fileno()
 
     def drain(self) -> list[Event]:
-        """Every event since the last call; then gives back the records of tool calls that are gone."""
+        """Every event since the last call; then gives back the records of tool calls that are gone.
+
+        After a loss (EventsLost) the calls that follow, for a second, also tell what was found again.
+        """
         events = self.reader.drain()
-        self._ended.update(event.id for event in events if isinstance(event, ToolCallEnded))
+        for event in events:
+            match event:
+                case ToolCallEnded():
+                    self._books.ended.add(event.id)
+                case BudgetReached(level=BudgetLevel.HARD):
+                    self._books.stopped[event.id] = event.budget_bytes
+                case EventsLost():
+                    self._resync.lost()
+                case _:
+                    pass
         gone, self._gone = self._gone, []
         for tag, slot in gone:
-            self._release(tag, slot)
-        if self._missed.due(monotonic_ns()):
+            record = self._tools[slot]
+            if record.tag != tag or not record.processes:  # else one was adopted since, and it is told of again
+                self._release(tag, slot)
+        now_ns = monotonic_ns()
+        if self._missed.due(now_ns):
             events += self.bury()
+        if self._resync.due(now_ns):
+            events += self._resync.look(now_ns)
         return events
 
     def bury(self) -> list[Event]:
@@ -119,36 +144,19 @@ class ToolMemory:
             record = self._tools[process.slot]
             if record.tag == process.tag and record.root_tgid == process.tgid and record.role == Role.TOOL:
                 tag, peak_bytes = ToolCallId(process.tag), record.peak_bytes
-                self._ended.add(tag)
+                self._books.ended.add(tag)
                 events.append(ToolCallEnded(monotonic_ns(), tag, None, None, peak_bytes=peak_bytes))
         return events
 
-    def resync(self) -> list[Event]:
-        """Events for what happened while events were lost: tool calls never heard of, tool calls that ended unseen.
-
-        Walks all records; call it after a drain() that returned EventsLost, not at every tick.
-        """
-        events: list[Event] = []
-        now_ns = monotonic_ns()
-        for slot, record in enumerate(self._tools):
-            tag = record.tag
-            if not tag or record.role != Role.TOOL:
-                continue
-            if tag not in self._slots and record.processes:
-                self._slots[tag] = slot
-                events.append(_found(record))
-            elif tag in self._slots and not record.processes and record.root_tgid:
-                if tag not in self._ended:
-                    peak_bytes = record.peak_bytes
-                    events.append(ToolCallEnded(now_ns, ToolCallId(tag), None, None, peak_bytes=peak_bytes))
-                events.append(ProcessesGone(now_ns, ToolCallId(tag)))
-                self._release(tag, slot)
-        return events
+    @property
+    def unrecorded_count(self) -> int:
+        """Tool calls that run without a record, as last seen: they count as their agent, and have no budget."""
+        return self._resync.unrecorded_count
 
     def close(self) -> None:
         """Stop reading and detach; afterwards nobody is stopped, and whoever is stopped stays so: resume() first."""
         self._control.heartbeat_ns = 0
-        self._slots.clear()
+        self._books.slots.clear()
         self.reader.close()
         self._probes.close()
 
@@ -203,20 +211,33 @@ class ToolMemory:
             flags=flags,
         )
 
-    def adopt(self, pid: int, tag: ToolCallId) -> None:
-        """Add a running process to an existing tool call or agent. Raises UnknownTag, ProcessLookupError."""
+    def adopt(self, pid: int, tag: ToolCallId, *, as_root: bool = False) -> None:
+        """Add a running process to an existing tool call or agent. Raises UnknownTag, ProcessLookupError.
+
+        `as_root`: its exit, and not that of the one which was the root so far, is the call's end.
+        """
         slot = self._slot(tag)
-        self._tag_process(pid, tag, slot, Role(self._tools[slot].role))
+        record = self._tools[slot]
+        before = record.root_tgid
+        if as_root:
+            record.root_tgid = pid
+        try:
+            self._tag_process(pid, tag, slot, Role(record.role))
+        except BaseException:
+            record.root_tgid = before
+            raise
 
     def forget(self, tag: ToolCallId) -> None:
         """Give back the record of an agent or tool call whose processes are no longer of interest. Safe to repeat."""
-        if (slot := self._slots.get(tag)) is not None:
+        if (slot := self._books.slots.get(tag)) is not None:
             self._release(tag, slot)
 
     def _begin(self, tag: ToolCallId, sandbox: CgroupId, role: Role, pid: int, **fields: int) -> ToolCallId:
         slot = ctypes.c_uint32()
         if not self._free.pop(slot):
-            raise EbpfError(f"all {len(self._tools)} tool records are in use: raise Tuning.tool_slots")
+            raise EbpfError(
+                f"all {len(self._tools)} tool records are in use: start the daemon with more --tool-records"
+            )
         record = self._tools[slot.value]
         ctypes.memset(ctypes.addressof(record), 0, ctypes.sizeof(record))
         record.sandbox_id, record.role, record.root_tgid = sandbox, role, pid
@@ -224,13 +245,40 @@ class ToolMemory:
         for name, value in fields.items():
             setattr(record, name, value)
         record.tag = tag  # last: from here on the kernel accepts the record
-        self._slots[tag] = slot.value
+        self._books.slots[tag] = slot.value
         try:
             self._tag_process(pid, tag, slot.value, role)
         except BaseException:
             self._release(tag, slot.value)
             raise
         return tag
+
+    def _record(self, root: int, pids: list[int], process: abi.ProcessRecord) -> int | None:
+        """A record for a tool call that began when there was none, with the budgets of its agent's calls."""
+        agent = self._tools[process.slot]
+        if agent.tag != process.tag:
+            return None  # its agent's record has gone
+        tag = self.new_tag()
+        try:
+            self._begin(
+                tag,
+                CgroupId(agent.sandbox_id),
+                Role.TOOL,
+                root,
+                agent_tag=agent.tag,
+                soft_bytes=agent.child_soft_bytes,
+                hard_bytes=agent.child_hard_bytes,
+                flags=agent.flags & abi.TOOL_STARTING,
+            )
+        except (EbpfError, ProcessLookupError):
+            return None
+        slot = self._books.slots[tag]
+        for pid in pids:
+            try:
+                self._tag_process(pid, tag, slot, Role.TOOL)
+            except (EbpfError, ProcessLookupError):
+                continue  # it has ended meanwhile
+        return slot
 
     def _tag_process(self, pid: int, tag: int, slot: int, role: Role) -> None:
         zero, request = ctypes.c_uint32(0), abi.RetagRequest(tag=tag, slot=slot, role=role, tgid=pid)
@@ -246,7 +294,7 @@ class ToolMemory:
 
     def usage(self, tag: ToolCallId) -> ToolUsage | None:
         """The present state of a tool call or agent; None when it is gone or unknown."""
-        slot = self._slots.get(tag)
+        slot = self._books.slots.get(tag)
         if slot is None:
             return None
         record = self._tools[slot]
@@ -269,15 +317,18 @@ class ToolMemory:
 
     def tags(self) -> tuple[ToolCallId, ...]:
         """Of the tool calls and agents known here."""
-        return tuple(ToolCallId(tag) for tag in self._slots)
+        return tuple(ToolCallId(tag) for tag in self._books.slots)
 
     def processes(self, tag: ToolCallId) -> tuple[int, ...]:
-        """Pids of a tool call's living processes, escapees included. Walks all followed processes."""
-        found, record = [], abi.ProcessRecord()
-        for key in self._processes.keys(ctypes.c_uint32):
-            if self._processes.lookup(key, record) and record.tag == tag:
-                found.append(key.value)
-        return tuple(dict.fromkeys(found))
+        """Pids of a tool call's living processes, escapees included. Walks all followed ones if it has several."""
+        slot = self._books.slots.get(tag)
+        record = self._tools[slot] if slot is not None else None
+        if record is not None and record.tag == tag and record.processes == 1:
+            pid: int = record.root_tgid
+            if self.tag_of(pid) == tag:
+                return (pid,)
+        everyone = self._processes.items(ctypes.c_uint32, abi.ProcessRecord)
+        return tuple(dict.fromkeys(pid for pid, process in everyone if process.tag == tag))
 
     def tag_of(self, pid: int) -> ToolCallId | None:
         """The tool call or agent that a process belongs to; None when it is not followed."""
@@ -334,6 +385,7 @@ class ToolMemory:
             seen = record.stops_started
             record.stalled_since_ns = 0
             record.hard_reported_bytes = 0
+            self._books.stopped.pop(tag, None)
             continued = self._send(tag, signal.SIGCONT)
             over = record.hard_bytes and record.usage_bytes > record.hard_bytes
             if record.stops_started == seen or over or time.monotonic() >= deadline:
@@ -367,7 +419,7 @@ class ToolMemory:
     # --- slots -----------------------------------------------------------------------------------------------------
 
     def _slot(self, tag: int) -> int:
-        slot = self._slots.get(tag)
+        slot = self._books.slots.get(tag)
         if slot is None or self._tools[slot].tag != tag:
             raise UnknownTag(tag)
         return slot
@@ -376,38 +428,14 @@ class ToolMemory:
         self._gone.append((tag, slot))
 
     def _release(self, tag: int, slot: int) -> None:
-        self._slots.pop(tag, None)
-        self._ended.discard(tag)
+        if self._books.slots.get(tag) == slot:  # not of another record under the same tag
+            self._books.forget(tag)
         record = self._tools[slot]
         if record.tag == tag:
             record.tag = 0
             self._free.update(None, ctypes.c_uint32(slot))
 
 
-def _shared_array(a_map: BpfMap, element: type[ctypes.Structure]) -> ctypes.Array[ctypes.Structure]:
+def _shared_array(a_map: BpfMap, element: type[Element]) -> ctypes.Array[Element]:
     """The map's elements, shared with the kernel. Array elements are padded to 8 bytes; ours already are."""
     return (element * a_map.max_entries).from_buffer(a_map.map_memory(ctypes.sizeof(element)))
-
-
-def _found(record: abi.ToolRecord) -> ToolCallStarted:
-    """A tool call whose beginning was lost: everything but its words."""
-    return ToolCallStarted(
-        at_ns=record.started_ns,
-        id=ToolCallId(record.tag),
-        sandbox=CgroupId(record.sandbox_id),
-        command=_command_line(record.root_tgid),
-        source=ToolCallSource.LINEAGE,
-        confidence=0.5,
-        pid=record.root_tgid,
-        soft_bytes=record.soft_bytes,
-        hard_bytes=record.hard_bytes,
-        agent=ToolCallId(record.agent_tag) if record.agent_tag else None,
-    )
-
-
-def _command_line(pid: int) -> str:
-    try:
-        with open(f"/proc/{pid}/cmdline", "rb") as file:
-            return file.read(4096).rstrip(b"\0").replace(b"\0", b" ").decode(errors="replace")
-    except OSError:
-        return ""

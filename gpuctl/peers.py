@@ -19,7 +19,7 @@ from .reports import Listener, PeerSeen, Reported
 
 _log = logging.getLogger(__name__)
 
-ANSWER_S = 1.0
+ANSWER_S = 3.0
 """Longest wait for an answer, which comes within milliseconds, or some 100 ms where the host has no CPU to spare."""
 PATIENCE = 3
 """After so many questions without one answer the daemon is taken for one that does not know them: nobody waits then."""

@@ -159,6 +159,21 @@ class LogHistogram:
             excess += part * ((start + high) / 2 - elapsed)
         return excess / mass if mass else None
 
+    def quantile_beyond(self, least: float, q: float) -> float | None:
+        """The q-quantile of X given X > least, values spread evenly within a bucket; None: nothing lies beyond."""
+        parts = []
+        for bucket, count in enumerate(self.counts):
+            low, high = float(1 << bucket), float(2 << bucket)
+            if count and high > least:
+                start = max(low, least)
+                parts.append((start, high, count * (high - start) / (high - low)))
+        need = q * sum(mass for _, _, mass in parts)
+        for start, high, mass in parts:
+            if need <= mass:
+                return start + (high - start) * need / mass
+            need -= mass
+        return parts[-1][1] if parts else None
+
     def quantile(self, q: float) -> float | None:
         """Upper edge of the bucket in which the q-quantile lies; None without observations."""
         need, seen, edge = q * self.total, 0.0, None
@@ -226,6 +241,11 @@ class Estimates:
 
     def peak_quantile_bytes(self, kind: str, q: float) -> int:
         return int(self._known_peaks(kind).quantile(q) or 0)
+
+    def peak_beyond_bytes(self, kind: str, used_bytes: int, q: float) -> int:
+        """The q-quantile of the peaks of calls that reached `used_bytes`; twice that where none was seen beyond it."""
+        beyond = self._known_peaks(kind).quantile_beyond(float(used_bytes), q)
+        return int(beyond if beyond is not None else 2 * used_bytes)
 
     def peak_mean_bytes(self, kind: str) -> int:
         return int(self._known_peaks(kind).mean_beyond(0.0) or 0)

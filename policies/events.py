@@ -94,6 +94,8 @@ class ToolCallStarted:
     """It led a terminal session of its own (setsid) when it began."""
     group_leader: bool = False
     """Likewise a process group (setpgid)."""
+    input_stamp: int = 0
+    """Of the process that forked it: another number once that has been given more input. 0: not known."""
     agent: ToolCallId | None = None
     """The kernel's record of the process that forked it: the agent's runtime, its first program, a shell of it."""
     call_id: str | None = None
@@ -153,6 +155,34 @@ class ToolCallAttributed:
     command: str | None = None
     session: SessionId | None = None
     call_id: str | None = None
+    exempt: bool = False
+    """It turned out to be an agent: no budget may stop it from now on."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallJoined:
+    """One more process belongs to a call: the next program of a command line."""
+
+    at_ns: int
+    id: ToolCallId
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallLeft:
+    """A process of a call is an agent of its own: whatever is done to the call is not done to it."""
+
+    at_ns: int
+    id: ToolCallId
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallWithdrawn:
+    """What was told as a tool call is none: its conversation, heard after the kernel, asked for no such thing."""
+
+    at_ns: int
+    id: ToolCallId
 
 
 @dataclass(frozen=True, slots=True)
@@ -362,6 +392,9 @@ Event = (
     | RoleObserved
     | ProcessExeced
     | ToolCallAttributed
+    | ToolCallJoined
+    | ToolCallLeft
+    | ToolCallWithdrawn
     | ToolCallMerged
     | PolicyApplied
     | ToolCallMemoryStepped

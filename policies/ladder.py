@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from .actions import Action, Candidate, Grant, Kill, Thaw, Throttle, Wait
 from .fairness import Share, serve_order, shares
+from .grants import Books, leader, service_order
 from .model import MIB, NS_PER_S, Sandbox, TenantId, ToolCall, ToolCallId, ToolCallPhase
 from .policy import Policy
 from .snapshot import Snapshot
@@ -33,6 +34,8 @@ class Step:
 
 PROMISE_NS = NS_PER_S
 """How long a grant counts as used. Longer would keep memory free that a call may never ask for."""
+DYING_NS = 10 * NS_PER_S
+"""How long memory of a killed call counts as free. What does not die, hung in the kernel, holds it like any other."""
 THROTTLE_AT_LEAST_RATIO = 0.01
 """Of the pool: slowing down a call that holds less than this relieves nobody."""
 
@@ -49,26 +52,33 @@ def climb(snapshot: Snapshot, policy: Policy) -> list[Step]:
 
 
 def _answer_stopped(snapshot: Snapshot, policy: Policy, by_tenant: dict[TenantId, Share], pool: int) -> list[Step]:
-    """Answer every call that stands at its budget: least weighted dominant share first, then who has waited longest.
+    """Answer every call that stands at its budget: who is being served already, then least weighted dominant share.
 
-    A call at the largest budget ends. The others are granted a step while there is room. Where somebody must make
-    room, because a wait is over or because nobody is left who could go on, one payer ends, and who still stands is
-    looked at again with its memory counted as free.
+    A call at the largest budget ends. The others are granted a step while there is room and an order is left in which
+    all can end (grants.py). Where somebody must make room, because a wait is over or because nobody is left who could
+    go on, one payer ends, and who still stands is looked at again with its memory counted as free.
     """
-    order = {tenant: rank for rank, tenant in enumerate(serve_order(by_tenant))}
+    rank = {tenant: place for place, tenant in enumerate(serve_order(by_tenant))}
     largest = policy.memory.max_bytes
     standing = [c for c in snapshot.tool_calls if c.stopped_ns is not None and _holds_memory(c)]
-    standing.sort(key=lambda c: (order[c.tenant], _stopped_ns(c), c.id))
+    if not standing:
+        return []
+    standing.sort(key=lambda c: service_order(c, rank))
     steps = [_kill_at_largest(c, policy, snapshot) for c in standing if _at_largest(c, largest)]
     # What was ended a moment ago is about to be free: its payer must not be followed by another for the same need, and
     # who stands only now is granted out of it like who stood at the moment of the kill. It serves once all the same,
     # since what has been granted since is promised.
-    dying = sum(c.used_bytes for c in snapshot.tool_calls if c.phase is ToolCallPhase.KILLED and c.gone_ns is None)
+    dying = sum(c.used_bytes for c in snapshot.tool_calls if is_dying(c, snapshot.now_ns))
     freed = dying + sum(step.call.used_bytes for step in steps)
     standing = [c for c in standing if not _at_largest(c, largest)]
     while True:
         room = _room_bytes(snapshot, pool) + freed
-        granted, unmet = _fill(standing, room, policy)
+        ended = {step.call.id for step in steps}
+        competing = [c for c in snapshot.tool_calls if _holds_memory(c) and c.id not in ended]
+        first = leader(competing, rank)
+        books = Books(competing, snapshot, policy, pool)
+        anyone = any(_goes_on(c) for c in competing)
+        granted, unmet, left = _fill(standing, room, first, books, snapshot, policy, others_go_on=anyone)
         going = {step.call.id for step in steps} | {call.id for call, _ in granted}
         payer = _payer(unmet, by_tenant, snapshot, policy, going)
         if payer is None:
@@ -80,7 +90,7 @@ def _answer_stopped(snapshot: Snapshot, policy: Policy, by_tenant: dict[TenantId
     for call, hard in granted:
         steps.append(_grant(call, hard, used, pool, policy))
         used += max(0, hard - call.used_bytes)
-    return steps + [_wait(c, snapshot, policy) for c in unmet if c.waiting_until_ns is None]
+    return steps + [_wait(c, first, left, snapshot, policy) for c in unmet if c.waiting_until_ns is None]
 
 
 def _room_bytes(snapshot: Snapshot, pool: int) -> int:
@@ -101,6 +111,15 @@ def _promised_bytes(call: ToolCall, now_ns: int) -> int:
     return max(0, call.hard_bytes - call.used_bytes) if _holds_memory(call) and call.stopped_ns is None else 0
 
 
+def is_dying(call: ToolCall, now_ns: int) -> bool:
+    """Whether it was killed a moment ago and its processes are still there."""
+    return call.phase is ToolCallPhase.KILLED and call.gone_ns is None and now_ns - call.phase_since_ns < DYING_NS
+
+
+def _goes_on(call: ToolCall) -> bool:
+    return call.running and call.stopped_ns is None and call.phase is not ToolCallPhase.KILLED
+
+
 def _holds_memory(call: ToolCall) -> bool:
     return call.gone_ns is None and call.phase is not ToolCallPhase.KILLED
 
@@ -118,17 +137,34 @@ def _next_hard_bytes(call: ToolCall, policy: Policy) -> int:
     return min(policy.memory.max_bytes, max(call.hard_bytes, call.used_bytes) + policy.memory.step_bytes)
 
 
-def _fill(standing: list[ToolCall], room: int, policy: Policy) -> tuple[list[tuple[ToolCall, int]], list[ToolCall]]:
-    """Who gets what hard budget out of `room` bytes, in the order given, and who gets nothing."""
-    granted, unmet = [], []
+def _fill(
+    standing: list[ToolCall],
+    room: int,
+    first: ToolCall | None,
+    books: Books,
+    snapshot: Snapshot,
+    policy: Policy,
+    *,
+    others_go_on: bool,
+) -> tuple[list[tuple[ToolCall, int]], list[ToolCall], int]:
+    """Who gets what hard budget out of `room` bytes, in the order given, who gets nothing, and what is left.
+
+    A prediction holds nobody up for more than half of the time that it would wait, nor where everybody would stand.
+    """
+    granted: list[tuple[ToolCall, int]] = []
+    unmet = []
     for call in standing:
         hard = _next_hard_bytes(call, policy)
-        if hard - call.used_bytes <= room:
-            room -= hard - call.used_bytes
+        left = room - (hard - call.used_bytes)
+        waited = _waited_ns(call, snapshot) >= policy.memory.wait_ns // 2
+        served = call is first or waited or not (granted or others_go_on)
+        if left >= 0 and (served or books.is_safe(call, hard, left)):
+            room = left
+            books.granted(call, hard)
             granted.append((call, hard))
         else:
             unmet.append(call)
-    return granted, unmet
+    return granted, unmet, room
 
 
 def _payer(
@@ -148,7 +184,7 @@ def _payer(
     alive = [c for c in snapshot.tool_calls if c.gone_ns is None]
     if over:
         payers = over + [c for c in alive if c.id not in going and c not in over and _holds_a_grant(c, policy)]
-    elif going or any(c.phase is ToolCallPhase.KILLED or (c.running and c.stopped_ns is None) for c in alive):
+    elif going or any(is_dying(c, snapshot.now_ns) or _goes_on(c) for c in alive):
         payers = []
     else:
         payers = unmet
@@ -203,20 +239,25 @@ def _kill_at_largest(call: ToolCall, policy: Policy, snapshot: Snapshot) -> Step
     )
 
 
-def _wait(call: ToolCall, snapshot: Snapshot, policy: Policy) -> Step:
+def _wait(call: ToolCall, first: ToolCall | None, left: int, snapshot: Snapshot, policy: Policy) -> Step:
+    """`left` is what may still be handed out, for which `first` goes first."""
     memory = policy.memory
     pool, used = memory.pool_bytes(snapshot.host.memory_total_bytes), snapshot.tool_used_bytes()
     needed = _next_hard_bytes(call, policy) - call.used_bytes
+    if needed > left or first is None:
+        rule, why = "no room in the pool", f"{_mib(max(0, left))} of it can be had"
+    else:
+        rule = "others go first"
+        why = f"{_mib(left)} of it can be had, but then {first.kind} of {first.tenant} might not get through"
     return Step(
         call,
         Wait(call.id, needed, _stopped_ns(call) + memory.wait_ns),
-        "tool call at its budget, no room in the pool",
+        f"tool call at its budget, {rule}",
         (used + needed) / MIB,
         pool / MIB,
         "MiB",
         f"stopped at {_mib(call.used_bytes)} and needs {_mib(needed)}; the pool holds {_mib(used)} of "
-        f"{_mib(pool)}, {_mib(max(0, _room_bytes(snapshot, pool)))} of it can be had: waits at most "
-        f"{memory.wait_ns / NS_PER_S:g} s",
+        f"{_mib(pool)}, {why}: waits at most {memory.wait_ns / NS_PER_S:g} s",
         trigger_ns=_stopped_ns(call),
     )
 

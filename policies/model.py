@@ -319,6 +319,14 @@ class Engine:
     def device_used_ratio(self) -> float:
         return self.device_used_tokens / self.device_capacity_tokens if self.device_capacity_tokens else 0.0
 
+    def listens_at(self, address: str, port: int) -> bool:
+        """Whether a connection to this address leads to it. False where it does not say where it listens."""
+        for listening in self.listen_addresses:
+            host, _, at = listening.rpartition(":")
+            if at == str(port) and (host in ("", "*", "0.0.0.0", "[::]") or host.strip("[]") == address):
+                return True
+        return False
+
 
 @dataclass(frozen=True, slots=True)
 class Session:

@@ -25,7 +25,9 @@ HOOK = re.compile(r"equipoise\.integrations\.")
 """Of these the hooks: no call is below one."""
 _SHELL = re.compile(r"^(\S*/)?(ba|da|z|k|a|fi)?sh( |$)")
 _SHELL_COMMAND = re.compile(r"^(\S*/)?(ba|da|z|k|a|fi)?sh( -\S+| --\S+)*? -\w*c ")
-_SHELL_FOR_GOOD = re.compile(r"^(\S*/)?(ba|da|z|k|a|fi)?sh( (-[il]+|-s|--\w+|-o \w+|\+o \w+))*$")
+_SHELL_FOR_GOOD = re.compile(
+    r"^-?(\S*/)?(ba|da|z|k|a|fi)?sh( (-[ils]+|--(rcfile|init-file|init-command) \S+|--[\w-]+|[-+][oO] \w+))*$"
+)
 """A shell without a command and without a script: it is fed line by line."""
 _LAUNCHER = re.compile(
     r"^(\S*/)?(env|timeout|nohup|nice|ionice|setsid|stdbuf|sudo|doas|su|chrt|taskset|unshare|nsenter|script|xargs|time"
@@ -117,6 +119,10 @@ class Exec:
     """Forked by a process that is known to be the agent's runtime."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """Of ENVIRONMENT_KEYS only."""
+    fed: bool = True
+    """Somebody can feed its standard input while it runs: it is a pipe, a socket or a terminal, and no file."""
+    in_shell: bool = False
+    """A persistent shell started it: the first program of one of its command lines."""
     shares_output: bool = False
     """Its standard output is that of the sandbox's first program: a shim passes it through, a tool call is captured."""
 
@@ -128,6 +134,8 @@ class Asked:
     id: str
     session: SessionId
     command: str
+    at_ns: int = 0
+    """When it was asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,10 +190,38 @@ def rule(
 
     `witnessed`: an engine of ours hears this agent's conversation, so that `asked` holds all that is asked for now.
     """
+    if (told := _told(seen, profile, asked, rules)) is not None:
+        return told
+    if not seen.below_runtime:
+        return Ruling(Role.START_UP, 0.9, "nobody above it has spoken to a model yet", seen.command)
+    if profile is not None and not witnessed and _looks_like_call(seen, profile):
+        why = f"looks as tool calls of {profile.name} do"
+        return Ruling(Role.TOOL_CALL, 0.97, why, asked_text(seen.command, profile), budgeted=True)
+    if (other := _besides(seen, profile, runtime)) is not None:
+        return other
+    # A call without a command in its arguments may start any program: then the shape decides.
+    if witnessed and all(each.command for each in asked):
+        return Ruling(Role.HOUSEKEEPING, 0.7, "nothing of the kind was asked for in the conversation", seen.command)
+    if profile is not None:
+        if _looks_like_call(seen, profile):
+            why = f"looks as tool calls of {profile.name} do"
+            return Ruling(Role.TOOL_CALL, 0.97, why, asked_text(seen.command, profile), budgeted=True)
+        return Ruling(Role.HOUSEKEEPING, 0.95, f"no tool call of {profile.name} looks so", seen.command)
+    if seen.shares_output and not _SHELL_COMMAND.search(seen.command):
+        return Ruling(Role.TOOL_CALL, 0.6, "writes where the agent itself does: it may be the agent", seen.command)
+    why = "begins a command line of a shell" if seen.in_shell else "exec'd by the agent's runtime"
+    return Ruling(Role.TOOL_CALL, 0.9, why, seen.command, budgeted=True)
+
+
+def _told(seen: Exec, profile: Profile | None, asked: Sequence[Asked], rules: Sequence[RoleRule]) -> Ruling | None:
+    """What somebody has said of it: ourselves, the conversation, the agent, the policy. None: nobody has."""
     if OWN.search(seen.command):
         return Ruling(Role.WRAPPER, 1.0, "a program of ours", seen.command)
-    if (wanted := matching(seen.command, asked)) is not None:
+    wanted = of_line(seen.command, asked) if seen.in_shell else matching(seen.command, asked)
+    if wanted is not None:
         why = "its arguments hold the command that the conversation asked for"
+        if seen.in_shell:
+            why = "begins the command line that the conversation asked for"
         return Ruling(Role.TOOL_CALL, 0.99, why, wanted.command, wanted.id, wanted.session, budgeted=True)
     if profile is not None and profile.call_key and (call := seen.environment.get(profile.call_key)):
         why = f"{profile.call_key} is set in its environment"
@@ -194,42 +230,30 @@ def rule(
         if re.search(each.match, seen.command):
             called = each.role is Role.TOOL_CALL
             return Ruling(each.role, 0.99, f"the policy's rule {each.match!r}", seen.command, budgeted=called)
-    if not seen.below_runtime:
-        return Ruling(Role.START_UP, 0.9, "nobody above it has spoken to a model yet", seen.command)
-    if witnessed and all(each.command for each in asked):
-        # A call without a command in its arguments may start any program: then the shape decides.
-        return Ruling(Role.HOUSEKEEPING, 0.7, "nothing of the kind was asked for in the conversation", seen.command)
-    if profile is not None:
-        return _by_profile(seen, profile, runtime)
-    return _by_shape(seen, runtime)
+    return None
 
 
-def _by_profile(seen: Exec, profile: Profile, runtime: str) -> Ruling:
-    if profile.call.search(seen.command) and (seen.session_leader or not profile.own_session):
-        why = f"looks as tool calls of {profile.name} do"
-        return Ruling(Role.TOOL_CALL, 0.97, why, asked_text(seen.command, profile), budgeted=True)
-    if is_agent(seen.command) or same_program(seen.command, runtime):
-        # Codex's screen starts a server of its own that speaks to the model and runs the calls.
-        return Ruling(Role.START_UP, 0.9, "an agent's program: it is one once it speaks to a model", seen.command)
-    if _SERVICE.search(seen.command):
-        return Ruling(Role.SERVICE, 0.9, "a server by its name", seen.command)
-    return Ruling(Role.HOUSEKEEPING, 0.95, f"no tool call of {profile.name} looks so", seen.command)
+def _looks_like_call(seen: Exec, profile: Profile) -> bool:
+    return bool(profile.call.search(seen.command)) and (seen.session_leader or not profile.own_session)
 
 
-def _by_shape(seen: Exec, runtime: str) -> Ruling:
-    """What holds for agents that nobody knows."""
+def _besides(seen: Exec, profile: Profile | None, runtime: str) -> Ruling | None:
+    """What is neither a call nor housekeeping, whatever was asked for; None: it is one of these."""
     command = seen.command
     if same_program(command, runtime):
         return Ruling(Role.START_UP, 0.9, "a relaunch of the agent itself", command)
     if is_agent(command):
-        return Ruling(Role.START_UP, 0.8, "an agent of its own, until it speaks to a model", command)
+        other = profile_of([command])
+        if profile is not None and other is not None and other.name != profile.name:
+            # Its own calls are told apart once it speaks to its model (RoleKeeper._connected).
+            return Ruling(Role.TOOL_CALL, 0.8, f"{profile.name} starts {other.name}: a call that is an agent", command)
+        # Codex's screen starts a server of its own that speaks to the model and runs the calls.
+        return Ruling(Role.START_UP, 0.85, "an agent's program: it is one once it speaks to a model", command)
     if _SERVICE.search(command):
-        return Ruling(Role.SERVICE, 0.85, "a server by its name", command)
-    if _SHELL_FOR_GOOD.search(command):
+        return Ruling(Role.SERVICE, 0.9, "a server by its name", command)
+    if seen.fed and _SHELL_FOR_GOOD.search(command):
         return Ruling(Role.SHELL, 0.85, "a shell that is fed line by line", command)
-    if seen.shares_output and not _SHELL_COMMAND.search(command):
-        return Ruling(Role.TOOL_CALL, 0.6, "writes where the agent itself does: it may be the agent", command)
-    return Ruling(Role.TOOL_CALL, 0.9, "exec'd by the agent's runtime", command, budgeted=True)
+    return None
 
 
 def same_program(command: str, runtime: str) -> bool:
@@ -255,28 +279,59 @@ def asked_text(command: str, profile: Profile) -> str:
 
 _SHORTEST = 3
 """Characters of an asked-for command that must be seen, blanks and quotes aside, to tell it from any other."""
-_QUOTING = re.compile(r"[\s'\"\\]+")
+_QUOTING = re.compile(r"[\s'\"\\]")
+_BEFORE = re.compile(r"(^|[^\w.=-])$")
+_WORDS_BEFORE = re.compile(r"(^|[;&|({\n]|(^|\s)-\w*c|\beval|\bdo|\bthen)[ \t'\"\\]*$")
+_AFTER = re.compile(r"[ \t'\"\\]*($|[\n;&|<>(){}#]|\d+[<>])")
+"""What may follow a whole command: the shell's own words, and no argument."""
 
 
 def matching(command: str, asked: Sequence[Asked]) -> Asked | None:
-    """The asked-for command that a command line holds, the oldest first; None for none.
+    """The asked-for command that a command line holds; None for none. Of several the longest, of equal ones the oldest.
 
-    Blanks, quotes and backslashes are left out on both sides, since every agent quotes in its own way. A command line
-    that was cut short must end in the beginning of what was asked for.
+    Blanks, quotes and backslashes are left out on both sides, since every agent quotes in its own way. It must stand
+    there whole: `git status --porcelain` is not the `git status` that was asked for. A command line that was cut short
+    must end in the beginning of what was asked for.
     """
+    cut = command.endswith("…")
+    command = command.rstrip("…")
     seen = _QUOTING.sub("", command)
-    cut = seen.endswith("…")
-    seen = seen.rstrip("…")
+    best, length = None, 0
     for each in asked:
         wanted = _QUOTING.sub("", each.command)
-        if not wanted:
+        if len(wanted) <= length:
             continue
-        if len(wanted) < _SHORTEST:
-            if seen.endswith(f"-c{wanted}") or seen == wanted:
-                return each
-        elif wanted in seen or (cut and _ends_in_beginning(seen, wanted)):
-            return each
-    return None
+        whole = wanted in seen and _stands_whole(wanted, command)
+        if whole or (cut and len(wanted) >= _SHORTEST and _ends_in_beginning(seen, wanted)):
+            best, length = each, len(wanted)
+    return best
+
+
+def of_line(command: str, asked: Sequence[Asked]) -> Asked | None:
+    """The asked-for command line that begins with this program, in a shell; None where nothing is asked for.
+
+    Its arguments may have been expanded: then its name decides, and else the order in which lines are asked for.
+    """
+    lines = [each for each in asked if each.command]
+    seen = _QUOTING.sub("", command)
+    name = re.compile(rf"(?<![\w.-]){re.escape(_name(command.split(' ', 1)[0]))}(?![\w.-])")
+    whole = (each for each in lines if seen and seen in _QUOTING.sub("", each.command))
+    named = (each for each in lines if name.search(each.command))
+    return next(whole, None) or next(named, None) or next(iter(lines), None)
+
+
+def _stands_whole(wanted: str, command: str) -> bool:
+    """Whether one occurrence of what is wanted is no part of a longer word, and no other word follows it."""
+    places = [at for at, character in enumerate(command) if not _QUOTING.match(character)]
+    seen = "".join(command[at] for at in places)
+    before = _WORDS_BEFORE if len(wanted) < _SHORTEST else _BEFORE
+    start = seen.find(wanted)
+    while start >= 0:
+        first, last = places[start], places[start + len(wanted) - 1]
+        if before.search(command[max(0, first - 32) : first]) and _AFTER.match(command, last + 1):
+            return True
+        start = seen.find(wanted, start + 1)
+    return False
 
 
 def _ends_in_beginning(seen: str, wanted: str) -> bool:

@@ -305,12 +305,13 @@ def systemd(marker: Path = Path("/run/systemd/system")) -> Iterator[Row]:
     if marker.is_dir():
         unit = next((p for p in _UNIT_PATHS if p.exists()), None)
         detail = f"runs this machine; {'unit ' + str(unit) if unit else 'equipoised.service is not installed'}"
-        yield Row("systemd", Status.OK, detail, "" if unit else f"systemctl enable --now {_OUR_UNIT}")
+        yield Row("systemd", Status.OK, detail, "" if unit else _INSTALL)
     else:
         yield Row("systemd", Status.ABSENT, "does not run this machine", "optional: start `equipoise daemon` yourself")
 
 
-_OUR_UNIT = Path(__file__).resolve().parent.parent / "systemd" / "equipoised.service"
+_UNITS = Path(__file__).resolve().parent.parent / "systemd"
+_INSTALL = f"systemctl link {_UNITS}/equipoise-sandboxes.service && systemctl enable --now {_UNITS}/equipoised.service"
 _UNIT_PATHS = tuple(Path(p) / "equipoised.service" for p in ("/etc/systemd/system", "/usr/lib/systemd/system"))
 
 
@@ -323,3 +324,14 @@ def daemon(socket: str) -> Iterator[Row]:
     engine = status.engine_url or "none"
     detail = f"version {status.version}, policy {status.policy_name}, probes {status.probe_backend}, engine {engine}"
     yield Row("daemon", Status.DEGRADED if status.lacks else Status.OK, detail, "; ".join(status.lacks))
+    if status.losses:
+        lost = ", ".join(f"{count} x {source}" for source, count in sorted(status.losses.items()))
+        if status.unrecorded_call_count:
+            lost += f"; {status.unrecorded_call_count} tool calls run without a record and a budget"
+        yield Row("what the probes lost", Status.DEGRADED, lost, _REMEDY_OF_LOSSES)
+
+
+_REMEDY_OF_LOSSES = (
+    "what was lost is found again by looking; where it goes on, start the daemon with a larger --ring-bytes (ring "
+    "buffer) or more --tool-records (no_slot)"
+)

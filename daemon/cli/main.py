@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import mmap
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -135,6 +136,10 @@ def _add_daemon(commands: Commands) -> None:
     parser.add_argument("--cgroup-base", help="cgroup under which sandboxes are made (default: equipoise, or the "
                         "delegated cgroup under systemd)")  # fmt: skip
     parser.add_argument("--no-ebpf", action="store_true", help="do without probes in the kernel")
+    parser.add_argument("--ring-bytes", type=_quantity, default="4MiB", metavar="4MiB", help="what may wait to be read "
+                        "of the kernel's events; a power of two (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--tool-records", type=int, default=8192, metavar="N", help="tool calls and agents that can be "
+                        "followed at once (default: %(default)s)")  # fmt: skip
     parser.add_argument("--engine", choices=("embedded", "none"), default="none", help="start an engine of our own; "
                         "others attach by themselves (default: %(default)s)")  # fmt: skip
     parser.add_argument("--engine-listen", default="127.0.0.1:8800", metavar="HOST:PORT", help="its OpenAI endpoint")
@@ -158,9 +163,15 @@ def _quantity(text: str) -> int:
 
 
 def _daemon(arguments: argparse.Namespace) -> int:
+    from ...ebpf.probes import Tuning
     from .. import log, service
     from ..engine_process import EngineConfig
 
+    ring, records = arguments.ring_bytes, arguments.tool_records
+    if ring & (ring - 1) or not mmap.PAGESIZE <= ring <= 1 << 30:
+        raise DaemonError(f"--ring-bytes {ring}: give a power of two from {mmap.PAGESIZE} to 1GiB")
+    if not 1 <= records <= 1 << 20:
+        raise DaemonError(f"--tool-records {records}: give a number from 1 to 1048576")
     log.configure(10 if arguments.verbose else 20)
     state_dir: Path = arguments.state_dir or client.default_state_dir()
     engine = None
@@ -179,6 +190,7 @@ def _daemon(arguments: argparse.Namespace) -> int:
         metrics_listen=arguments.metrics_listen,
         cgroup_base=arguments.cgroup_base,
         ebpf=not arguments.no_ebpf,
+        tuning=Tuning(ring_bytes=ring, tool_slots=records),
         engine=engine,
     )
     return service.run(config)

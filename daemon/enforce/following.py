@@ -19,6 +19,7 @@ from ...policies.events import (
     SandboxRemoved,
     ToolCallMerged,
     ToolCallStarted,
+    ToolCallWithdrawn,
 )
 from ...policies.model import CgroupId, ToolCall, ToolCallId
 from ...policies.state import State
@@ -62,6 +63,8 @@ class Following:
                     self._polling.set_budget(event.id, soft_bytes=event.soft_bytes, hard_bytes=event.hard_bytes)
             case ToolCallStarted(id=tool_call) if call := state.tool_calls.get(tool_call):
                 self._bind(call, state)
+            case ToolCallWithdrawn(id=tool_call):
+                self._actuator.unbind(tool_call)
             case ProcessesGone(id=tool_call) if state.resolve(tool_call) == tool_call:
                 self._actuator.unbind(tool_call)
                 if self._polling is not None:

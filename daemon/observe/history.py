@@ -10,7 +10,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from ...policies.actions import Decision, Outcome, OutcomeStatus, SetTenantWeight
-from ...policies.events import DecisionMade, Event, OutcomeObserved, ProcessesGone, SandboxRegistered, ToolCallEnded
+from ...policies.events import (
+    DecisionMade,
+    Event,
+    OutcomeObserved,
+    ProcessesGone,
+    SandboxRegistered,
+    ToolCallEnded,
+    ToolCallWithdrawn,
+)
 from ...policies.model import CgroupId, DecisionId, Sandbox, SessionId, TenantId, ToolCall, ToolCallId
 from ...policies.state import State
 
@@ -63,6 +71,8 @@ class History:
                     self._ended[call.id] = call
                     if len(self._ended) > TOOL_CALLS:
                         self._ended.popitem(last=False)
+            case ToolCallWithdrawn(id=withdrawn):
+                self._ended.pop(withdrawn, None)
             case _:
                 pass
 

@@ -101,25 +101,29 @@ class Joins:
         sandboxes = set(found.values())
         return sandboxes.pop() if len(sandboxes) == 1 else None
 
+    def sandbox_at(self, turn: TurnStarted) -> CgroupId | None:
+        """Whose connection the turn came by; None: nobody's we know."""
+        engine = self._state.engines.get(turn.engine)
+        if engine is None or turn.peer_address is None or turn.peer_port is None:
+            return None
+        key = (turn.engine, turn.peer_address, turn.peer_port)
+        # An engine that never asks is joined all the same, by the turns that begin soon after their connection.
+        return self._peers[key] if key in self._peers else self._find(engine, key[1], key[2], turn.at_ns)
+
     # -- as a sink of the loop
 
     def __call__(self, event: Event, state: State) -> None:
         match event:
-            case TurnStarted(peer_address=str(address), peer_port=int(port)):
-                self._turn_started(event, address, port, state)
+            case TurnStarted():
+                self._turn_started(event, state)
             case EngineDetached(engine=engine):
                 for key in [key for key in self._peers if key[0] == engine]:
                     del self._peers[key]
             case _:
                 pass
 
-    def _turn_started(self, event: TurnStarted, address: str, port: int, state: State) -> None:
-        engine = state.engines.get(event.engine)
-        if engine is None:
-            return
-        key = (event.engine, address, port)
-        # An engine that never asks is joined all the same, by the turns that begin soon after their connection.
-        sandbox = self._peers[key] if key in self._peers else self._find(engine, address, port, event.at_ns)
+    def _turn_started(self, event: TurnStarted, state: State) -> None:
+        sandbox = self.sandbox_at(event)
         known = state.sessions.get(event.session)
         if sandbox in state.sandboxes and sandbox is not None and (known is None or known.sandbox != sandbox):
             self._emit(SessionJoined(event.at_ns, event.engine, event.session, sandbox))
@@ -127,15 +131,7 @@ class Joins:
 
 def _leads_to(opened: _Opened, engine: Engine) -> bool:
     """Whether the connection's other end is where the engine listens; any will do where it does not say."""
-    for listening in engine.listen_addresses:
-        host, _, port = listening.rpartition(":")
-        if port == str(opened.remote_port) and (_is_any(host) or host.strip("[]") == opened.remote_address):
-            return True
-    return not engine.listen_addresses
-
-
-def _is_any(host: str) -> bool:
-    return host in ("", "*", "0.0.0.0", "[::]")
+    return not engine.listen_addresses or engine.listens_at(opened.remote_address, opened.remote_port)
 
 
 def _is_loopback(address: str) -> bool:

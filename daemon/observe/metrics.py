@@ -33,6 +33,7 @@ class MetricsFacts:
     counts: Counts
     version: str = ""
     ring_drop_count: int = 0
+    unrecorded_call_count: int = 0
     late_event_count: int = 0
     failed_action_count: int = 0
     source_failure_count: int = 0
@@ -64,6 +65,11 @@ class MetricsCollector(Collector):
             ("journal_lost_rows", "Journal rows given up on because the disk refused.", facts.journal_lost_rows_count),
         ):
             yield CounterMetricFamily(f"equipoise_{name}", help_text, value=value)
+        yield GaugeMetricFamily(
+            "equipoise_tool_calls_without_record",
+            "Tool calls that run unknown and without a budget, since all records of the probes are in use.",
+            value=facts.unrecorded_call_count,
+        )
 
 
 class MetricsServer:

@@ -18,6 +18,7 @@ from ...policies.events import (
     ToolCallEnded,
     ToolCallMerged,
     ToolCallStarted,
+    ToolCallWithdrawn,
 )
 from ...policies.model import ToolCall, ToolCallId
 from ...policies.snapshot import Snapshot
@@ -52,7 +53,7 @@ class Recorder:
                 self._urgent = True
                 if call := state.tool_calls.get(state.resolve(tool_call)):
                     self._journal.record_tool_call(call)
-            case SandboxRegistered() | SandboxRemoved():
+            case SandboxRegistered() | SandboxRemoved() | ToolCallWithdrawn():
                 self._urgent = True
             case _:
                 pass

@@ -2,5 +2,5 @@
 
 Owns: who is in which cgroup under which tag. Must not: apply policy, or hold anything back (enforce/).
 
-Seen from outside: `adoption`, `cgroups`, `keeper`, `processes`, `roles`, `tool_calls`.
+Seen from outside: `adoption`, `cgroups`, `keeper`, `processes`, `roles`, `tool_calls`, `witness`.
 """

@@ -5,6 +5,7 @@ Reading is racy by nature: a process may have exec'd again or gone. What cannot 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,10 @@ _LONGEST = 64 << 10
 """Bytes read of a command line or an environment."""
 _ESTABLISHED, _LISTEN = "01", "0A"
 """States in /proc/net/tcp (include/net/tcp_states.h)."""
+
+_READ = {"x86_64": 0, "aarch64": 63}
+_SELECTS = {"x86_64": (7, 23, 232, 270, 271, 281), "aarch64": (22, 72, 73)}
+"""Numbers of the system calls in which a program waits for input: read; poll, select, epoll_wait and their like."""
 
 
 def command_line(pid: int, proc_root: Path = PROC) -> str:
@@ -29,10 +34,42 @@ def environment(pid: int, proc_root: Path = PROC) -> dict[str, str]:
     return {key: value for key, _, value in entries if key in ENVIRONMENT_KEYS}
 
 
+def input_of(pid: int, proc_root: Path = PROC) -> str:
+    """What its standard input is ("pipe:[123]", "/dev/pts/0"); "" where it cannot be read."""
+    return _descriptor(pid, 0, proc_root)
+
+
 def output_of(pid: int, proc_root: Path = PROC) -> str:
-    """What its standard output is ("pipe:[123]", "/dev/pts/0"); "" where it cannot be read."""
+    """Likewise its standard output."""
+    return _descriptor(pid, 1, proc_root)
+
+
+def can_be_fed(pid: int, proc_root: Path = PROC) -> bool:
+    """Whether its standard input is a pipe, a socket or a terminal. True where that cannot be read."""
+    held = input_of(pid, proc_root)
+    return not held or held.startswith(("pipe:", "socket:", "/dev/pts/", "/dev/tty"))
+
+
+def waits_for_input(pid: int, proc_root: Path = PROC) -> bool | None:
+    """Whether it sleeps in a read of its standard input, or in a poll. None: cannot be told here, or it is gone."""
+    machine = os.uname().machine
+    text = read_text(proc_root / str(pid) / "syscall")
+    if not text or machine not in _READ:
+        return None
+    words = text.split()
+    if not words[0].isdigit():
+        return False  # "running", or -1: in no system call
+    if int(words[0]) in _SELECTS[machine]:
+        return True
+    if int(words[0]) != _READ[machine]:
+        return False
+    number = int(words[1], 16)
+    return number == 0 or _descriptor(pid, number, proc_root) == input_of(pid, proc_root)
+
+
+def _descriptor(pid: int, number: int, proc_root: Path) -> str:
     try:
-        return str((proc_root / str(pid) / "fd" / "1").readlink())
+        return str((proc_root / str(pid) / "fd" / str(number)).readlink())
     except OSError:
         return ""
 

@@ -22,13 +22,13 @@ class _Leaf:
 
 
 class Leaves:
-    """`children(call)` are the call's processes as the kernel's tags know them: those that were forked before the move
-    follow their root.
+    """`members(call)` are the call's processes as the kernel's tags know them: those that were forked before the move
+    follow their root. None: nobody knows.
     """
 
-    def __init__(self, driver: CgroupDriver | None, children: Callable[[ToolCallId], tuple[int, ...]]) -> None:
+    def __init__(self, driver: CgroupDriver | None, members: Callable[[ToolCallId], tuple[int, ...]] | None) -> None:
         self._driver = driver
-        self._children = children
+        self._members = members
         self._leaves: dict[ToolCallId, _Leaf] = {}
 
     def path(self, call: ToolCallId) -> str | None:
@@ -39,6 +39,9 @@ class Leaves:
         """Give a call its own cgroup and move it there. Safe for one that has a leaf, and where none can be had."""
         if self._driver is None or not cgroup.own or call in self._leaves:
             return
+        members = self._members(call) if self._members is not None else (pid,)
+        if not members:
+            return  # it is over: making and removing a cgroup in four hierarchies takes as long as many a call
         try:
             path = self._driver.create_tool_leaf(cgroup.path, call)
         except CgroupError as error:
@@ -46,11 +49,21 @@ class Leaves:
             return
         self._leaves[call] = _Leaf(path, sandbox)
         joined = self._driver.attach(pid, path)
-        for child in self._children(call):
+        for child in self._members(call) if self._members is not None else ():
             if child != pid:
                 self._driver.attach(child, path)
         if not joined.done and not self._driver.processes(path):
             self.drop(call)  # it was over before we could move it
+
+    def join(self, call: ToolCallId, pid: int) -> None:
+        """Move one more process to a call's leaf. Safe for a call without one."""
+        if self._driver is not None and (path := self.path(call)) is not None:
+            self._driver.attach(pid, path)
+
+    def leave(self, call: ToolCallId, pid: int, cgroup: SandboxCgroup) -> None:
+        """Move a process out of a call's leaf, to the sandbox's runtime. Safe for a call without one."""
+        if self._driver is not None and self.path(call) is not None:
+            self._driver.attach(pid, cgroup.runtime)
 
     def drop(self, call: ToolCallId) -> None:
         """Remove a leaf that has done its duty. Safe for a call without one."""

@@ -17,12 +17,16 @@ from ...policies.events import (
     BudgetChanged,
     Event,
     ProcessesGone,
+    RoleObserved,
     SandboxRemoved,
     ToolCallAttributed,
     ToolCallEnded,
+    ToolCallJoined,
+    ToolCallLeft,
     ToolCallMemoryStepped,
     ToolCallMerged,
     ToolCallStarted,
+    ToolCallWithdrawn,
 )
 from ...policies.model import CgroupId, Sandbox, SessionId, ToolCall, ToolCallId, ToolCallSource
 from ...policies.state import State
@@ -60,7 +64,7 @@ class ToolCallKeeper:
         self._state = state
         self._emit = emit
         self._now_ns = now_ns
-        self._leaves = Leaves(driver, probes.processes if probes is not None else lambda call: ())
+        self._leaves = Leaves(driver, probes.processes if probes is not None else None)
         self._roots: dict[ToolCallId, int] = {}
         """Without probes: a pidfd of the root process of each call."""
         self._external: dict[tuple[CgroupId, str], ToolCallId] = {}
@@ -203,6 +207,8 @@ class ToolCallKeeper:
             case ToolCallStarted():
                 if event.id in state.tool_calls:
                     self._on_started(event, state)
+            case ToolCallJoined() | ToolCallLeft():
+                self._move(event, state)
             case ToolCallEnded():
                 self._on_ended(event.id, state)
             case ProcessesGone():
@@ -212,6 +218,11 @@ class ToolCallKeeper:
                 if known is not None and known.running:
                     # Its root left without an exit that the kernel told of: nobody will say how it ended.
                     self._emit(ToolCallEnded(self._now_ns(), event.id, None, None))
+            case ToolCallWithdrawn():
+                if not self._leaves.processes(event.id):
+                    self._leaves.drop(event.id)
+            case RoleObserved(process=process) if process.gone:
+                self._leaves.drop(process.id)  # it had one while it passed for a call
             case SandboxRemoved():
                 self._end_what_nobody_will(event.cgroup_id, state)
                 self._leaves.forget(event.cgroup_id)
@@ -237,6 +248,14 @@ class ToolCallKeeper:
         if event.pid is not None and self._probes is None:
             self._watch_root(event.id, event.pid)
         self._set_kind_budget(call)
+
+    def _move(self, event: ToolCallJoined | ToolCallLeft, state: State) -> None:
+        call = state.tool_calls.get(event.id)
+        kept = self._book.get(call.sandbox) if call is not None else None
+        if isinstance(event, ToolCallJoined):
+            self._leaves.join(event.id, event.pid)
+        elif kept is not None:
+            self._leaves.leave(event.id, event.pid, kept.cgroup)
 
     def _watch_root(self, call: ToolCallId, pid: int) -> None:
         """Without probes: nothing else tells that a call has ended whose wrapper was killed."""

@@ -144,6 +144,28 @@ static __always_inline u32 group_of(struct task_struct *task)
 	return BPF_CORE_READ(task, signal, pids[PIDTYPE_PGID], numbers[0].nr);
 }
 
+/*
+ * A number that changes when a shell that is fed line by line is given its next line, and not while it runs one. Of a
+ * pipe that is `head`, which counts what was put in when there was no room left to append to: whatever is written while
+ * the shell waits for input moves it. "pipe: Use head and tail pointers" (8cefc107ca54, 5.5) brought it. Of anything else
+ * (a socket, a terminal) it is how much the shell has read, which a command substitution moves too. Never 0.
+ */
+static __always_inline u32 input_stamp_of(struct task_struct *task)
+{
+	struct file **files = BPF_CORE_READ(task, files, fdt, fd), *input = NULL;
+	struct inode *inode;
+
+	if (!bpf_probe_read_kernel(&input, sizeof(input), files) && input) {
+		inode = BPF_CORE_READ(input, f_inode);
+		if (bpf_core_field_exists(((struct pipe_inode_info *)0)->head) &&
+		    (BPF_CORE_READ(inode, i_mode) & S_IFMT) == S_IFIFO)
+			return BPF_CORE_READ(inode, i_pipe, head) | 1u << 31;
+	}
+	if (bpf_core_field_exists(task->ioac.rchar))
+		return (u32)BPF_CORE_READ(task, ioac.rchar) | 1u << 31;
+	return 1;
+}
+
 /* Inode of the socket's network namespace; 0 where the kernel has no such namespaces. */
 static __always_inline u32 network_namespace_of(const struct sock *sk)
 {

@@ -10,7 +10,7 @@
 #ifndef EQUIPOISE_EVENTS_H
 #define EQUIPOISE_EVENTS_H
 
-#define ABI_VERSION 2
+#define ABI_VERSION 3
 #define COMM_BYTES 16
 #define FILENAME_BYTES 128
 #define ARGV_BYTES 1024
@@ -35,7 +35,7 @@ enum event_kind {
 
 /* Why a process or a tool call could not be followed; index into control.untracked */
 enum untracked_reason {
-	UNTRACKED_NO_SLOT = 0,    /* more tool calls alive than tool records */
+	UNTRACKED_NO_SLOT = 0,    /* more tool calls alive, or not yet given back, than tool records */
 	UNTRACKED_NO_STORAGE = 1, /* task storage refused (memory or contention) */
 	UNTRACKED_NO_PROCESS = 2, /* map `processes` full */
 	UNTRACKED_NO_MM = 3,      /* map `mms` full */
@@ -65,7 +65,7 @@ struct exec_event {
 	__u32 argv_total_bytes; /* what the process has; larger than argv_bytes when cut off */
 	__u32 session_id;       /* sid and pgid in the first pid namespace, like tgid: equal to it where the process leads */
 	__u32 group_id;
-	__u32 padding;
+	__u32 input_stamp; /* of the agent at this moment: another one when it has been given more input; 0: not known */
 	char filename[FILENAME_BYTES];
 	char argv[ARGV_BYTES];
 };
@@ -119,7 +119,7 @@ _Static_assert(sizeof(struct connection_event) == 128, "connection_event");
 /*
  * One tool call (or one agent's runtime: role says which). An element of the mmapable array `tools`, so user space reads
  * usage and moves budgets with plain loads and stores. Who writes a field is said once: everything up to `soft_bytes` by
- * the kernel side alone once the record is in use, the rest by user space alone.
+ * the kernel side alone once the record is in use, the rest by user space alone, which also may name another root.
  */
 struct tool_record {
 	__u64 tag; /* 0: the slot is free */
@@ -170,7 +170,7 @@ struct process_record {
 	__u32 slot;
 	__u32 role;
 	__u32 parent_tgid;
-	__u32 padding;
+	__u32 unrecorded; /* the process whose exec began a tool call for which there was no record; 0: none did */
 };
 _Static_assert(sizeof(struct process_record) == 40, "process_record");
 

@@ -55,6 +55,7 @@ enum { SIGNAL_GROUP_EXIT = 0x4 }; /* linux/sched/signal.h */
 enum { SIGKILL = 9, SIGSTOP = 19 }; /* asm-generic/signal.h */
 enum { PF_KTHREAD = 0x00200000 }; /* linux/sched.h: task_struct.flags */
 
+enum { S_IFMT = 00170000, S_IFIFO = 0010000 }; /* linux/stat.h */
 enum { PIDTYPE_PGID = 2, PIDTYPE_SID = 3, PIDTYPE_MAX = 4 }; /* linux/pid_types.h; the same numbers since 4.19 */
 enum { AF_INET = 2, AF_INET6 = 10, IPPROTO_TCP = 6 }; /* linux/socket.h, linux/in.h */
 enum { TCP_ESTABLISHED = 1, TCP_SYN_SENT = 2, TCP_SYN_RECV = 3, TCP_CLOSE = 7 }; /* net/tcp_states.h */
@@ -110,6 +111,31 @@ struct mem_cgroup {
 	struct page_counter memory;
 } CORE;
 
+struct pipe_inode_info {
+	unsigned int head;
+} CORE;
+
+struct inode {
+	unsigned short i_mode;
+	struct pipe_inode_info *i_pipe;
+} CORE;
+
+struct file {
+	struct inode *f_inode;
+} CORE;
+
+struct fdtable {
+	struct file **fd;
+} CORE;
+
+struct files_struct {
+	struct fdtable *fdt;
+} CORE;
+
+struct task_io_accounting {
+	u64 rchar;
+} CORE;
+
 struct task_struct {
 	unsigned int flags;
 	int pid;
@@ -121,6 +147,8 @@ struct task_struct {
 	struct task_struct *group_leader;
 	struct signal_struct *signal;
 	struct css_set *cgroups;
+	struct files_struct *files;
+	struct task_io_accounting ioac;
 	struct bpf_local_storage *bpf_storage;
 } CORE;
 

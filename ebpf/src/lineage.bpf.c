@@ -13,7 +13,7 @@
 
 /* A process of the tool call exists now. */
 static __always_inline void add_process(struct tool_record *tool, u64 tag, u32 slot, u32 role,
-					struct task_struct *task, u32 parent_tgid, bool inherits)
+					struct task_struct *task, u32 parent_tgid, u32 unrecorded, bool inherits)
 {
 	struct process_record process = {
 		.tag = tag,
@@ -22,6 +22,7 @@ static __always_inline void add_process(struct tool_record *tool, u64 tag, u32 s
 		.slot = slot,
 		.role = role,
 		.parent_tgid = parent_tgid,
+		.unrecorded = unrecorded,
 	};
 	u32 tgid = task->tgid;
 
@@ -57,7 +58,9 @@ static __always_inline struct task_tag *current_tag(struct task_struct *task)
 static __always_inline int follow_fork(struct task_struct *parent, struct task_struct *child)
 {
 	struct task_tag *tag = current_tag(bpf_get_current_task_btf()), inherited;
+	struct process_record *process;
 	struct tool_record *tool;
+	u32 parent_tgid = parent->tgid;
 
 	if (!tag || bpf_task_storage_get(&task_tags, child, NULL, 0))
 		return 0;
@@ -69,8 +72,10 @@ static __always_inline int follow_fork(struct task_struct *parent, struct task_s
 	if (child->pid != child->tgid) /* a thread */
 		return 0;
 	tool = tool_of(inherited.tag, inherited.slot);
+	process = bpf_map_lookup_elem(&processes, &parent_tgid);
 	if (tool)
-		add_process(tool, inherited.tag, inherited.slot, inherited.role, child, parent->tgid, true);
+		add_process(tool, inherited.tag, inherited.slot, inherited.role, child, parent_tgid,
+			    process ? process->unrecorded : 0, true);
 	return 0;
 }
 
@@ -108,12 +113,29 @@ static __always_inline struct tool_record *new_tool(struct tool_record *agent, u
 	tool->soft_bytes = agent->child_soft_bytes;
 	tool->hard_bytes = agent->child_hard_bytes;
 	tool->flags = agent->flags & TOOL_STARTING;
+	tool->processes = 1;
 	tool->tag = (u64)tunables.tag_epoch << 32 | (u32)(__sync_fetch_and_add(&block->tool_counter, 1) + 1);
 	return tool;
 }
 
+/* How far above an exec its agent is looked for: a shell's subshells stand between them. */
+#define ANCESTORS 8
+
+/* The input of the process `tgid` that the task descends from; 0: it has another parent by now. */
+static __always_inline u32 input_stamp_above(struct task_struct *task, u32 tgid)
+{
+	int depth;
+
+	for (depth = 0; depth < ANCESTORS; depth++) {
+		task = BPF_CORE_READ(task, real_parent);
+		if (BPF_CORE_READ(task, tgid) == tgid)
+			return input_stamp_of(task);
+	}
+	return 0;
+}
+
 static __always_inline void emit_exec(u32 kind, struct tool_record *tool, u32 slot, struct task_struct *task,
-				      struct linux_binprm *bprm)
+				      struct linux_binprm *bprm, u32 input_stamp)
 {
 	struct exec_event *event = event_reserve(kind, sizeof(*event));
 	struct mm_struct *mm = task->mm;
@@ -125,7 +147,7 @@ static __always_inline void emit_exec(u32 kind, struct tool_record *tool, u32 sl
 	fill_header(&event->header, kind, sizeof(*event), tool, slot, task);
 	event->session_id = session_of(task);
 	event->group_id = group_of(task);
-	event->padding = 0;
+	event->input_stamp = input_stamp;
 	copied = bpf_probe_read_kernel_str(event->filename, sizeof(event->filename), bprm->filename);
 	event->filename_bytes = copied > 0 ? copied - 1 : 0;
 	event->argv_bytes = event->argv_total_bytes = 0;
@@ -197,19 +219,21 @@ static __always_inline int follow_exec(struct task_struct *task, struct linux_bi
 	 */
 	if ((tag->role == ROLE_AGENT || tool->flags & TOOL_STARTING) && tool->root_tgid != tgid) {
 		agent = tool;
-		tool = new_tool(agent, tag->tag, tgid, &slot);
+		/* Within a tool call that has no record an exec begins none. */
+		tool = process->unrecorded ? NULL : new_tool(agent, tag->tag, tgid, &slot);
 		if (!tool) {
+			if (!process->unrecorded)
+				process->unrecorded = tgid; /* user space makes up for it: resync.py */
 			join_mm(agent, tag->tag, tag->slot, task->mm, false);
 			return 0;
 		}
-		tool->processes = 1;
 		process->tag = tag->tag = tool->tag;
 		process->slot = tag->slot = slot;
 		process->role = tag->role = ROLE_TOOL;
-		emit_exec(EVENT_TOOL_EXEC, tool, slot, task, bprm);
+		emit_exec(EVENT_TOOL_EXEC, tool, slot, task, bprm, input_stamp_above(task, agent->root_tgid));
 		remove_process(agent, agent_slot, task);
 	} else if (tunables.report_child_execs || (tool->role == ROLE_TOOL && tool->root_tgid == tgid)) {
-		emit_exec(EVENT_CHILD_EXEC, tool, slot, task, bprm);
+		emit_exec(EVENT_CHILD_EXEC, tool, slot, task, bprm, 0);
 	}
 	__sync_fetch_and_add(&tool->execs, 1);
 	join_mm(tool, tag->tag, slot, task->mm, false);
@@ -280,6 +304,7 @@ static __always_inline void move_process(struct process_record *process, struct 
 	process->tag = tag;
 	process->slot = slot;
 	process->role = role;
+	process->unrecorded = 0;
 	/* A vfork child's memory is still its parent's, until it execs. */
 	if (record && record->users == 1)
 		move_mm(record, old, tool, tag, slot);
@@ -325,7 +350,8 @@ int retag_process(struct bpf_iter__task *ctx)
 		return 0;
 	process = bpf_map_lookup_elem(&processes, &tgid);
 	if (!process)
-		add_process(tool, fresh.tag, fresh.slot, fresh.role, task, task->real_parent->tgid, false);
+		add_process(tool, fresh.tag, fresh.slot, fresh.role, task, task->real_parent->tgid, 0,
+			    false);
 	else if (process->tag != fresh.tag)
 		move_process(process, tool, fresh.tag, fresh.slot, fresh.role, task);
 	return 0;

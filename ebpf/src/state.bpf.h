@@ -16,7 +16,7 @@ struct {
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(map_flags, BPF_F_MMAPABLE);
-	__uint(max_entries, 2048);
+	__uint(max_entries, 8192);
 	__type(key, u32);
 	__type(value, struct tool_record);
 } tools SEC(".maps");
@@ -24,7 +24,7 @@ struct {
 /* User space puts slots in, when it has read the last of a tool call; the kernel takes one per tool call it finds. */
 struct {
 	__uint(type, BPF_MAP_TYPE_QUEUE);
-	__uint(max_entries, 2048);
+	__uint(max_entries, 8192);
 	__type(value, u32);
 } free_slots SEC(".maps");
 

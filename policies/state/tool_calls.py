@@ -18,9 +18,12 @@ from ..events import (
     ProcessesGone,
     ToolCallAttributed,
     ToolCallEnded,
+    ToolCallJoined,
+    ToolCallLeft,
     ToolCallMemoryStepped,
     ToolCallMerged,
     ToolCallStarted,
+    ToolCallWithdrawn,
 )
 from ..model import ToolCall, ToolCallPhase, ToolCallSource, Verdict
 from .charges import accrue, kv_at_peak
@@ -105,8 +108,16 @@ def _attributed(picture: Picture, event: ToolCallAttributed) -> None:
             kind=command_kind(command),
             session=event.session or call.session,
             call_id=event.call_id or call.call_id,
+            exempt=event.exempt or call.exempt,
         )
     )
+
+
+def _withdrawn(picture: Picture, event: ToolCallWithdrawn) -> None:
+    if picture.tool_calls.pop(event.id, None) is not None:
+        picture._accrued_ns.pop(event.id, None)
+        picture._aliases = {alias: to for alias, to in picture._aliases.items() if to != event.id}
+        picture._wrappers &= picture._aliases.keys()
 
 
 def _merged(picture: Picture, event: ToolCallMerged) -> None:
@@ -143,6 +154,14 @@ def _merged(picture: Picture, event: ToolCallMerged) -> None:
             expected_ns=told.expected_ns or seen.expected_ns,
         )
     )
+
+
+def _joined(picture: Picture, event: ToolCallJoined) -> None:
+    """For whoever keeps its processes together (sandboxes/tool_calls.py): the picture knows none of them."""
+
+
+def _left(picture: Picture, event: ToolCallLeft) -> None:
+    """Likewise."""
 
 
 def _memory_stepped(picture: Picture, event: ToolCallMemoryStepped) -> None:
@@ -261,6 +280,9 @@ def check(picture: Picture) -> None:
 ARMS = (
     arm(ToolCallStarted, _started),
     arm(ToolCallAttributed, _attributed),
+    arm(ToolCallJoined, _joined),
+    arm(ToolCallLeft, _left),
+    arm(ToolCallWithdrawn, _withdrawn),
     arm(ToolCallMerged, _merged),
     arm(ToolCallMemoryStepped, _memory_stepped),
     arm(BudgetReached, _budget_reached),

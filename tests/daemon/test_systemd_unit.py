@@ -12,25 +12,30 @@ import equipoise
 import pytest
 
 UNIT = Path(equipoise.__file__).parent / "daemon" / "systemd" / "equipoised.service"
+SANDBOXES = UNIT.with_name("equipoise-sandboxes.service")
+
+
+def read(unit: Path) -> configparser.RawConfigParser:
+    parser = configparser.RawConfigParser(strict=False, interpolation=None)
+    parser.optionxform = str  # type: ignore[assignment,method-assign]
+    parser.read(unit)
+    return parser
 
 
 @pytest.fixture(scope="module")
 def service():
-    parser = configparser.RawConfigParser(strict=False, interpolation=None)
-    parser.optionxform = str  # type: ignore[assignment,method-assign]
-    parser.read(UNIT)
-    return parser["Service"]
+    return read(UNIT)["Service"]
 
 
 def test_systemd_accepts_the_unit(tmp_path):
     if shutil.which("systemd-analyze") is None:
         pytest.skip("systemd-analyze is not installed: apt install systemd")
-    copy = tmp_path / UNIT.name
-    copy.write_text(UNIT.read_text().replace("/usr/local/bin/equipoise", sys.executable))
-    done = subprocess.run(
-        ("systemd-analyze", "verify", "--man=no", str(copy)), capture_output=True, text=True, check=False
-    )
-    ours = [line for line in (done.stdout + done.stderr).splitlines() if UNIT.name in line]
+    copies = [tmp_path / unit.name for unit in (UNIT, SANDBOXES)]
+    for unit, copy in zip((UNIT, SANDBOXES), copies, strict=True):
+        copy.write_text(unit.read_text().replace("/usr/local/bin/equipoise", sys.executable))
+    command = ("systemd-analyze", "verify", "--man=no", *map(str, copies))
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    ours = [line for line in (done.stdout + done.stderr).splitlines() if "equipoise" in line]
     assert ours == [] and done.returncode == 0, done.stderr
 
 
@@ -39,9 +44,14 @@ def test_readiness_and_watchdog_are_what_notify_speaks(service):
     assert 5 <= int(service["WatchdogSec"]) <= 60
 
 
-def test_sandboxes_get_a_delegated_cgroup_without_newer_systemd(service):
-    assert service["Delegate"] == "yes"
-    assert "DelegateSubgroup" not in service
+def test_sandboxes_have_a_delegated_cgroup_that_the_daemon_does_not_take_along(service):
+    sandboxes = read(SANDBOXES)["Service"]
+    assert (sandboxes["Delegate"], sandboxes["KillMode"]) == ("yes", "control-group")
+    assert "Delegate" not in service
+    assert read(UNIT)["Unit"]["Requires"] == SANDBOXES.name
+    for entry in ("ExecStart", "ExecStopPost"):
+        words = shlex.split(service[entry])
+        assert words[words.index("--cgroup-base") + 1] == f"{sandboxes['Slice']}/{SANDBOXES.name}"
 
 
 def test_what_ebpf_and_cgroups_need_is_not_taken_away(service):

@@ -7,7 +7,7 @@ import errno
 import os
 
 import pytest
-from equipoise.ebpf import build
+from equipoise.ebpf import abi, build
 from equipoise.ebpf.errors import LibbpfError, ProbesUnavailable
 from equipoise.ebpf.libbpf import BpfObject, library
 from equipoise.ebpf.probes import Probes, checked_object, require_kernel
@@ -82,3 +82,21 @@ def test_an_installed_object_serves_without_a_compiler(object_file, tmp_path, mo
     installed.write_bytes(object_file.read_bytes())
     os.utime(installed, (0, 0))
     assert checked_object("equipoise") == installed
+
+
+@pytest.mark.kernel
+def test_a_map_is_read_whole_however_many_elements_it_has():
+    try:
+        require_kernel()
+        probes = Probes.load()
+    except ProbesUnavailable as error:
+        pytest.skip(str(error))
+    try:
+        processes = probes.object.maps["processes"]
+        assert processes.items(ctypes.c_uint32, abi.ProcessRecord) == []
+        for pid in range(1, 2001):
+            processes.update(ctypes.c_uint32(pid), abi.ProcessRecord(tag=pid * 10))
+        found = processes.items(ctypes.c_uint32, abi.ProcessRecord)
+        assert sorted((pid, record.tag) for pid, record in found) == [(pid, pid * 10) for pid in range(1, 2001)]
+    finally:
+        probes.close()

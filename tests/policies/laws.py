@@ -22,7 +22,7 @@ from equipoise.policies.actions import (
 )
 from equipoise.policies.decide import decide
 from equipoise.policies.fairness import shares
-from equipoise.policies.ladder import PROMISE_NS
+from equipoise.policies.ladder import PROMISE_NS, is_dying
 from equipoise.policies.model import KvTier, SessionPhase, ToolCall, ToolCallPhase
 from equipoise.policies.policy import Policy
 from equipoise.policies.snapshot import Snapshot
@@ -147,14 +147,14 @@ def _check_pool(actions: list[Action], snapshot: Snapshot, policy: Policy) -> No
 
     Memory of a call that is ended counts as free from that moment until its processes are gone, whether the kill is
     one of these decisions or an earlier one: until then it is in the snapshot's sums, and whoever it was freed for may
-    stand only now.
+    stand only now. But what has not died for long is not about to.
     """
     grants = {a.tool_call: a.hard_bytes for a in actions if isinstance(a, Grant)}
     if not grants:
         return
     alive = [c for c in snapshot.tool_calls if c.gone_ns is None]
     ending = {a.tool_call for a in actions if isinstance(a, Kill)}
-    ending |= {c.id for c in alive if c.phase is ToolCallPhase.KILLED}
+    ending |= {c.id for c in alive if is_dying(c, snapshot.now_ns)}
     freed = sum(c.used_bytes for c in alive if c.id in ending)
     granted = sum(hard_bytes - _call(id, snapshot).used_bytes for id, hard_bytes in grants.items())
     promised = sum(

@@ -104,7 +104,9 @@ def test_a_fresh_grant_is_not_held_for_a_call_that_is_over_or_stands_again() -> 
     gone = replace(lately, phase=ToolCallPhase.ENDED, end_ns=ns(0.6), gone_ns=ns(0.6), used_bytes=0)
     assert done(1.0, stopped(used_mib=400), gone) == {1: "Grant"}
     again = replace(lately, phase=ToolCallPhase.STOPPED, stopped_ns=ns(0.9), used_bytes=600 * MIB)
-    assert done(1.0, stopped(used_mib=100), again, of=policy(pool_mib=956)) == {1: "Grant", 2: "Wait"}
+    assert done(1.0, stopped(used_mib=100), again, of=policy(pool_mib=956)) == {2: "Grant", 1: "Wait"}, (
+        "who was granted something is served on"
+    )
 
 
 def test_nobody_is_judged_before_the_host_is_known() -> None:
@@ -137,7 +139,7 @@ def test_among_equals_the_one_that_stands_longest_is_served_first() -> None:
 
 
 def test_several_grants_of_one_moment_do_not_overdraw_the_pool() -> None:
-    calls = [stopped(i, used_mib=100, since_s=i / 100) for i in range(1, 8)]
+    calls = [stopped(i, used_mib=100, since_s=i / 100, expected_bytes=300 * MIB) for i in range(1, 8)]
     made = done(1.0, *calls, call(8), of=policy(pool_mib=700 + 2 * 256))
     assert made == {1: "Grant", 2: "Grant", 3: "Wait", 4: "Wait", 5: "Wait", 6: "Wait", 7: "Wait"}
 
@@ -196,9 +198,16 @@ def test_within_a_tenant_the_call_that_stands_pays_before_one_that_gets_on() -> 
 
 
 def test_memory_of_a_call_that_is_dying_is_not_asked_of_another() -> None:
-    dying = call(3, "silver", used_mib=600, phase=ToolCallPhase.KILLED)
+    dying = call(3, "silver", used_mib=600, phase=ToolCallPhase.KILLED, phase_since_ns=ns(19.9))
     waited = replace(stopped(1, "gold", used_mib=300), waiting_until_ns=ns(20))
     assert done(20.0, waited, dying, call(2, "silver", used_mib=100)) == {1: "Grant"}
+
+
+def test_what_was_killed_long_ago_and_has_not_died_is_not_free_and_is_not_waited_for() -> None:
+    hangs = call(3, "silver", used_mib=600, phase=ToolCallPhase.KILLED, phase_since_ns=ns(2.0))
+    one, two = stopped(1, "gold", used_mib=300), stopped(2, "silver", used_mib=100)
+    assert done(11.9, one, two, hangs) == {1: "Grant", 2: "Grant"}
+    assert done(12.0, one, two, hangs) == {1: "Wait", 2: "Kill"}
 
 
 def test_memory_of_a_call_that_is_dying_serves_one_that_stands_a_moment_later_as_it_does_at_once() -> None:

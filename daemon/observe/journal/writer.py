@@ -27,6 +27,7 @@ from ....policies.events import (
     SandboxRemoved,
     SessionMoved,
     ToolCallMerged,
+    ToolCallWithdrawn,
     TurnEnded,
     TurnStarted,
 )
@@ -131,6 +132,8 @@ class Journal:
                 # The call it was taken for, by an earlier run too, has never been one. `run` is always the first value.
                 self._add("DELETE FROM tool_calls WHERE ? NOTNULL AND id = ?", f"{merged:016x}")
                 self._add("INSERT OR REPLACE INTO merges VALUES (?, ?, ?)", f"{merged:016x}", f"{into:016x}")
+            case ToolCallWithdrawn(id=withdrawn):
+                self._add("DELETE FROM tool_calls WHERE ? NOTNULL AND id = ?", f"{withdrawn:016x}")
             case _:
                 pass
 

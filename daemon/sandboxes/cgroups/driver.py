@@ -70,6 +70,7 @@ class CgroupDriver(CgroupTree):
         super().__init__(layout, base, proc_root=proc_root)
         self._meter = Meter()
         self._memory_mount = str(layout.memory.mount)
+        self._measured_mounts = {self._memory_mount, str(layout.unified.mount)}
         self._highest: dict[str, int] = {}
         self._memory_files = _MEMORY_V2 if layout.kind is LayoutKind.V2 else _MEMORY_V1
 
@@ -126,8 +127,8 @@ class CgroupDriver(CgroupTree):
 
     def forget(self, path: str) -> None:
         """Close the descriptors kept for a cgroup and those below it. Safe for one that was never measured."""
-        for hierarchy in self.layout.hierarchies:
-            self._meter.forget(f"{hierarchy.mount}/{path}")
+        for mount in self._measured_mounts:
+            self._meter.forget(f"{mount}/{path}")
         for known in [p for p in self._highest if p == path or p.startswith(path + "/")]:
             del self._highest[known]
 

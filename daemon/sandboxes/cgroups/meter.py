@@ -22,6 +22,8 @@ class Meter:
 
     def __init__(self) -> None:
         self._descriptors: dict[str, int] = {}
+        self._of_folder: dict[str, set[str]] = {}
+        """The files that are kept of each cgroup."""
 
     def read(self, path: str) -> bytes | None:
         """The first 512 bytes; None where the cgroup or the file is gone. Raises OSError for anything else."""
@@ -36,6 +38,7 @@ class Meter:
         try:
             descriptor = self._open(path)
             self._descriptors[path] = descriptor
+            self._of_folder.setdefault(path.rpartition("/")[0], set()).add(path)
             return os.pread(descriptor, _BYTES, 0)
         except OSError as error:
             if error.errno in GONE_ERRNOS:
@@ -53,8 +56,10 @@ class Meter:
 
     def forget(self, below: str) -> None:
         """Close what is kept for a cgroup and everything below it."""
-        for path in [p for p in self._descriptors if p.startswith(below + "/")]:
-            self._close(path)
+        inside = below + "/"
+        for folder in [f for f in self._of_folder if f == below or f.startswith(inside)]:
+            for path in list(self._of_folder[folder]):
+                self._close(path)
 
     def close(self) -> None:
         for path in list(self._descriptors):
@@ -76,5 +81,11 @@ class Meter:
 
     def _close(self, path: str) -> None:
         descriptor = self._descriptors.pop(path, None)
-        if descriptor is not None:
-            os.close(descriptor)
+        if descriptor is None:
+            return
+        os.close(descriptor)
+        folder = path.rpartition("/")[0]
+        kept = self._of_folder.get(folder, set())
+        kept.discard(path)
+        if not kept:
+            self._of_folder.pop(folder, None)

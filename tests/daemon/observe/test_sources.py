@@ -11,7 +11,7 @@ from equipoise.daemon.observe import sources
 from equipoise.daemon.observe.sources import HostSampler, PressureTrigger, SandboxSampler, Source, read_meminfo
 from equipoise.daemon.sandboxes.cgroups import CgroupDriver
 from equipoise.policies.events import Event, HostSampled, SandboxSampled
-from equipoise.policies.model import CgroupId, Sandbox, SessionId, TenantId
+from equipoise.policies.model import CgroupId, Sandbox, SessionId, TenantId, ToolCall, ToolCallId, ToolCallSource
 from equipoise.policies.snapshot import Snapshot
 
 from ..conftest import V2_FILES, FakeTree
@@ -58,6 +58,35 @@ def test_sandboxes_are_sampled_and_one_that_vanished_is_passed_over(v2_tree: Fak
     snapshot = Snapshot(now_ns=2)
     sampler.sample()
     assert driver._meter.kept_count == 0, "descriptors of removed sandboxes are given back"
+
+
+def test_a_sandbox_that_stands_still_is_read_seldom_and_one_that_grows_or_works_at_once(v2_tree: FakeTree) -> None:
+    usage = v2_tree.populate("equipoise/gold/ada", V2_FILES) / "memory.current"
+    box = Sandbox(CgroupId(1), TenantId("gold"), "x", "equipoise/gold/ada", SessionId("s"), None, 0)
+    snapshot = Snapshot(now_ns=1, sandboxes=(box,))
+    events: list[Event] = []
+    sampler = SandboxSampler(v2_tree.driver(), lambda: snapshot, events.append, lambda: 7)
+
+    def samples_until_seen(used_bytes: int) -> int:
+        usage.write_text(f"{used_bytes}\n")
+        for count in range(1, 50):
+            sampler.sample()
+            if isinstance(events[-1], SandboxSampled) and events[-1].memory_bytes == used_bytes:
+                return count
+        raise AssertionError("never seen")
+
+    sampler.sample()
+    for _ in range(3 * sources.QUIET_READS):
+        sampler.sample()
+    assert len(events) == 1, "nothing has changed"
+    assert 1 < samples_until_seen(64 << 20) <= sources.QUIET_READS
+    assert samples_until_seen(96 << 20) == samples_until_seen(128 << 20) == 1, "it grows"
+    for _ in range(2 * sources.QUIET_READS + 1):
+        sampler.sample()
+    wrapper = ToolCallSource.WRAPPER
+    call = ToolCall(ToolCallId(5), box.tenant, box.cgroup_id, box.session, "make", "make", wrapper, 1.0, start_ns=1)
+    snapshot = Snapshot(now_ns=2, sandboxes=(box,), tool_calls=(call,))
+    assert samples_until_seen((128 << 20) + 4096) == 1, "a call runs in it"
 
 
 class Flaky(Source):

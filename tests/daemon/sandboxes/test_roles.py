@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from equipoise.daemon.api.v1 import policy_pb2
+from equipoise.gpuctl.api.v1 import engine_pb2, engine_pb2_grpc
 from equipoise.tests.fixtures.running_daemon import CLI, RunningDaemon, eventually
 
 pytestmark = pytest.mark.kernel
@@ -244,3 +248,81 @@ def test_said_to_be_direct_the_first_call_counts_at_once(daemon):
     assert bo.call("expr", "4", "+", "4").returncode == 0
     assert [c.command for c in daemon.tool_calls("expr 4 + 4")] == ["expr 4 + 4"]
     bo.leave()
+
+
+class Conversation:
+    """An engine that says what it is told to, when it is told to, of a session on the agent's connection."""
+
+    def __init__(self, daemon: RunningDaemon, model: Model) -> None:
+        self._reports: queue.Queue[engine_pb2.EngineReport | None] = queue.Queue()
+        self._address, self._port = model.open[-1].getpeername()
+        hello = engine_pb2.EngineHello(
+            engine_id="told", kind="test", listen_addresses=[f"127.0.0.1:{model.port}"], pid=os.getpid()
+        )
+        self._report(time.monotonic_ns(), hello=hello)
+        self._stream = engine_pb2_grpc.EngineServiceStub(daemon.channel).Attach(iter(self._reports.get, None))
+        eventually(lambda: any(e.engine_id == "told" and e.attached for e in daemon.watch().engines))
+
+    def _report(self, at_ns: int, **report: Any) -> None:
+        self._reports.put(engine_pb2.EngineReport(at_ns=at_ns, **report))
+
+    def start_turn(self) -> None:
+        turn = engine_pb2.TurnStarted(
+            session_id="talk", tenant_id="gold", turn_id="t", peer_address=self._address, peer_port=self._port
+        )
+        self._report(time.monotonic_ns(), turn_started=turn)
+
+    def end_turn(self, at_ns: int, **asked: str) -> None:
+        calls = [engine_pb2.AskedToolCall(call_id=i, name="shell", command=command) for i, command in asked.items()]
+        ended = engine_pb2.TurnEnded(
+            session_id="talk",
+            tenant_id="gold",
+            turn_id="t",
+            finish_reason=engine_pb2.FINISH_REASON_TOOL_CALLS,
+            asked=calls,
+        )
+        self._report(at_ns, turn_ended=ended)
+
+    def close(self) -> None:
+        self._reports.put(None)
+        self._stream.cancel()
+
+
+@pytest.fixture
+def spoken(agent, model) -> Iterator[tuple[Scripted, Conversation]]:
+    """An agent that has spoken, and its conversation."""
+    ada = agent()
+    ada.do("speak()")
+    eventually(lambda: "runtime" in ada.roles().values())
+    conversation = Conversation(ada.daemon, model)
+    yield ada, conversation
+    conversation.close()
+
+
+def test_what_was_asked_for_is_the_call_though_the_kernel_was_heard_before_the_conversation(spoken):
+    ada, conversation = spoken
+    conversation.start_turn()
+    asked_ns = time.monotonic_ns()
+    ada.do("run('git', '--version'); run('bash', '-c', 'cd / && echo one')")
+    ada.do("stays = subprocess.Popen(['sleep', '30'])")
+    assert len(ada.calls()) == 3, "nobody has said anything yet"
+    conversation.end_turn(asked_ns, one="echo one")
+    eventually(lambda: [(c.agent_call_id, c.command) for c in ada.calls()] == [("one", "echo one")])
+    assert "housekeeping" in [r for command, r in ada.roles().items() if command == "sleep 30"]
+
+    conversation.start_turn()
+    asked_ns = time.monotonic_ns()
+    ada.do("run('bash', '-c', 'cd / && expr 1 + 1; exit 3'); run('git', '--version')")
+    ada.do("works = subprocess.Popen(['bash', '-c', 'cd / && sleep 31'])")
+    time.sleep(0.3)
+    assert len(ada.calls()) == 1, "nothing of the kind was asked for, as far as anybody knows"
+    conversation.end_turn(asked_ns, two="expr 1 + 1; exit 3", three="sleep 31")
+    eventually(lambda: [c.agent_call_id for c in ada.calls()] == ["one", "two", "three"])
+    _, two, three = ada.calls()
+    assert (two.exit_code, two.phase, three.phase) == (3, "ended", "running")
+    assert three.hard_bytes > 0 and two.confidence > 0.98 and three.session_id == "talk"
+    ada.do("works.kill(); works.wait(); stays.kill(); stays.wait()")
+    eventually(lambda: {c.phase for c in ada.calls()} == {"ended"})
+    eventually(lambda: "housekeeping" not in ada.roles().values())
+    listed = ada.daemon.cli("ps", "--all").stdout
+    assert "git --version" not in listed

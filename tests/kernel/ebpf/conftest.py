@@ -79,6 +79,11 @@ class Bench:
             self.tick()
             time.sleep(0.005)
 
+    def settle(self, seconds: float = 0.9) -> None:
+        """As long as what was lost is looked for."""
+        until = time.monotonic() + seconds
+        self.wait(lambda: time.monotonic() > until, "time")
+
     def finish(self, child: subprocess.Popen[bytes], timeout_s: float = 180.0) -> str:
         """Wait for the agent's end and return what it printed."""
         self.wait(lambda: child.poll() is not None, "the agent's end", timeout_s)

@@ -180,7 +180,7 @@ def test_what_was_lost_is_found_again(make_bench):
     time.sleep(0.2)
     bench.events += bench.tools.drain()
     assert {call.pid for call in bench.started()} == {first}, "the second began while the ring was full"
-    bench.events += bench.tools.resync()
+    bench.wait(lambda: len(bench.started()) > 1, "the second is found")
     assert {call.pid for call in bench.started()} == {first, second}
     assert bench.started()[-1].command.endswith("time.sleep(60) second")
     assert os.getpgid(second) > 0
@@ -193,10 +193,42 @@ def test_an_end_that_was_lost_is_found_again_without_its_exit_code(make_bench):
     bench.tick()
     (call,) = bench.started()
     assert bench.ended(call.id) is None
-    bench.events += bench.tools.resync()
+    bench.wait(lambda: bench.gone(call.id), "its end is found")
     ended = bench.ended(call.id)
     assert (ended.exit_code, ended.signal) == (None, None)
     assert ended.peak_bytes > 20 * MIB
     assert bench.gone(call.id)
     assert bench.tools.usage(call.id) is None
-    assert bench.tools.resync() == []
+    told = len(bench.events)
+    bench.settle()
+    assert len(bench.events) == told, "it is told once"
+
+
+def test_a_stop_that_was_lost_is_told_all_the_same(make_bench):
+    """Otherwise the call would stand for ever: nobody answers it."""
+    bench = make_bench(ring_bytes=4096, step_bytes=4096, step_shift=40)
+    agent, _ = bench.agent(
+        "first = tool('x = bytearray(20 << 20); import time; time.sleep(60)'); time.sleep(0.5)\n"
+        "second = tool('x = bytearray(90 << 20); import time; time.sleep(60)')\n"
+        "print(first.pid, second.pid, flush=True); second.wait()",
+        hard_bytes=60 * MIB,
+    )
+    _, second = (int(pid) for pid in agent.stdout.readline().split())
+    bench.wait(lambda: [e for e in bench.events if isinstance(e, BudgetReached)], "the stop is told")
+    [stop] = [e for e in bench.events if isinstance(e, BudgetReached)]
+    assert (stop.level, stop.budget_bytes, stop.pid) == (BudgetLevel.HARD, 60 * MIB, second)
+    bench.settle()
+    assert len([e for e in bench.events if isinstance(e, BudgetReached)]) == 1, "and once"
+    bench.tools.set_budget(stop.id, soft_bytes=0, hard_bytes=200 * MIB)
+    assert bench.tools.resume(stop.id) == 1
+
+
+def test_the_end_of_a_root_that_was_lost_is_found_while_others_of_its_call_live(make_bench):
+    bench = make_bench(ring_bytes=4096, step_bytes=4096, step_shift=40)
+    code = "import subprocess, sys; subprocess.Popen([sys.executable, '-S', '-c', 'import time; time.sleep(60)'])"
+    agent, _ = bench.agent(f"print(run({code + '; x = bytearray(20 << 20)'!r}), flush=True); os.read(0, 1)")
+    assert agent.stdout.readline() == b"0\n"
+    bench.wait(lambda: bench.started() and bench.ended(bench.started()[0].id), "its end is found")
+    (call,) = bench.started()
+    assert bench.ended(call.id).escaped_count == 1 and not bench.gone(call.id)
+    assert len(bench.tools.processes(call.id)) == 1

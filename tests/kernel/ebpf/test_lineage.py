@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
-from equipoise.policies.events import ProcessExeced
+from equipoise.policies.events import EventsLost, ProcessExeced, ToolCallEnded
+
+from .conftest import SANDBOX
 
 pytestmark = pytest.mark.kernel
+MIB = 1 << 20
 
 
 def test_an_exec_under_an_agent_is_a_tool_call_with_its_command_line(bench):
@@ -181,14 +185,43 @@ def test_records_are_given_back_when_tool_calls_are_gone(make_bench):
     assert dict(bench.tools.losses().untracked)["no_slot"] == 0
 
 
-def test_without_a_free_record_the_tool_call_is_counted_as_untracked_and_runs(make_bench):
+def test_without_a_free_record_the_tool_call_is_counted_and_known_as_soon_as_there_is_one(make_bench):
     bench = make_bench(tool_slots=2)
-    agent, _tag = bench.agent(
-        "a, b = tool('import time; time.sleep(0.3)'), tool('pass'); b.wait(); a.wait(); print('ok')"
+    child = "import subprocess, sys; subprocess.call([sys.executable, '-S', '-c', 'import time; time.sleep(60)'])"
+    agent, tag = bench.agent(
+        f"a, b = tool('import time; time.sleep(60)'), tool({child!r}, 'second'); print(a.pid, b.pid, flush=True)\n"
+        "b.wait()",
+        hard_bytes=100 * MIB,
     )
-    assert bench.finish(agent) == "ok\n"
-    assert len(bench.started()) == 1
-    assert dict(bench.tools.losses().untracked)["no_slot"] == 1
+    first, second = (int(pid) for pid in agent.stdout.readline().split())
+    bench.wait(lambda: bench.tools.unrecorded_count == 1, "that there is none is known")
+    assert dict(bench.tools.losses().untracked)["no_slot"] == 1, "its child's exec is no call of its own"
+    assert [call.pid for call in bench.started()] == [first]
+    assert sum(e.count for e in bench.events if isinstance(e, EventsLost)) == 1
+    os.kill(first, signal.SIGKILL)
+    bench.wait(lambda: len(bench.started()) > 1, "it is taken in")
+    call = bench.started()[1]
+    assert (call.pid, call.agent, call.hard_bytes, call.sandbox) == (second, tag, 100 * MIB, SANDBOX)
+    assert call.command.endswith(" second")
+    assert len(bench.tools.processes(call.id)) == 2, "with its child"
+    assert bench.tools.unrecorded_count == 0
+
+
+def test_no_record_is_lost_when_the_beginning_and_the_end_of_calls_were(make_bench):
+    bench = make_bench(ring_bytes=4096, tool_slots=8)
+    agent, tag = bench.agent(
+        "for n in range(7): run('pass')\nprint('now', flush=True); os.read(0, 1)\n"
+        "more = [tool('import time; time.sleep(60)') for n in range(7)]\nprint('more', flush=True); os.read(0, 1)"
+    )
+    assert agent.stdout.readline() == b"now\n"
+    assert dict(bench.tools.losses().events)["tool_gone"] > 0
+    bench.settle()
+    assert bench.tools.tags() == (tag,)
+    assert {call.id for call in bench.started()} == {e.id for e in bench.events if isinstance(e, ToolCallEnded)}
+    bench.release(agent)
+    assert agent.stdout.readline() == b"more\n"
+    bench.wait(lambda: len(bench.tools.tags()) == 8, "all seven records are there again")
+    assert dict(bench.tools.losses().untracked)["no_slot"] == 0
 
 
 def test_nothing_is_followed_outside_registered_agents(bench):

@@ -14,6 +14,7 @@ from equipoise.policies.events import (
     SandboxRemoved,
     ToolCallAttributed,
     ToolCallMerged,
+    ToolCallWithdrawn,
 )
 from equipoise.policies.model import MIB, CgroupId, SessionId, ToolCallId, ToolCallPhase, ToolCallSource
 from equipoise.policies.state import REMEMBER_NS, State
@@ -252,6 +253,15 @@ def test_a_merge_with_the_unknown_changes_nothing() -> None:
     assert list(state.tool_calls) == [CALL]
     state.apply(ToolCallMerged(1, CALL, CALL))
     assert list(state.tool_calls) == [CALL]
+
+
+def test_a_call_that_is_withdrawn_is_forgotten_with_every_name_it_had() -> None:
+    state = wrapped()
+    state.apply(ToolCallWithdrawn(ns(1), ToolCallId(2)))
+    assert state.tool_calls == {} and state.resolve(ToolCallId(1)) == 1
+    state.check_integrity()
+    state.apply(ended(2.0, id=2)).apply(ToolCallWithdrawn(ns(2), ToolCallId(2)))
+    assert state.tool_calls == {}
 
 
 # -- budgets

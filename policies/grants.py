@@ -1,0 +1,103 @@
+"""Who is granted memory next, so that no two calls stand half-grown in a pool that either alone would fit.
+
+The banker's algorithm (Dijkstra, EWD 623), with predictions in place of claims: a budget is raised only where an order
+is left in which every call reaches the peak that is predicted of it, each giving back what it holds as it ends. Else it
+waits at the budget it has. One call, the leader, is served whatever is predicted: so there is always one that goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from .model import MIB, TenantId, ToolCall, ToolCallId, ToolCallPhase
+from .policy import Budget, Policy
+from .snapshot import Snapshot
+
+CLAIM_QUANTILE = 0.99
+"""Of the peaks of its kind that lie beyond what a call uses: that much it is predicted to reach."""
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """What one call has of the pool, and what it is predicted to need beyond that, in bytes."""
+
+    held: int
+    need: int
+
+
+def claim_bytes(call: ToolCall, snapshot: Snapshot, policy: Policy, pool: int) -> int:
+    """The peak that is predicted of it: what was announced, else by its kind; never past what it could be granted."""
+    held = max(call.used_bytes, _promised(call))
+    if call.expected_bytes is not None and call.expected_bytes > held:
+        predicted = call.expected_bytes
+    else:
+        predicted = snapshot.estimates.peak_beyond_bytes(call.kind, held, CLAIM_QUANTILE)
+    return max(held, min(predicted, policy.memory.max_bytes, pool))
+
+
+def _promised(call: ToolCall) -> int:
+    return call.hard_bytes if call.granted_ns is not None and call.stopped_ns is None else 0
+
+
+def service_order(call: ToolCall, rank: Mapping[TenantId, int]) -> tuple[int, int, int, int]:
+    """A sort key. Who was granted something goes on being served, the oldest first: a turn that changed hands midway
+    would leave all half-grown. Then by tenant (`rank` 0 first), and who has waited longest."""
+    if call.granted_ns is not None:
+        return (0, call.start_ns, 0, call.id)
+    return (1, rank[call.tenant], call.stopped_ns or 0, call.id)
+
+
+def leader(calls: Iterable[ToolCall], rank: Mapping[TenantId, int]) -> ToolCall | None:
+    """Of the calls that ask or were granted something, the one that is served before all others."""
+    asking = [c for c in calls if c.gone_ns is None and c.phase is not ToolCallPhase.KILLED]
+    asking = [c for c in asking if c.stopped_ns is not None or (c.granted_ns is not None and c.running)]
+    return min(asking, key=lambda call: service_order(call, rank), default=None)
+
+
+class Books:
+    """Who holds and needs what, brought up to date with every grant; for one moment."""
+
+    def __init__(self, calls: Iterable[ToolCall], snapshot: Snapshot, policy: Policy, pool: int) -> None:
+        self._holdings: dict[ToolCallId, Holding] = {}
+        for call in calls:
+            held = max(call.used_bytes, _promised(call))
+            self._holdings[call.id] = Holding(held, claim_bytes(call, snapshot, policy, pool) - held)
+
+    def is_safe(self, call: ToolCall, hard_bytes: int, left_bytes: int) -> bool:
+        """Whether all can reach their predicted peaks in some order once the call's budget is `hard_bytes` and
+        `left_bytes` of the pool are free."""
+        after = self._after(call, hard_bytes)
+        if sum(each.need for each in after.values()) <= left_bytes:
+            return True
+        # Who needs least goes first: where that order fails, every order does.
+        for each in sorted(after.values(), key=lambda holding: holding.need):
+            if each.need > left_bytes:
+                return False
+            left_bytes += each.held
+        return True
+
+    def granted(self, call: ToolCall, hard_bytes: int) -> None:
+        self._holdings = self._after(call, hard_bytes)
+
+    def _after(self, call: ToolCall, hard_bytes: int) -> dict[ToolCallId, Holding]:
+        known = self._holdings[call.id]
+        claim = max(hard_bytes, known.held + known.need)
+        return {**self._holdings, call.id: Holding(hard_bytes, claim - hard_bytes)}
+
+
+UNASKED_RATIO = 0.25
+"""Of the pool: what all calls together may take before they ask. The rest is for those that ask, one after another."""
+UNASKED_LEAST_BYTES = 16 * MIB
+"""Less would stop what any interpreter needs to start."""
+
+
+def entry_budget(budget: Budget, pool: int, sharers: int) -> Budget:
+    """What a call begins with: the policy's budget, or less where so many share a pool so small.
+
+    `sharers`: those that may begin with it at a time, agents or calls. `pool` 0: not known, and nobody has less.
+    """
+    fair_bytes = max(UNASKED_LEAST_BYTES, int(UNASKED_RATIO * pool) // max(1, sharers))
+    if not pool or budget.hard_bytes <= fair_bytes:
+        return budget
+    return Budget(max(1, budget.soft_bytes * fair_bytes // budget.hard_bytes), fair_bytes)
