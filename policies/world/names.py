@@ -1,7 +1,8 @@
 """The policies that can be played, by name: a rival, what is added to it, what is taken away.
 
 Owns the grammar: `NAME`, then `+PART` or `-PART`, then `=VALUE` where a part has one: `minwaste+append+near=60`,
-`economy-door`. Parts are the fields of rules.Rule.
+`economy-door`. Parts are the fields of rules.Rule; those of decide() (policy.KvPart) can be taken away:
+`decide-marginal`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from ..policy import KvPart
 from .rules import BASES, Rule
 from .tools import Keeping
 
@@ -26,6 +28,8 @@ class Plan:
     keeping: Keeping = Keeping.STAND
     decides: str = ""
     """What of decide() is in force: "all", "tools" (the ladder alone), or nothing."""
+    without: frozenset[KvPart] = frozenset()
+    """Parts of decide() that are taken out."""
     unlimited: bool = False
     """KV without end: what is lost to want of room is nothing. No ceiling: see bound.py."""
 
@@ -63,6 +67,7 @@ _TAKE: dict[str, Part] = {
     "worth": lambda rule, _: replace(rule, worth=BASES["swap"].worth),
     "fair": lambda rule, _: replace(rule, fair=False),
 }
+_OF_DECIDE = tuple(part.value for part in KvPart)
 PARTS = tuple(sorted(_ADD.keys() | _TAKE.keys()))
 _ENGINE = replace(BASES["swap"], fair=True, append=True)
 """What the embedded engine does by itself: least recently used to host, then disk; copies stay valid; VTC."""
@@ -105,6 +110,9 @@ def plan(name: str) -> Plan:
     made = _PLANS[found[1]]
     rule = made.rule
     for sign, part, text in _PART.findall(found[2]):
+        if made.decides == "all" and sign == "-" and part in _OF_DECIDE:
+            made = replace(made, without=made.without | {KvPart(part)})
+            continue
         change = (_ADD if sign == "+" else _TAKE).get(part)
         if change is None:
             raise ValueError(f"{name!r}: there is no part {sign}{part}: {', '.join(PARTS)}")

@@ -149,6 +149,7 @@ class World:
     def _daemon(self, policy: Policy) -> Daemon | None:
         if not self.plan.decides:
             return None
+        policy = replace(policy, kv=replace(policy.kv, without=self.plan.without))
         if policy.memory.tool_pool_bytes is None:
             share = self.plan.rule.host_share or 0.0
             pool = int((1.0 - share) * self.room.ram_bytes)

@@ -50,7 +50,7 @@ def small_trace() -> list[Script]:
 
 @pytest.fixture(scope="module")
 def replayed() -> Simulation:
-    simulation = Simulation(small_trace(), POLICY, device_tokens=2048)
+    simulation = Simulation(small_trace(), POLICY, device_tokens=1700)
     simulation.play(at_most_s=120)
     return simulation
 
@@ -103,7 +103,7 @@ def test_each_tenants_weight_is_told_once(replayed: Simulation) -> None:
 def test_the_same_trace_gives_the_same_decisions() -> None:
     runs = []
     for _ in range(2):
-        simulation = Simulation(small_trace(), POLICY, device_tokens=2048)
+        simulation = Simulation(small_trace(), POLICY, device_tokens=1700)
         simulation.play(at_most_s=120)
         runs.append(simulation.lawful.log)
     assert runs[0] == runs[1]

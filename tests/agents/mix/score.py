@@ -160,7 +160,7 @@ def _wrong(thing: Thing, step: Step, row: Said, result: Score, *, heard: bool) -
         result.ends_late_ns.append(after)
     if not -EARLY_NS <= late <= LATE_NS and not by_turns:
         told.append(f"{name}: begins {late / 1e6:.0f} ms late")
-    if not row.start_ns <= row.end_ns or not (step.leaves or after <= LATE_NS) and not by_turns:
+    if not row.start_ns <= row.end_ns or (not (step.leaves or after <= LATE_NS) and not by_turns):
         told.append(f"{name}: ends {after / 1e6:.0f} ms late")
     if step.killed and row.signal != 9:
         told.append(f"{name}: was killed, said to have ended with {row.code}")
