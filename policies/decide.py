@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 
-from .actions import Action, Candidate, Decision, Drop, Retain, SetTenantWeight, SwapIn, SwapOut
+from .actions import Action, Candidate, Decision, Drop, Hold, Release, Retain, SetTenantWeight, SwapIn, SwapOut
+from .door import watch
 from .economy import UNIT, Books, Prices, Weighed, choose, expected_wait_s, running_bytes, standing, weigh
 from .ladder import climb, subject
 from .model import NS_PER_S, DecisionId, Engine, KvTier, Session, SessionId, SessionPhase, TenantId, ToolCall, Verdict
@@ -73,9 +74,32 @@ def decide(snapshot: Snapshot, policy: Policy) -> tuple[Decision, ...]:
         )
     for engine in snapshot.engines:
         if engine.attached:
-            _place_kv(snapshot, policy, engine, decisions)
+            at_door = _watch_door(snapshot, policy, engine, decisions)
+            _place_kv(snapshot, policy, engine, at_door, decisions)
             _tell_weights(snapshot, policy, engine, decisions)
     return tuple(decisions.made)
+
+
+def _watch_door(snapshot: Snapshot, policy: Policy, engine: Engine, decisions: _Decisions) -> frozenset[SessionId]:
+    """Answers whom it holds, or has just let go on: their KV is left where it is."""
+    expires_ns = snapshot.now_ns + policy.kv.directive_ns
+    passages = watch(snapshot, policy, engine)
+    for passage in passages:
+        session = passage.session
+        decisions.add(
+            Hold(engine.id, session.id, policy.kv.retain_ns, expires_ns)
+            if passage.hold
+            else Release(engine.id, session.id, expires_ns),
+            session.tenant,
+            str(session.id),
+            "the awake need more than the door lets in" if passage.hold else "session at the door may go on",
+            f"{passage.why}; with it they need {passage.need_tokens:.0f} of {passage.room_tokens:.0f} tokens",
+            passage.need_tokens,
+            passage.room_tokens,
+            "tokens",
+        )
+    held = {s.id for s in snapshot.sessions if s.hold_until_ns > snapshot.now_ns and s.id not in snapshot.left_behind}
+    return frozenset(held | {passage.session.id for passage in passages})
 
 
 def _calls_by_session(snapshot: Snapshot) -> dict[SessionId, list[ToolCall]]:
@@ -95,7 +119,9 @@ class _InCall:
     wait_s: float
 
 
-def _place_kv(snapshot: Snapshot, policy: Policy, engine: Engine, decisions: _Decisions) -> None:
+def _place_kv(
+    snapshot: Snapshot, policy: Policy, engine: Engine, at_door: frozenset[SessionId], decisions: _Decisions
+) -> None:
     """A verdict on every idle session of this engine whose agent is in a tool call, or has just come out of one.
 
     One at a time, whoever saves most per byte first, each on the books that the ones before have left.
@@ -106,6 +132,8 @@ def _place_kv(snapshot: Snapshot, policy: Policy, engine: Engine, decisions: _De
     in_call = []
     for session in snapshot.sessions:
         if session.engine != engine.id or session.phase is not SessionPhase.IDLE or session.held_tokens == 0:
+            continue
+        if session.id in at_door:
             continue
         if session.id in snapshot.left_behind:
             if "drop" in can and session.verdict is not Verdict.DROP and not _dwells(session, snapshot, policy):

@@ -78,6 +78,10 @@ class KvPolicy:
     """Longest retention asked of the engine at a time."""
     directive_ns: int = 5 * NS_PER_S
     """A directive not applied after this is void."""
+    door_ratio: float | None = None
+    """Of device and host tier together that the sessions awake may need; None: everybody is."""
+    door_longest_ns: int = 120 * NS_PER_S
+    """Nobody is held at the door for longer than this after asking."""
     without: frozenset[KvPart] = frozenset()
 
 

@@ -15,8 +15,10 @@ from ..actions import (
     Decision,
     Drop,
     EngineAction,
+    Hold,
     Outcome,
     OutcomeStatus,
+    Release,
     Retain,
     SetHostTierCapacity,
     SetTenantWeight,
@@ -130,10 +132,19 @@ def carry_out(action: EngineAction, world: World) -> OutcomeStatus:
             world.host_limit_bytes = host_bytes
             world.engine.squeeze()
             return OutcomeStatus.COMPLETED
+        case Hold(session=session, ttl_ns=ttl_ns):
+            held = world.engine.hold(world.engine.seat_of[session], world.now_s + ttl_ns / NS_PER_S)
+            return OutcomeStatus.COMPLETED if held else OutcomeStatus.REJECTED
+        case Release(session=session):
+            world.engine.release(world.engine.seat_of[session])
+            return OutcomeStatus.COMPLETED
         case SwapOut() | SwapIn() | Retain() | Drop():
-            pass
+            return _move(action, world)
         case _:
             assert_never(action)
+
+
+def _move(action: SwapOut | SwapIn | Retain | Drop, world: World) -> OutcomeStatus:
     engine = world.engine
     seat = engine.seat_of[action.session]
     if seat.stage is not Stage.IDLE or seat.tier is KvTier.NONE:

@@ -138,13 +138,26 @@ class Engine:
         """Its conversation is over; the seat may take another."""
         self.tiers.forget(seat)
         seat.context_tokens = seat.turn = 0
-        seat.stage, seat.asleep, seat.kind = Stage.IDLE, False, ""
+        seat.stage, seat.asleep, seat.kind, seat.hold_until_s = Stage.IDLE, False, "", 0.0
+        self.serve()
+
+    def hold(self, seat: Seat, until_s: float) -> bool:
+        """Not to be served before `until_s`; False where its turn has its room already."""
+        if seat.stage in COMPUTED:
+            return False
+        seat.hold_until_s = until_s
+        return True
+
+    def release(self, seat: Seat) -> None:
+        seat.hold_until_s = 0.0
         self.serve()
 
     def serve(self) -> None:
         """Give room to whoever waits, in the rule's order, as far as it can be made; then use what is idle."""
         waiting = [s for s in self.seats if s.stage is Stage.WAITING]
         for seat in sorted(waiting, key=lambda s: waiting_order(self.rule, self, s)):
+            if seat.hold_until_s > self.now_s:
+                continue
             if not self.door.admits(seat, self.seats, self._reach_tokens()):
                 continue
             room_s = self._make_room(seat)

@@ -30,6 +30,8 @@ class Plan:
     """What of decide() is in force: "all", "tools" (the ladder alone), or nothing."""
     without: frozenset[KvPart] = frozenset()
     """Parts of decide() that are taken out."""
+    door: float | None = None
+    """Of decide(): its door, in place of the engine's own."""
     unlimited: bool = False
     """KV without end: what is lost to want of room is nothing. No ceiling: see bound.py."""
 
@@ -109,12 +111,16 @@ def plan(name: str) -> Plan:
         raise ValueError(f"no policy {name!r}: one of {', '.join(_PLANS)}, with +PART or -PART of {', '.join(PARTS)}")
     made = _PLANS[found[1]]
     rule = made.rule
+    door = None
     for sign, part, text in _PART.findall(found[2]):
         if made.decides == "all" and sign == "-" and part in _OF_DECIDE:
             made = replace(made, without=made.without | {KvPart(part)})
+            continue
+        if made.decides == "all" and part == "door":
+            door = _value(text or None, DOOR, "door") if sign == "+" else None
             continue
         change = (_ADD if sign == "+" else _TAKE).get(part)
         if change is None:
             raise ValueError(f"{name!r}: there is no part {sign}{part}: {', '.join(PARTS)}")
         rule = change(rule, text or None)
-    return replace(made, name=name, rule=replace(rule, name=name))
+    return replace(made, name=name, rule=replace(rule, name=name), door=door)

@@ -70,6 +70,8 @@ class Seat:
     began_s: float = 0.0
     """When its turn got its room."""
     retain_until_s: float = 0.0
+    hold_until_s: float = 0.0
+    """Until then its next turn is not served: a daemon's word."""
     asleep: bool = False
     """Behind the door: its KV is gone and its turn waits until the awake leave room for it."""
     kind: str = ""

@@ -51,7 +51,9 @@ from .seat import Seat, Stage
 from .tools import Call, Keeping, Tools
 
 ENGINE = EngineId("world")
-DIRECTIVES = frozenset({"set_tenant_weight", "swap_out", "swap_in", "retain", "drop", "set_host_tier_capacity"})
+DIRECTIVES = frozenset(
+    {"set_tenant_weight", "swap_out", "swap_in", "retain", "drop", "hold", "release", "set_host_tier_capacity"}
+)
 RESERVE_RATIO = 0.03
 """Of host RAM that a host tier which follows the tools leaves free for what they take next."""
 UNLIMITED = 1000
@@ -150,6 +152,8 @@ class World:
         if not self.plan.decides:
             return None
         policy = replace(policy, kv=replace(policy.kv, without=self.plan.without))
+        if self.plan.door is not None:
+            policy = replace(policy, kv=replace(policy.kv, door_ratio=self.plan.door))
         if policy.memory.tool_pool_bytes is None:
             share = self.plan.rule.host_share or 0.0
             pool = int((1.0 - share) * self.room.ram_bytes)
@@ -367,6 +371,7 @@ class World:
         free = max(0, self.room.ram_bytes - used)
         self._tell(lambda: HostSampled(self._ns(), self.room.ram_bytes, free, None, None))
         seats = [seat for seat in self.engine.seats if seat.context_tokens or seat.stage is not Stage.IDLE]
+        waiting = sum(seat.stage is Stage.WAITING and seat.hold_until_s <= self.now_s for seat in seats)
         totals = EngineTotals(recomputed_tokens=self.tally.recomputed_tokens)
         self._tell(
             lambda: KvObserved(
@@ -379,21 +384,22 @@ class World:
                 device_capacity_tokens=tiers.capacity_tokens,
                 host_capacity_bytes=int(self.host_capacity_bytes()),
                 running_count=sum(seat.stage not in _PHASES for seat in seats),
-                waiting_count=sum(seat.stage is Stage.WAITING for seat in seats),
+                waiting_count=waiting,
                 totals=totals,
             )
         )
 
     def _session(self, seat: Seat) -> Session:
         per_token = self.machine.bytes_per_token
+        held = seat.stage is Stage.WAITING and seat.hold_until_s > self.now_s
         return Session(
             id=seat.session,
             tenant=TenantId(seat.tenant),
             engine=ENGINE,
-            phase=_PHASES.get(seat.stage, SessionPhase.RUNNING),
+            phase=SessionPhase.HELD if held else _PHASES.get(seat.stage, SessionPhase.RUNNING),
             tier=seat.tier if seat.held_tokens else KvTier.NONE,
             held_tokens=seat.held_tokens,
-            context_tokens=seat.context_tokens,
+            context_tokens=max(seat.context_tokens, seat.prompt_tokens if seat.stage is not Stage.IDLE else 0),
             host_bytes=seat.host_tokens * per_token,
             disk_bytes=seat.disk_tokens * per_token,
             retain_until_ns=round(seat.retain_until_s * NS_PER_S),
