@@ -359,6 +359,10 @@ class Session:
     verdict_ns: int = 0
     cost: SessionCost = field(default_factory=SessionCost)
     """Of its turns that ended while this daemon and the engine knew each other."""
+    asked_ns: int = 0
+    """When its last turn was asked for; 0: not seen."""
+    hold_until_ns: int = 0
+    """Until when the engine was told to hold it; 0, or past: it is not held by us."""
     sandbox: CgroupId | None = None
     """Where its requests come from, as their connections show; None: not known."""
 
