@@ -11,8 +11,9 @@ import ctypes
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from . import abi
+from .abi import Layouts
 from .libbpf import BpfObject
 
 LOOK_EVERY_NS = 1_000_000_000
@@ -32,8 +33,9 @@ class Buried:
 class MissedExits:
     """Looks for dead processes, but only for some seconds after the kernel counted a skipped program."""
 
-    def __init__(self, bpf: BpfObject, proc_root: Path = Path("/proc")) -> None:
+    def __init__(self, bpf: BpfObject, layouts: Layouts, proc_root: Path = Path("/proc")) -> None:
         self._processes, self._request = bpf.maps["processes"], bpf.maps["retag"]
+        self._record, self._retag = layouts.struct("process_record"), layouts.struct("retag_request")
         self._bury = bpf.programs["bury_process"]
         self._second_chance = bpf.programs["on_exit_again"]
         self._proc_root = proc_root
@@ -55,11 +57,12 @@ class MissedExits:
 
     def bury(self) -> list[Buried]:
         """Takes every dead process out of the books. Walks all followed processes."""
-        buried, record = [], abi.ProcessRecord()
+        buried: list[Buried] = []
+        record: Any = self._record()
         for key in list(self._processes.keys(ctypes.c_uint32)):
             if self._lives(key.value) or not self._processes.lookup(key, record):
                 continue
-            self._request.update(ctypes.c_uint32(0), abi.RetagRequest(tag=record.tag, tgid=key.value))
+            self._request.update(ctypes.c_uint32(0), self._retag(tag=record.tag, tgid=key.value))
             self._bury.run_over_tasks(os.getpid())
             buried.append(Buried(key.value, record.tag, record.slot))
         return buried
