@@ -2,6 +2,7 @@
 
 Owns the closed union `Event`. Sources emit them, `State.apply` is the only consumer that gives them meaning, and the
 journal stores them. An Outcome is an event like any other.
+Long for being the closed set, one class after the other: what a new kind of event adds here, it adds nowhere else.
 """
 
 from __future__ import annotations
@@ -225,6 +226,23 @@ class ProcessesGone:
 
     at_ns: int
     id: ToolCallId
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallFact:
+    """What the kernel tells of a tool call beside its life and its memory: a class below for each kind of it.
+
+    State keeps the newest of each class with the call, for people to see; a class that shall decide something has an
+    arm of its own.
+    """
+
+    at_ns: int
+    id: ToolCallId
+
+    @property
+    def words(self) -> str:
+        """What people are shown; one line."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)

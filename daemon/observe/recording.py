@@ -91,4 +91,5 @@ def _changing(call: ToolCall) -> tuple[object, ...]:
         call.phase,
         call.stalled_ns,
         call.verdict,
+        call.facts,
     )
