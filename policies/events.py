@@ -245,6 +245,27 @@ class ToolCallFact:
         raise NotImplementedError
 
 
+_SIGNALS = {1: "SIGHUP", 2: "SIGINT", 3: "SIGQUIT", 6: "SIGABRT", 9: "SIGKILL", 11: "SIGSEGV", 15: "SIGTERM"}
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallSignalled(ToolCallFact):
+    """A process of it was sent a signal that ends it unless it has a handler (SIGKILL, SIGTERM, SIGSEGV, ...)."""
+
+    pid: int
+    signal: int
+    sender_pid: int
+    sender_comm: str
+    by_kernel: bool
+    """An OOM kill, a fault of its own, a kernel thread: the sender is only who ran just then."""
+
+    @property
+    def words(self) -> str:
+        name = _SIGNALS.get(self.signal, f"signal {self.signal}")
+        sender = "the kernel, during " if self.by_kernel else ""
+        return f"{name} to pid {self.pid} from {sender}{self.sender_comm} (pid {self.sender_pid})"
+
+
 @dataclass(frozen=True, slots=True)
 class IntentDeclared:
     """An agent says what its next tool call will need."""
@@ -387,6 +408,7 @@ Event = (
     | BudgetChanged
     | ToolCallEnded
     | ProcessesGone
+    | ToolCallSignalled
     | IntentDeclared
     | EngineAttached
     | EngineDetached

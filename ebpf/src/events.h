@@ -34,7 +34,8 @@ enum event_kind {
 	EVENT_TOOL_EXIT = 6,   /* the root process of the tag exited; processes may have escaped */
 	EVENT_TOOL_GONE = 7,   /* the last process of the tag exited */
 	EVENT_CONNECTION = 8,  /* a TCP connection that an agent or a tool call opened is established */
-	EVENT_KIND_COUNT = 9,  /* last */
+	EVENT_TOOL_CALL_SIGNALLED = 9, /* a process was sent a signal that ends it unless it has a handler */
+	EVENT_KIND_COUNT = 10, /* last */
 };
 
 /* Why a process or a tool call could not be followed; index into control.untracked */
@@ -115,12 +116,24 @@ struct connection_event {
 };
 _Static_assert(sizeof(struct connection_event) == 128, "connection_event");
 
+/* The header tells of the task that was sent the signal, but for cgroup_id: that is the sender's. */
+struct signal_event {
+	struct event_header header;
+	__u32 signal;
+	__u32 sender_pid; /* tgid of the task that ran; where by_kernel is 1 that need not be whose doing it was */
+	__u32 by_kernel;  /* 1: an OOM kill, a fault of its own, a kernel thread (Ctrl-C on a terminal) */
+	__u32 padding;
+	char sender_comm[COMM_BYTES];
+};
+_Static_assert(sizeof(struct signal_event) == 112, "signal_event");
+
 /* The record that comes with each kind of event: EVENT_TOOL_EXIT with member tool_exit */
 union event {
 	struct exec_event tool_exec, child_exec;
 	struct memory_event memory, soft_budget, hard_budget;
 	struct exit_event tool_exit, tool_gone;
 	struct connection_event connection;
+	struct signal_event tool_call_signalled;
 };
 
 /* Bits of tool_record.flags, written by user space */
@@ -210,7 +223,7 @@ struct control {
 	__u64 stops_withheld;    /* charges above a hard budget while the heartbeat was stale */
 	__u64 cpu_offsets_known; /* CPUs whose per-CPU offset was learned; 0: counters are approximate */
 };
-_Static_assert(sizeof(struct control) == 136, "control");
+_Static_assert(sizeof(struct control) == 144, "control");
 
 /* Element 0 of `retag_request`: the argument of the retag iterator */
 struct retag_request {
