@@ -11,8 +11,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector, CollectorRegistry
 
+from ...policies.model import KvTier
 from ..reports import Occupancy
-from .schedule.sequence import TenantId, Tier
+from .schedule.sequence import TenantId
 from .turn_cost import AccountsNow
 
 _PREFIX = "equipoise_engine_"
@@ -49,7 +50,7 @@ class _Page(Collector):
         held = GaugeMetricFamily(_PREFIX + "kv_tokens", "Tokens whose KV is held.", labels=["tenant", "tier"])
         sums: dict[tuple[str, str], int] = {}
         for session in now.sessions:
-            if session.tier is not Tier.NONE:
+            if session.tier is not KvTier.NONE:
                 key = (session.tenant_id, session.tier.value)
                 sums[key] = sums.get(key, 0) + session.held_tokens
         for (tenant, tier), tokens in sorted(sums.items()):

@@ -7,7 +7,8 @@ from typing import Any
 from equipoise.gpuctl import directives as ask
 from equipoise.gpuctl.directives import PreemptMode
 from equipoise.gpuctl.engine.schedule.cost_figures import CostFigures
-from equipoise.gpuctl.engine.schedule.sequence import FinishReason, SessionId, Slo, Tier, TurnAccepted
+from equipoise.gpuctl.engine.schedule.sequence import FinishReason, SessionId, Slo, TurnAccepted
+from equipoise.policies.model import KvTier
 from equipoise.tests.gpuctl.engine.driving import SECOND, Driven, Turn
 from equipoise.tests.gpuctl.engine.fakes import FakeRunner
 from hypothesis import HealthCheck, settings
@@ -114,7 +115,7 @@ class EngineMachine(RuleBasedStateMachine):
     def direct(self, session: str, kind: int, number: int) -> None:
         session_id = SessionId(session)
         directives: list[Any] = [
-            lambda: ask.SwapOut(**self.common(), session_id=session_id, tier=Tier.HOST),
+            lambda: ask.SwapOut(**self.common(), session_id=session_id, tier=KvTier.HOST),
             lambda: ask.SwapIn(**self.common(), session_id=session_id),
             lambda: ask.Drop(**self.common(), session_id=session_id, from_token=number),
             lambda: ask.Hold(**self.common(), session_id=session_id, ttl_ns=number * SECOND),
