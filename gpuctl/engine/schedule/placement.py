@@ -128,18 +128,16 @@ class Placement:
         return self.ledger.holding(session.id).longest()[0]
 
     def demote(self, session: Session, tier: Tier, *, to: Tier | None = None, directive_id: str = "") -> bool:
-        """Move a session's copy in `tier` further down: to the next tier with room, or to the one given.
+        """Move a session's copy in `tier` further down: to the next tier that can have room, or to the one given.
 
         False where that has no room, is not below, or there is nothing to move.
         """
         holding = self.ledger.holding(session.id)
         tokens = holding.copy_tokens(tier)
-        for lower in self.ledger.below(tier):
+        for lower in self.ledger.below(tier) if tokens else ():
+            if lower.tier is not (to or lower.tier) or not self.fits(session, lower.tier, tokens):
+                continue
             valid = holding.copy_tokens(lower.tier)
-            if not tokens or lower.tier is not (to or lower.tier):
-                continue
-            if not self.ledger.room(lower.tier, max(0, tokens - valid)):
-                continue
             self.ledger.copied(session.id, lower.tier, max(tokens, valid))
             self.ledger.copied(session.id, tier, 0)
             self.moves.append(MoveDown(session.id, tier, lower.tier, tokens, min(valid, tokens), directive_id))

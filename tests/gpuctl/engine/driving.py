@@ -138,7 +138,9 @@ class Driven:
                 if not self.engine._scheduler.placement.moves:
                     assert held == tokens[: holding.device_tokens], session_id
             if not self.engine._scheduler.placement.moves:
-                assert host_tokens(self, session_id) >= holding.copy_tokens(HOST), session_id
+                for tier, store in self.engine._swapper.stores.items():
+                    if isinstance(store, HostTier):
+                        assert store.tokens(session_id) >= holding.copy_tokens(tier), f"{session_id} in {tier.value}"
         if not self.engine._scheduler.placement.moves:
             for slot, held in self.runner.slots.items():
                 assert len(held) == slots.get(slot, 0), f"slot {slot} holds {len(held)} tokens nobody owns"
