@@ -56,6 +56,12 @@ class _Page(Collector):
         for (tenant, tier), tokens in sorted(sums.items()):
             held.add_metric([tenant, tier], tokens)
         yield held
+        used = GaugeMetricFamily(_PREFIX + "tier_used_bytes", "KV in a tier below the device.", labels=["tier"])
+        room = GaugeMetricFamily(_PREFIX + "tier_capacity_bytes", "KV that it may hold.", labels=["tier"])
+        for lower in now.tiers:
+            used.add_metric([lower.tier], lower.used_bytes)
+            room.add_metric([lower.tier], lower.capacity_bytes)
+        yield from (used, room)
         service = CounterMetricFamily(
             _PREFIX + "service_units", "Weighted token service (VTC): input 1, output 2.", labels=["tenant"]
         )

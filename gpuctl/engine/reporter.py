@@ -11,7 +11,7 @@ from collections.abc import Callable
 from ...policies.model import AskedToolCall, KvTier
 from ..directives import Outcome
 from ..outcomes import Outcomes
-from ..reports import Listener, Occupancy, Report, Reported, SessionKv, TurnEnded
+from ..reports import Listener, Occupancy, Report, Reported, SessionKv, TierUse, TurnEnded
 from .schedule.cost_figures import CostFigures
 from .schedule.ledger import Holding
 from .schedule.scheduler import Scheduler
@@ -97,6 +97,10 @@ class Reporter:
             host_capacity_bytes=ledger.capacity_bytes(KvTier.HOST),
             totals=self._totals.told(),
             cost=self.cost,
+            tiers=tuple(
+                TierUse(each.tier.value, each.used_tokens * ledger.bytes_per_token, each.capacity_bytes)
+                for each in ledger.lower
+            ),
         )
 
 

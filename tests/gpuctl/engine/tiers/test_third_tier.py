@@ -6,10 +6,12 @@ import argparse
 
 import pytest
 from equipoise.gpuctl.directives import OutcomeStatus, SwapOut
+from equipoise.gpuctl.engine import metrics
 from equipoise.gpuctl.engine.schedule.sequence import SessionId, Tier
 from equipoise.gpuctl.engine.tiers import table
 from equipoise.gpuctl.engine.tiers.disk_tier import DiskTier
 from equipoise.gpuctl.engine.tiers.table import DISK, HOST, Line, OpenTier, in_memory
+from equipoise.gpuctl.reports import TierUse
 from equipoise.policies.model import KvTier
 from equipoise.tests.gpuctl.engine.asking import Asked, Watch, soon
 from equipoise.tests.gpuctl.engine.driving import Driven, holding, moved, swap_out
@@ -76,6 +78,9 @@ def test_the_daemon_is_told_of_the_attic_as_disk_and_its_directives_reach_it(dri
     assert holding(driven, "a").longest()[0] is ATTIC, "it made way on the disk"
     books = driven.engine._reporter.occupancy()
     assert (books.host_used_bytes, books.disk_used_bytes) == (16 * TOKENS, 16 * 2 * TOKENS)
+    assert books.tiers[2] == TierUse("attic", 16 * TOKENS, 16 * 3 * 60)
+    page = metrics.page(books, {}, driven.engine._accounts.now()).decode()
+    assert f'equipoise_engine_tier_used_bytes{{tier="attic"}} {16 * TOKENS}.0' in page
     assert {kv.session_id: (kv.tier, kv.disk_bytes) for kv in books.sessions}["a"] == (KvTier.DISK, 16 * TOKENS)
     assert {(move.from_tier, move.to_tier) for move in moved(driven)} >= {(KvTier.DISK, KvTier.DISK)}
     assert driven.engine.facts().disk_capacity_bytes == 16 * (60 + 3 * 60)
