@@ -132,10 +132,11 @@ class Director:
         return _outcome(directive, OutcomeStatus.ACCEPTED)
 
     def _swap_out(self, directive: ask.SwapOut, session: Session) -> Outcome:
+        if directive.tier in (KvTier.DEVICE, KvTier.NONE):
+            return _rejected(directive, "tier: give host or disk")
         wanted = [each.tier for each in self._ledger.lower if each.tier.told_as is directive.tier]
         if not wanted:
-            known = dict.fromkeys(each.tier.told_as.value for each in self._ledger.lower)
-            return _rejected(directive, f"tier: give {' or '.join(known) or 'none: there are no tiers'}")
+            return _rejected(directive, f"no {directive.tier.value} tier")
         if session.id in self._scheduler.running:
             return self._put_off(directive, "its turn is running: done when the turn ends")
         holding = self._ledger.holding(session.id)
