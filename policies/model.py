@@ -200,6 +200,16 @@ class KvMeanwhile:
 
 
 @dataclass(frozen=True, slots=True)
+class Fact:
+    """Something that the kernel told of a tool call (events.ToolCallFact)."""
+
+    kind: str
+    """Name of the event's class."""
+    at_ns: int
+    words: str
+
+
+@dataclass(frozen=True, slots=True)
 class ToolCall:
     """The tasks that descend from one exec by the agent.
 
@@ -255,6 +265,8 @@ class ToolCall:
     """By which the conversation, and the agent's own log, know the call."""
     exempt: bool = False
     """No budget may stop it, and nothing holds it back: it could be the agent."""
+    facts: tuple[Fact, ...] = ()
+    """The newest of each kind, oldest first."""
 
     @property
     def running(self) -> bool:

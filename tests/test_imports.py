@@ -55,8 +55,10 @@ WINGS: dict[str, tuple[str, ...]] = {
         "daemon.observe.journal", "daemon.sandboxes", "daemon.sandboxes.cgroups", "daemon.errors", "daemon.log",
     ),
     "daemon.rpc": ("daemon.observe", "daemon.sandboxes", "daemon.loop", "daemon.errors", "daemon.api"),
+    "daemon.demo.agents": ("daemon.api",),
     "daemon.demo": (
-        "daemon.rpc", "daemon.sandboxes", "daemon.sandboxes.cgroups", "daemon.errors", "daemon.api",
+        "daemon.demo.agents", "daemon.rpc", "daemon.sandboxes", "daemon.sandboxes.cgroups", "daemon.errors",
+        "daemon.api",
     ),
     "daemon.cli": (
         "daemon", "daemon.rpc", "daemon.enforce", "daemon.demo", "daemon.sandboxes", "daemon.sandboxes.cgroups",

@@ -101,4 +101,5 @@ def _changing(call: ToolCall) -> tuple[object, ...]:
         call.phase,
         call.stalled_ns,
         call.verdict,
+        call.facts,
     )

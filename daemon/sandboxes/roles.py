@@ -3,7 +3,7 @@
 Stands between the kernel's events and the loop: a lineage event goes on as a ToolCallStarted only where the rules
 (policies/roles.py) say so; everything else is observed under its role. Owns who is the runtime of each sandbox, and
 therefore whose children have budgets: until somebody below the sandbox's first program has spoken to a model nobody
-has. Applies no policy of memory.
+has. Applies no policy of memory. Long for its rules, which share every field: each corrects what another one said.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from ...policies.events import (
     SandboxRemoved,
     ToolCallAttributed,
     ToolCallEnded,
+    ToolCallFact,
     ToolCallMemoryStepped,
     ToolCallStarted,
     ToolCallWithdrawn,
@@ -46,6 +47,8 @@ from .witness import Witness
 
 STAYS_NS = 20 * NS_PER_S
 """What still runs so long after it began, and is no tool call, is a service."""
+_OF_ONE = (ToolCallEnded, ToolCallMemoryStepped, BudgetReached, ProcessesGone, ToolCallFact)
+"""What the kernel tells of one call, or of what is none."""
 _SURVEY_NS = NS_PER_S
 _SURVEY_PAUSE_MAX_NS = 30 * NS_PER_S
 
@@ -156,7 +159,7 @@ class RoleKeeper:
                 return tuple(self._at_budget(event, self._calls[event.id]))
             case ProcessExeced():
                 return tuple(self._execed(event))
-            case ToolCallEnded() | ToolCallMemoryStepped() | BudgetReached() | ProcessesGone():
+            case _ if isinstance(event, _OF_ONE):
                 self._ended((event,))
                 if isinstance(event, ToolCallEnded | ProcessesGone):
                     self._unwitnessed.note(event)

@@ -165,6 +165,8 @@ def test_a_runaway_alone_is_killed_and_its_agent_lives_and_is_told_why(daemon):
     call = only(daemon, "wild")
     assert call.signal == 9 and call.overshoot_bytes < MIB and call.peak_bytes < 193 * MIB
     assert any(action.startswith("kill the tool call: done") for action in call.actions)
+    (seen,) = call.facts
+    assert seen.startswith("SIGKILL to pid ") and seen.endswith(f"(pid {daemon.process.pid})"), seen
     shown = daemon.cli("explain", call.tool_call_id[-8:])
     assert shown.returncode == 0 and "because  tool call at the largest budget" in shown.stdout
 
