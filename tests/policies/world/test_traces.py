@@ -139,7 +139,7 @@ def test_each_part_changes_the_rule_it_is_given_to_and_taking_it_away_gives_the_
 def test_parts_of_decide_are_the_policys_and_not_the_engines() -> None:
     assert plan("decide").door is None and plan("decide").without == frozenset()
     shut = plan("decide+door=0.8-marginal-need")
-    assert (shut.door, shut.without) == (0.8, {KvPart.MARGINAL, KvPart.NEED})
+    assert (shut.door, shut.without) == (0.8, frozenset({KvPart.MARGINAL, KvPart.NEED}))
     assert shut.rule.door is None
     for part in KvPart:
         assert plan(f"decide-{part.value}").without == {part}
