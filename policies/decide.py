@@ -10,9 +10,9 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from .actions import Action, Candidate, Decision, Drop, Hold, Release, Retain, SetTenantWeight, SwapIn, SwapOut
-from .door import watch
-from .economy import UNIT, Books, Prices, Weighed, choose, expected_wait_s, running_bytes, standing, weigh
-from .ladder import climb, subject
+from .kv.door import watch
+from .kv.economy import UNIT, Books, Prices, Weighed, choose, expected_wait_s, running_bytes, standing, weigh
+from .memory.ladder import climb, subject
 from .model import NS_PER_S, DecisionId, Engine, KvTier, Session, SessionId, SessionPhase, TenantId, ToolCall, Verdict
 from .policy import KvPart, Policy
 from .snapshot import Snapshot

@@ -29,7 +29,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 }
 WINGS: dict[str, tuple[str, ...]] = {
     "policies.state": ("policies",),
-    "policies.world": ("policies", "policies.state"),
+    "policies.kv": ("policies",),
+    "policies.memory": ("policies",),
+    "policies.world.engine": ("policies", "policies.world"),
+    "policies.world": ("policies", "policies.kv", "policies.state", "policies.world.engine"),
     "gpuctl.engine.schedule": ("gpuctl.reports", "gpuctl.directives", "gpuctl.engine.errors"),
     "gpuctl.engine.compute": ("gpuctl.engine.schedule", "gpuctl.engine.errors"),
     "gpuctl.engine.tiers": (
@@ -169,7 +172,7 @@ def wing_breaches(path: str, found: Import) -> Iterator[str]:
         wing = wing_of(reached)
         if wing is None or wing == home or (found.annotations_only and wing == "gpuctl.engine.compute"):
             continue
-        if home != wing and wing in APART and own.split(".")[0] == wing.split(".")[0]:
+        if wing in APART and not within(own, (wing,)) and own.split(".")[0] == wing.split(".")[0]:
             yield f"{reached} is a room apart"
         same_folder = home is not None and wing.split(".")[0] == home.split(".")[0]
         if same_folder and wing not in WINGS[home or ""] and not within(reached, _single_modules(home or "")):

@@ -1,13 +1,13 @@
 """What a tool call may use before it is asked about, as the kernel holds it for each parent of calls.
 
 Owns who has such a budget for its children, and bringing it up to date as calls come and go: in a small pool many
-together begin with less (policies/grants.py says how much). Stops nobody.
+together begin with less (policies/memory/grants.py says how much). Stops nobody.
 """
 
 from __future__ import annotations
 
 from ...ebpf.tool_memory import ToolMemory
-from ...policies.grants import entry_budget
+from ...policies.memory.grants import entry_budget
 from ...policies.model import ToolCallId
 from ...policies.policy import Budget
 from ...policies.state import State

@@ -1,7 +1,7 @@
 """What computing and copying KV costs on this machine: fitted when the engine starts, kept per model and machine.
 
 Owns: the measurements, the fit, the file that keeps it, and where gamma comes from (policies/accounting.py says what it
-is). Must not: decide by it (policies/economy.py does).
+is). Must not: decide by it (policies/kv/economy.py does).
 
 Prefill of C tokens is taken as a C + b C^2 (matrix products per token, attention per pair); a decode step of n
 sequences as t_1 + (n - 1) t_more, t_1 growing with each token of context. Each figure is the least of its repetitions:

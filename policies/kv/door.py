@@ -14,9 +14,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .model import Engine, KvTier, Session, SessionId, SessionPhase
-from .policy import Policy
-from .snapshot import Snapshot
+from ..model import Engine, KvTier, Session, SessionId, SessionPhase
+from ..policy import Policy
+from ..snapshot import Snapshot
 
 _OUT = (KvTier.DISK, KvTier.NONE)
 GROWTH = 1.2

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .correlate import device_bytes
-from .model import NS_PER_S, STALLED, Engine, KvTier, Session, SessionPhase, ToolCall, ToolCallPhase, Verdict
-from .policy import KvPart, Policy
-from .snapshot import Snapshot
+from ..correlate import device_bytes
+from ..model import NS_PER_S, STALLED, Engine, KvTier, Session, SessionPhase, ToolCall, ToolCallPhase, Verdict
+from ..policy import KvPart, Policy
+from ..snapshot import Snapshot
 
 GIB = float(1 << 30)
 UNIT = "GiB s"

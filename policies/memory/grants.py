@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from .model import MIB, TenantId, ToolCall, ToolCallId, ToolCallPhase
-from .policy import Budget, Policy
-from .snapshot import Snapshot
+from ..model import MIB, TenantId, ToolCall, ToolCallId, ToolCallPhase
+from ..policy import Budget, Policy
+from ..snapshot import Snapshot
 
 CLAIM_QUANTILE = 0.99
 """Of the peaks of its kind that lie beyond what a call uses: that much it is predicted to reach."""

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .actions import Action, Candidate, Grant, Kill, Thaw, Throttle, Wait
-from .fairness import Share, serve_order, shares
+from ..actions import Action, Candidate, Grant, Kill, Thaw, Throttle, Wait
+from ..fairness import Share, serve_order, shares
+from ..model import MIB, NS_PER_S, Sandbox, TenantId, ToolCall, ToolCallId, ToolCallPhase
+from ..policy import Policy
+from ..snapshot import Snapshot
 from .grants import Books, leader, service_order
-from .model import MIB, NS_PER_S, Sandbox, TenantId, ToolCall, ToolCallId, ToolCallPhase
-from .policy import Policy
-from .snapshot import Snapshot
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ from ..model import NS_PER_S, KvTier
 from ..policy import Policy
 from ..snapshot import Snapshot
 from ..state import State
-from .seat import Stage
+from .engine.seat import Stage
 
 if TYPE_CHECKING:
     from .world import World

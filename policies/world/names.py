@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ..policy import KvPart
-from .rules import BASES, Rule
+from .engine.rules import BASES, Rule
 from .tools import Keeping
 
 NEAR_S = 20.0

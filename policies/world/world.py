@@ -42,12 +42,12 @@ from ..model import (
 from ..model import Engine as EngineFacts
 from ..policy import Policy
 from .daemon import Daemon, decide_on_tools
-from .engine import Engine
+from .engine.engine import Engine
+from .engine.seat import Seat, Stage
 from .machine import Machine
 from .names import Plan
 from .score import Score, Tally, score
 from .script import Script
-from .seat import Seat, Stage
 from .tools import Call, Keeping, Tools
 
 ENGINE = EngineId("world")

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from equipoise.policies.actions import Decision, Drop, Grant, Retain, SetTenantWeight, SwapIn, SwapOut
 from equipoise.policies.decide import decide
-from equipoise.policies.economy import SCARCE_RATIO
+from equipoise.policies.kv.economy import SCARCE_RATIO
 from equipoise.policies.model import (
     MIB,
     CostModel,

@@ -10,7 +10,7 @@ from collections import deque
 from heapq import heappop, heappush
 from math import ceil, inf
 
-from .machine import Machine
+from ..machine import Machine
 from .seat import Seat
 
 _SLACK = 1e-9

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..model import KvTier
+from ...model import KvTier
 from .seat import Seat, Stage
 
 TURNS_AHEAD = 8

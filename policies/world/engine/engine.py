@@ -12,13 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from math import inf
 
-from ..accounting import Work
-from ..model import KvTier, SessionId
+from ...accounting import Work
+from ...model import KvTier, SessionId
+from ..machine import TURN_S, Machine
+from ..score import Tally
 from .compute import Compute
 from .door import Door
-from .machine import TURN_S, Machine
 from .rules import PREFILL_WEIGHT, Rule, Service, waiting_order
-from .score import Tally
 from .seat import COMPUTED, Seat, Stage
 from .tiers import Tiers
 from .waits import Waits

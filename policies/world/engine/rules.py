@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from ..model import KvTier
+from ...model import KvTier
 from .seat import Seat, Stage
 
 TTL_S = 2.0

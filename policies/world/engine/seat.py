@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from ..model import KvTier, SessionId
+from ...model import KvTier, SessionId
 
 
 class Stage(Enum):

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ..model import KvTier
-from .machine import Machine
+from ...model import KvTier
+from ..machine import Machine
+from ..score import Tally
 from .rules import Look, Rule
-from .score import Tally
 from .seat import COMPUTED, Seat, Stage
 
 

@@ -5,8 +5,8 @@ Owns one `Estimates` and the answers already given: a rule asks for every idle s
 
 from __future__ import annotations
 
-from ..estimate import Estimates
-from ..model import NS_PER_S
+from ...estimate import Estimates
+from ...model import NS_PER_S
 
 _STEPS_PER_S = 4
 """Answers are kept by elapsed time in quarters of a second: buckets of a log2 histogram are no finer."""

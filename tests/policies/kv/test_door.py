@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from equipoise.policies.actions import Hold, Release
 from equipoise.policies.decide import decide
-from equipoise.policies.door import GROWTH, watch
+from equipoise.policies.kv.door import GROWTH, watch
 from equipoise.policies.model import Engine, KvTier, Session, SessionPhase, TenantId
 from equipoise.policies.policy import Policy
 from equipoise.policies.snapshot import Snapshot

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from equipoise.policies.economy import (
+from equipoise.policies.estimate import Estimates
+from equipoise.policies.kv.economy import (
     PRICE_CAP,
     STEP_BORDER_S,
     Books,
@@ -20,7 +21,6 @@ from equipoise.policies.economy import (
     standing,
     weigh,
 )
-from equipoise.policies.estimate import Estimates
 from equipoise.policies.model import MIB, CostModel, Engine, KvTier, Session, SessionPhase, ToolCallPhase, Verdict
 from equipoise.policies.policy import KvPart
 from equipoise.tests.policies.facts import call, engine, host, ns, policy, session, snapshot, stopped

@@ -6,8 +6,15 @@ from dataclasses import replace
 
 import pytest
 from equipoise.policies.actions import Grant, Kill, Wait
-from equipoise.policies.grants import UNASKED_LEAST_BYTES, Books, claim_bytes, entry_budget, leader, service_order
-from equipoise.policies.ladder import climb
+from equipoise.policies.memory.grants import (
+    UNASKED_LEAST_BYTES,
+    Books,
+    claim_bytes,
+    entry_budget,
+    leader,
+    service_order,
+)
+from equipoise.policies.memory.ladder import climb
 from equipoise.policies.model import MIB, NS_PER_S, TenantId, ToolCall, ToolCallId, ToolCallPhase
 from equipoise.policies.policy import Budget, Policy
 from equipoise.tests.policies.facts import call, ns, policy, snapshot, stopped

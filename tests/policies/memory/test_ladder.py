@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 from equipoise.policies.actions import Grant, Kill, Thaw, Throttle, Wait
-from equipoise.policies.ladder import Step, climb, subject
+from equipoise.policies.memory.ladder import Step, climb, subject
 from equipoise.policies.model import MIB, Host, KvTier, ToolCall, ToolCallPhase
 from equipoise.policies.policy import Budget, Policy
 from equipoise.tests.policies.facts import call, engine, host, ns, policy, sandbox, session, snapshot, stopped
