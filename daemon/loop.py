@@ -84,7 +84,9 @@ class Loop:
         """Turn until stop(); a turn that fails is logged and counted, and the loop lives on."""
         while not self._stopping:
             try:
-                await asyncio.wait_for(self._wake.wait(), self._tick_s)
+                # Not wait_for(): before Python 3.12 it loses a cancellation that comes together with an event.
+                async with asyncio.timeout(self._tick_s):
+                    await self._wake.wait()
             except TimeoutError:
                 pass  # nothing happened: time passing is reason enough to look
             self._wake.clear()

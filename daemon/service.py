@@ -57,6 +57,7 @@ from .sandboxes.tool_calls import ToolCallKeeper
 from .sandboxes.witness import Witness
 from .status import Host, Status
 
+CANCEL_AGAIN_S = 1.0
 RECALLED = 2000
 """Calls, and decisions, of earlier runs that are answered from memory; the journal has more."""
 
@@ -182,14 +183,13 @@ class Core:
         self.tallies = Tallies()
         self.recorder = Recorder(journal, lambda: self.loop.snapshot)
         self.sandboxes = SandboxKeeper(driver, probes, self.state, emit, self.settle, now_ns)
-        self.joins = Joins(self.state, self._drain, emit)
+        book, entry, find = self.sandboxes.book, self.sandboxes.entry, self.sandboxes.find_by_pid
+        self.joins = Joins(self.state, lambda: self.kernel.drain(), emit)  # noqa: PLW0108 - it comes below
         witness = Witness(self.state, self.joins.sandbox_at)
-        self.roles = RoleKeeper(self.sandboxes.book, probes, self.state, witness, now_ns)
+        self.roles = RoleKeeper(book, entry, probes, self.state, witness, now_ns)
         self.kernel = KernelEvents(probes, self._from_kernel, now_ns, self.roles.sift, self.roles.look_again)
         self.hook = EngineHook(self._from_engine, now_ns, self.joins.who)
-        self.calls = ToolCallKeeper(
-            self.sandboxes.book, driver, probes, self.state, emit, now_ns, self.sandboxes.find_by_pid
-        )
+        self.calls = ToolCallKeeper(book, entry, driver, probes, self.state, emit, now_ns, find)
         self.holds = Holds(journal, driver)
         self.polling: FallbackBudget | None = None
         """Stands in for the probes."""
@@ -270,9 +270,6 @@ class Core:
         self.kernel.drain()
         self.loop.turn()
 
-    def _drain(self) -> None:
-        self.kernel.drain()
-
     def let_go(self) -> None:
         """At the end: nobody stays stopped or throttled, and no cgroup of ours stays that is empty."""
         try:
@@ -303,6 +300,8 @@ class Core:
 
     def _at_turn(self, snapshot: Snapshot) -> None:
         self.kernel.beat()
+        if self.sandboxes.entry.keep_up():
+            self.calls.keep_up()
         for event in self.roles.at_turn():
             self.loop.emit(event)
         for outcome in self.actuator.expire(snapshot.now_ns):
@@ -394,7 +393,10 @@ def _task(work: Coroutine[None, None, None], parts: contextlib.AsyncExitStack) -
     task = asyncio.create_task(work)
 
     async def end() -> None:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        while (
+            not task.done()
+        ):  # again, should something below have lost the first: a daemon that does not end is killed
+            task.cancel()
+            await asyncio.wait((task,), timeout=CANCEL_AGAIN_S)
 
     parts.push_async_callback(end)

@@ -1,20 +1,22 @@
-"""The Python mirror of src/events.h: same names, same order, same widths. Nothing else lives here.
+"""The ABI of src/events.h as Python sees it: the layouts of the compiled object, read from its BTF.
 
-tests/ebpf/test_abi.py compares every struct with the compiled object's BTF. Times are CLOCK_MONOTONIC nanoseconds.
+Owns how a C struct becomes a ctypes one, the check that both lie in memory alike, and the few numbers that our code
+names (ABI_VERSION, roles, flags), held against the object's. No layout is written down a second time: an object brings
+its own. Times are CLOCK_MONOTONIC nanoseconds.
 """
 
 from __future__ import annotations
 
-from ctypes import Structure, c_char, c_int64, c_uint8, c_uint16, c_uint32, c_uint64
-from enum import IntEnum
+import ctypes
+from dataclasses import dataclass
+from enum import IntEnum, IntFlag
+from pathlib import Path
+from typing import Any
+
+from .btf import KINDS, Btf, Type, is_char, is_signed
+from .errors import AbiMismatch
 
 ABI_VERSION = 3
-COMM_BYTES = 16
-FILENAME_BYTES = 128
-ARGV_BYTES = 1024
-ADDRESS_BYTES = 16
-TOOL_OWN_MEMCG = 1
-TOOL_STARTING = 2
 
 
 class Role(IntEnum):
@@ -22,223 +24,97 @@ class Role(IntEnum):
     TOOL = 2
 
 
-class EventKind(IntEnum):
-    TOOL_EXEC = 1
-    CHILD_EXEC = 2
-    MEMORY = 3
-    SOFT_BUDGET = 4
-    HARD_BUDGET = 5
-    TOOL_EXIT = 6
-    TOOL_GONE = 7
-    CONNECTION = 8
+class ToolFlag(IntFlag):
+    OWN_MEMCG = 1
+    STARTING = 2
 
 
-EVENT_KIND_COUNT = 9
+Record = ctypes.Structure
+"""A struct of the object. Its fields are C's; reading or writing one that it lacks raises AttributeError."""
+_INTS = {
+    (1, False): ctypes.c_uint8, (2, False): ctypes.c_uint16, (4, False): ctypes.c_uint32, (8, False): ctypes.c_uint64,
+    (1, True): ctypes.c_int8, (2, True): ctypes.c_int16, (4, True): ctypes.c_int32, (8, True): ctypes.c_int64,
+}  # fmt: skip
 
 
-class UntrackedReason(IntEnum):
-    NO_SLOT = 0
-    NO_STORAGE = 1
-    NO_PROCESS = 2
-    NO_MM = 3
+@dataclass(frozen=True, slots=True)
+class EventKind:
+    """One kind of ring-buffer event."""
+
+    number: int
+    name: str
+    """As in enum event_kind, without EVENT_: "TOOL_EXIT"."""
+    record: type[Record]
 
 
-UNTRACKED_REASON_COUNT = 4
+class Layouts:
+    """The structs and enums of one object."""
 
+    def __init__(self, path: Path) -> None:
+        """Raises AbiMismatch: no BTF, a struct that Python would lay out otherwise, other roles or flags than ours."""
+        self.path = path
+        try:
+            self._btf = Btf(path)
+        except (OSError, LookupError) as error:
+            raise AbiMismatch(path, str(error)) from error
+        self._made: dict[str, type[Record]] = {}
+        for ours, prefix in ((Role, "ROLE_"), (ToolFlag, "TOOL_")):
+            name = {Role: "role", ToolFlag: "tool_flag"}[ours]
+            theirs = self.numbers(name, prefix)
+            if theirs != {member.name: int(member) for member in ours}:
+                raise AbiMismatch(path, f"enum {name} is {theirs}, not {[*ours]}")
+        self.event_kinds = self._event_kinds()
 
-class EventHeader(Structure):
-    _fields_ = [
-        ("kind", c_uint32),
-        ("size", c_uint32),
-        ("time_ns", c_uint64),
-        ("tag", c_uint64),
-        ("agent_tag", c_uint64),
-        ("sandbox_id", c_uint64),
-        ("cgroup_id", c_uint64),
-        ("slot", c_uint32),
-        ("role", c_uint32),
-        ("tgid", c_uint32),
-        ("parent_tgid", c_uint32),
-        ("comm", c_char * COMM_BYTES),
-    ]
+    def struct(self, name: str) -> type[Record]:
+        """The ctypes class of `struct name`; raises AbiMismatch."""
+        if name not in self._made:
+            try:
+                self._made[name] = self._make(self._btf.find("struct", name))
+            except LookupError as error:
+                raise AbiMismatch(self.path, str(error)) from error
+        return self._made[name]
 
+    def numbers(self, name: str, prefix: str) -> dict[str, int]:
+        """The members of `enum name` without their common prefix; those that only count (X_COUNT) are left out."""
+        try:
+            members = self._btf.find("enum", name).members
+        except LookupError as error:
+            raise AbiMismatch(self.path, str(error)) from error
+        return {each.removeprefix(prefix): number for each, number, _ in members if not each.endswith("_COUNT")}
 
-class ExecEvent(Structure):
-    _fields_ = [
-        ("header", EventHeader),
-        ("filename_bytes", c_uint32),
-        ("argv_bytes", c_uint32),
-        ("argv_total_bytes", c_uint32),
-        ("session_id", c_uint32),
-        ("group_id", c_uint32),
-        ("input_stamp", c_uint32),
-        ("filename", c_char * FILENAME_BYTES),
-        ("argv", c_char * ARGV_BYTES),
-    ]
+    def _event_kinds(self) -> tuple[EventKind, ...]:
+        """Every kind with its record: the member of `union event` that is called like it."""
+        try:
+            members = self._btf.find("union", "event").members
+        except LookupError as error:
+            raise AbiMismatch(self.path, str(error)) from error
+        records = {name: self.struct(self._btf.plain(type_id).name) for name, type_id, _ in members}
+        kinds = self.numbers("event_kind", "EVENT_")
+        if odd := {name.lower() for name in kinds} ^ records.keys():
+            raise AbiMismatch(self.path, f"only one of enum event_kind and union event has {', '.join(sorted(odd))}")
+        return tuple(EventKind(number, name, records[name.lower()]) for name, number in kinds.items())
 
+    def _make(self, layout: Type) -> type[Record]:
+        fields = [(name, self._field(type_id)) for name, type_id, _ in layout.members]
+        # __slots__: else an assignment to a field that is not there would go to the object's own dictionary.
+        made = type(layout.name, (ctypes.Structure,), {"__slots__": (), "_fields_": fields})
+        for name, _, bits in layout.members:
+            at = getattr(made, name).offset
+            if at * 8 != bits:
+                raise AbiMismatch(self.path, f"{layout.name}.{name} is at byte {bits // 8}, not {at}")
+        if ctypes.sizeof(made) != layout.size_or_type:
+            raise AbiMismatch(self.path, f"{layout.name} has {layout.size_or_type} bytes, not {ctypes.sizeof(made)}")
+        return made
 
-class MemoryEvent(Structure):
-    _fields_ = [
-        ("header", EventHeader),
-        ("usage_bytes", c_uint64),
-        ("peak_bytes", c_uint64),
-        ("budget_bytes", c_uint64),
-        ("memcg_bytes", c_uint64),
-        ("memcg_peak_bytes", c_uint64),
-        ("processes", c_uint32),
-        ("enforced", c_uint32),
-    ]
-
-
-class ExitEvent(Structure):
-    _fields_ = [
-        ("header", EventHeader),
-        ("started_ns", c_uint64),
-        ("usage_bytes", c_uint64),
-        ("peak_bytes", c_uint64),
-        ("memcg_bytes", c_uint64),
-        ("memcg_peak_bytes", c_uint64),
-        ("stops", c_uint64),
-        ("exit_code", c_uint32),
-        ("exit_signal", c_uint32),
-        ("processes", c_uint32),
-        ("padding", c_uint32),
-    ]
-
-
-class ConnectionEvent(Structure):
-    _fields_ = [
-        ("header", EventHeader),
-        ("family", c_uint32),
-        ("network_namespace", c_uint32),
-        ("local_address", c_uint8 * ADDRESS_BYTES),
-        ("remote_address", c_uint8 * ADDRESS_BYTES),
-        ("local_port", c_uint16),
-        ("remote_port", c_uint16),
-        ("padding", c_uint32),
-    ]
-
-
-class ToolRecord(Structure):
-    """Fields from soft_bytes on are ours to write; the others belong to the kernel once the record is in use."""
-
-    _fields_ = [
-        ("tag", c_uint64),
-        ("agent_tag", c_uint64),
-        ("sandbox_id", c_uint64),
-        ("started_ns", c_uint64),
-        ("usage_bytes", c_uint64),
-        ("peak_bytes", c_uint64),
-        ("private_bytes", c_int64),
-        ("shared_bytes", c_int64),
-        ("shared_largest_bytes", c_uint64),
-        ("memcg_bytes", c_uint64),
-        ("memcg_peak_bytes", c_uint64),
-        ("reported_bytes", c_uint64),
-        ("soft_reported_bytes", c_uint64),
-        ("hard_reported_bytes", c_uint64),
-        ("stalled_since_ns", c_uint64),
-        ("stops_started", c_uint64),
-        ("stops_finished", c_uint64),
-        ("role", c_uint32),
-        ("root_tgid", c_uint32),
-        ("processes", c_uint32),
-        ("execs", c_uint32),
-        ("soft_bytes", c_uint64),
-        ("hard_bytes", c_uint64),
-        ("child_soft_bytes", c_uint64),
-        ("child_hard_bytes", c_uint64),
-        ("flags", c_uint32),
-        ("padding", c_uint32),
-        ("reserved", c_uint64 * 7),
-    ]
-
-
-class TaskTag(Structure):
-    _fields_ = [
-        ("tag", c_uint64),
-        ("slot", c_uint32),
-        ("role", c_uint32),
-        ("input_stamp", c_uint32),
-        ("padding", c_uint32),
-    ]
-
-
-class ProcessRecord(Structure):
-    _fields_ = [
-        ("tag", c_uint64),
-        ("mm", c_uint64),
-        ("started_ns", c_uint64),
-        ("slot", c_uint32),
-        ("role", c_uint32),
-        ("parent_tgid", c_uint32),
-        ("unrecorded", c_uint32),
-    ]
-
-
-class MmRecord(Structure):
-    _fields_ = [
-        ("tag", c_uint64),
-        ("private_pages", c_int64),
-        ("shared_pages", c_int64),
-        ("inherited_pages", c_int64),
-        ("anon_correction_pages", c_int64),
-        ("shared_correction_pages", c_int64),
-        ("slot", c_uint32),
-        ("users", c_uint32),
-    ]
-
-
-class Control(Structure):
-    _fields_ = [
-        ("heartbeat_ns", c_uint64),
-        ("tool_counter", c_uint64),
-        ("lost", c_uint64 * EVENT_KIND_COUNT),
-        ("untracked", c_uint64 * UNTRACKED_REASON_COUNT),
-        ("stops_withheld", c_uint64),
-        ("cpu_offsets_known", c_uint64),
-    ]
-
-
-class RetagRequest(Structure):
-    _fields_ = [
-        ("tag", c_uint64),
-        ("slot", c_uint32),
-        ("role", c_uint32),
-        ("tgid", c_uint32),
-        ("tagged_tasks", c_uint32),
-        ("failed_tasks", c_uint32),
-        ("padding", c_uint32),
-    ]
-
-
-class Tunables(Structure):
-    _fields_ = [
-        ("abi_version", c_uint32),
-        ("page_shift", c_uint32),
-        ("cpu_count", c_uint32),
-        ("full_sum_cpus", c_uint32),
-        ("step_bytes", c_uint64),
-        ("step_shift", c_uint32),
-        ("tag_epoch", c_uint32),
-        ("heartbeat_timeout_ns", c_uint64),
-        ("report_child_execs", c_uint32),
-        ("padding", c_uint32),
-    ]
-
-
-MIRRORED = {
-    "event_header": EventHeader,
-    "exec_event": ExecEvent,
-    "memory_event": MemoryEvent,
-    "exit_event": ExitEvent,
-    "connection_event": ConnectionEvent,
-    "tool_record": ToolRecord,
-    "task_tag": TaskTag,
-    "process_record": ProcessRecord,
-    "mm_record": MmRecord,
-    "control": Control,
-    "retag_request": RetagRequest,
-    "tunables": Tunables,
-}
-"""C name to mirror, for the ABI test."""
+    def _field(self, type_id: int) -> Any:
+        found = self._btf.plain(type_id)
+        match KINDS.get(found.kind):
+            case "struct":
+                return self.struct(found.name)
+            case "array":
+                element, count = found.array
+                inner = self._btf.plain(element)
+                return (ctypes.c_char if is_char(inner) else self._field(element)) * count
+            case "int" if (width := _INTS.get((found.size_or_type, is_signed(found)))) is not None:
+                return width
+        raise AbiMismatch(self.path, f"{found.name or KINDS.get(found.kind)}: not a type of the ABI")

@@ -18,7 +18,7 @@ from .errors import BuildFailed
 SOURCES = Path(__file__).parent / "src"
 OBJECTS = Path(__file__).parent / "objects"
 UNITS = ("equipoise", "capabilities")
-"""Translation units: NAME.bpf.c becomes NAME.bpf.o; every other file in src/ is included by one of them."""
+"""Translation units: NAME.bpf.c becomes NAME.bpf.o. Every other X.bpf.c in src/ is a part of the first."""
 
 _REMEDY = "install Debian's clang llvm libbpf-dev bpftool"
 _TARGETS = {"x86_64": "x86", "aarch64": "arm64", "s390x": "s390", "ppc64le": "powerpc", "riscv64": "riscv"}
@@ -46,6 +46,11 @@ def find_clang() -> str:
     raise BuildFailed(f"clang not found: {_REMEDY}")
 
 
+def parts() -> list[str]:
+    """The files of programs that are no unit of their own, in the order they are compiled: by name."""
+    return sorted({path.name for path in SOURCES.glob("*.bpf.c")} - {f"{unit}.bpf.c" for unit in UNITS})
+
+
 def compile_unit(unit: str) -> Path:
     """Compile one unit, strip its debug information (BTF stays) and put it in place in one step.
 
@@ -58,8 +63,9 @@ def compile_unit(unit: str) -> Path:
     partial = target.with_suffix(f".{os.getpid()}.tmp")
     command = [clang, "-O2", "-g", "-Wall", "-target", "bpf", "-mcpu=v3"]
     command += [f"-D__TARGET_ARCH_{_TARGETS.get(platform.machine(), platform.machine())}"]
-    command += ["-c", str(source), "-o", str(partial)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command += ["-I", str(SOURCES), "-x", "c", "-c", "-", "-o", str(partial)]
+    text = "".join(f'#include "{name}"\n' for name in (source.name, *(parts() if unit == UNITS[0] else ())))
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         partial.unlink(missing_ok=True)
         first = next((line for line in done.stderr.splitlines() if "error:" in line), done.stderr.strip()[:200])

@@ -4,6 +4,7 @@ EbpfError
 ├── BuildFailed          clang is missing or refused the source
 ├── LibbpfError          a libbpf call failed (also an OSError: errno says why)
 ├── ProbesUnavailable    no probes on this machine: reason and remedy; callers go on without
+│   └── AbiMismatch      the compiled object is not what this version reads: build it anew
 └── UnknownTag           a tag no tool record carries (it ended, or never began)
 """
 
@@ -38,6 +39,13 @@ class ProbesUnavailable(EbpfError):
         super().__init__(f"eBPF probes unavailable: {reason}; {remedy}")
         self.reason = reason
         self.remedy = remedy
+
+
+class AbiMismatch(ProbesUnavailable):
+    """The object's layouts, numbers or events are not those this version can read."""
+
+    def __init__(self, path: object, what: str) -> None:
+        super().__init__(f"{path}: {what}", "rebuild it with `make ebpf`")
 
 
 class UnknownTag(EbpfError, LookupError):

@@ -68,6 +68,8 @@ _PRINT = ctypes.CFUNCTYPE(c_int, c_int, c_void_p, c_void_p)
 _SAMPLE = ctypes.CFUNCTYPE(c_int, c_void_p, c_void_p, c_size_t)
 
 
+READ_AT_ONCE = 20_000
+"""Records of a ring, which take us some 0.5 s."""
 _BATCH = 512
 """Elements of a map that one system call reads."""
 V = TypeVar("V", bound=ctypes.Structure)
@@ -393,9 +395,11 @@ class BpfObject:
 class RingBuffer:
     """One ring buffer and its reader. `on_sample(bytes)` runs inside consume(), on the caller's thread."""
 
-    def __init__(self, a_map: BpfMap, on_sample: Callable[[bytes], None]) -> None:
+    def __init__(self, a_map: BpfMap, on_sample: Callable[[bytes], None], at_once: int = READ_AT_ONCE) -> None:
         self._lib = library()
         self._on_sample = on_sample
+        self._at_once = at_once
+        self._read_count = 0
         self._failed: BaseException | None = None
         self._callback = _SAMPLE(self._sample)  # kept alive as long as libbpf may call it
         self._pointer = self._lib.pointer(
@@ -404,26 +408,33 @@ class RingBuffer:
 
     def _sample(self, _context: int | None, data: int, size: int) -> int:
         # An exception must not unwind through C: it stops the reading and is raised again by consume().
+        self._read_count += 1
         try:
             self._on_sample(ctypes.string_at(data, size))
         except BaseException as error:
             self._failed = error
             return -errno.ECANCELED
-        return 0
+        return -errno.ECANCELED if self._read_count >= self._at_once else 0
 
     def fileno(self) -> int:
         """An epoll descriptor, readable while records wait."""
         return self._lib.call("ring_buffer__epoll_fd", self._pointer)
 
     def consume(self) -> int:
-        """Read everything that is there; returns the number of records."""
+        """Read what is there; returns the number of records.
+
+        At most `at_once`: whoever writes faster than we read would keep us here for ever. The rest waits for the next.
+        """
+        self._read_count = 0
         try:
-            return self._lib.call("ring_buffer__consume", self._pointer)
+            self._lib.call("ring_buffer__consume", self._pointer)
         except LibbpfError:
             if self._failed is not None:
                 error, self._failed = self._failed, None
                 raise error from None
-            raise
+            if self._read_count < self._at_once:
+                raise
+        return self._read_count
 
     def close(self) -> None:
         """Safe to call twice."""

@@ -11,8 +11,9 @@ import ctypes
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from . import abi
+from .abi import Layouts
 from .libbpf import BpfObject
 
 LOOK_EVERY_NS = 1_000_000_000
@@ -32,8 +33,9 @@ class Buried:
 class MissedExits:
     """Looks for dead processes, but only for some seconds after the kernel counted a skipped program."""
 
-    def __init__(self, bpf: BpfObject, proc_root: Path = Path("/proc")) -> None:
+    def __init__(self, bpf: BpfObject, layouts: Layouts, proc_root: Path = Path("/proc")) -> None:
         self._processes, self._request = bpf.maps["processes"], bpf.maps["retag"]
+        self._record, self._retag = layouts.struct("process_record"), layouts.struct("retag_request")
         self._bury = bpf.programs["bury_process"]
         self._second_chance = bpf.programs["on_exit_again"]
         self._proc_root = proc_root
@@ -55,13 +57,16 @@ class MissedExits:
 
     def bury(self) -> list[Buried]:
         """Takes every dead process out of the books. Walks all followed processes."""
-        buried = []
-        for tgid, record in self._processes.items(ctypes.c_uint32, abi.ProcessRecord):
+        buried: list[Buried] = []
+        for tgid, record in self._processes.items(ctypes.c_uint32, self._record):
             if self._lives(tgid):
                 continue
-            self._request.update(ctypes.c_uint32(0), abi.RetagRequest(tag=record.tag, tgid=tgid))
+            zero = ctypes.c_uint32(0)
+            request: Any = self._retag(tag=record.tag, tgid=tgid)
+            self._request.update(zero, request)
             self._bury.run_over_tasks(os.getpid())
-            buried.append(Buried(tgid, record.tag, record.slot))
+            if self._request.lookup(zero, request) and request.tagged_tasks:  # else its exit was seen, only just now
+                buried.append(Buried(tgid, record.tag, record.slot))
         return buried
 
     def _lives(self, tgid: int) -> bool:

@@ -12,9 +12,11 @@ import secrets
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
-from . import abi, build
-from .errors import BuildFailed, LibbpfError, ProbesUnavailable
+from . import build
+from .abi import ABI_VERSION, Layouts, Record
+from .errors import AbiMismatch, BuildFailed, LibbpfError, ProbesUnavailable
 from .libbpf import BpfLink, BpfObject, library
 
 MIB = 1 << 20
@@ -115,8 +117,12 @@ def _online_cpu_count() -> int:
 class Probes:
     """The programs in the kernel. close() detaches all; so does the end of this process, however it ends."""
 
-    def __init__(self, bpf: BpfObject, links: tuple[BpfLink, ...], report: ProbeReport, tag_epoch: int) -> None:
+    def __init__(
+        self, bpf: BpfObject, layouts: Layouts, links: tuple[BpfLink, ...], report: ProbeReport, tag_epoch: int
+    ) -> None:
         self.object = bpf
+        self.layouts = layouts
+        """Of the object's records."""
         self.report = report
         self.tag_epoch = tag_epoch
         """High half of every tag of this load; 31 bits, so that a tag fits a signed 64-bit integer."""
@@ -128,8 +134,9 @@ class Probes:
         tuning = tuning or Tuning()
         require_kernel()
         path = path or checked_object("equipoise")
-        tunables = abi.Tunables(
-            abi_version=abi.ABI_VERSION,
+        layouts = Layouts(path)
+        tunables = layouts.struct("tunables")(
+            abi_version=ABI_VERSION,
             page_shift=os.sysconf("SC_PAGESIZE").bit_length() - 1,
             cpu_count=_online_cpu_count(),
             full_sum_cpus=tuning.full_sum_cpus,
@@ -163,8 +170,8 @@ class Probes:
                 f"{missing[0].section} was refused ({missing[0].reason})",
                 "see `equipoise doctor` for what this kernel accepts",
             )
-        exact = _learn_cpu_offsets(bpf, reports)
-        return cls(bpf, links, ProbeReport("libbpf", reports, exact), tunables.tag_epoch)
+        exact = _learn_cpu_offsets(bpf, layouts, reports)
+        return cls(bpf, layouts, links, ProbeReport("libbpf", reports, exact), tunables.tag_epoch)
 
     def close(self) -> None:
         """Safe to call twice."""
@@ -174,16 +181,14 @@ class Probes:
         self.object.close()
 
 
-def _open(path: Path, tunables: abi.Tunables, tuning: Tuning, without: dict[str, str] | None = None) -> BpfObject:
+def _open(path: Path, tunables: Record, tuning: Tuning, without: dict[str, str] | None = None) -> BpfObject:
     bpf = BpfObject(path)
     try:
         rodata = next(a_map for name, a_map in bpf.maps.items() if name.endswith(".rodata"))
         # Our one variable leads the section; its first field says that this is so and that the layouts agree.
         version = ctypes.c_uint32.from_buffer_copy(rodata.initial_bytes(4)).value
-        if version != abi.ABI_VERSION:
-            raise ProbesUnavailable(
-                f"{path} has ABI {version}, expected {abi.ABI_VERSION}", "rebuild it with `make ebpf`"
-            )
+        if version != ABI_VERSION:
+            raise AbiMismatch(path, f"has ABI {version}, expected {ABI_VERSION}")
         rodata.set_initial_value(tunables)
         bpf.maps["events"].set_max_entries(tuning.ring_bytes)
         bpf.maps["tools"].set_max_entries(tuning.tool_slots)
@@ -196,7 +201,7 @@ def _open(path: Path, tunables: abi.Tunables, tuning: Tuning, without: dict[str,
     return bpf
 
 
-def _refused_programs(path: Path, tunables: abi.Tunables, tuning: Tuning) -> dict[str, str]:
+def _refused_programs(path: Path, tunables: Record, tuning: Tuning) -> dict[str, str]:
     """Load every program alone to learn which ones the kernel refuses, and why."""
     refused: dict[str, str] = {}
     probe = _open(path, tunables, tuning)
@@ -228,12 +233,12 @@ def _attach(bpf: BpfObject, refused: dict[str, str]) -> tuple[tuple[BpfLink, ...
     return tuple(links), tuple(reports)
 
 
-def _learn_cpu_offsets(bpf: BpfObject, reports: tuple[ProgramReport, ...]) -> bool:
+def _learn_cpu_offsets(bpf: BpfObject, layouts: Layouts, reports: tuple[ProgramReport, ...]) -> bool:
     """Whether every CPU's counters can be read (or the kernel's are not per CPU, before 6.2)."""
     if any(r.name == "learn_cpus" and r.state is ProgramState.REFUSED for r in reports):
         return False
     bpf.programs["learn_cpus"].run_over_tasks(os.getpid())
-    block = abi.Control()
+    block: Any = layouts.struct("control")()
     return bpf.maps["control"].lookup(ctypes.c_uint32(0), block) and int(block.cpu_offsets_known) > 0
 
 

@@ -12,6 +12,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..policies.events import (
     BudgetLevel,
@@ -24,8 +25,7 @@ from ..policies.events import (
     ToolCallStarted,
 )
 from ..policies.model import CgroupId, ToolCallId, ToolCallSource
-from . import abi
-from .abi import Role
+from .abi import Record, Role
 from .libbpf import BpfMap
 
 LOOK_AGAIN_NS = 250_000_000
@@ -36,7 +36,8 @@ UNRECORDED_EVERY_NS = 1_000_000_000
 FOUND_CONFIDENCE = 0.5
 """Of a call whose beginning was not told."""
 
-Processes = dict[int, list[tuple[int, abi.ProcessRecord]]]
+Processes = dict[int, list[tuple[int, Any]]]
+"""Pids with what the kernel keeps of each."""
 
 
 @dataclass(slots=True)
@@ -61,16 +62,18 @@ class Resync:
 
     def __init__(
         self,
-        tools: ctypes.Array[abi.ToolRecord],
+        tools: Any,
+        process_record: type[Record],
         processes: BpfMap,
         books: Books,
         release: Callable[[int, int], None],
-        record: Callable[[int, list[int], abi.ProcessRecord], int | None],
+        record: Callable[[int, list[int], Any], int | None],
     ) -> None:
         """`release(tag, slot)` gives a record back. `record(root, pids, process)` makes one for processes that had none
         (`process` is what is kept of one of them) and answers its slot; None: there is no room yet.
         """
         self._tools = tools
+        self._process_record = process_record
         self._processes = processes
         self._books = books
         self._release = release
@@ -99,7 +102,7 @@ class Resync:
         self._suspects, self._seen = self._seen, set()
         members: Processes = defaultdict(list)
         unrecorded: Processes = defaultdict(list)
-        for pid, process in self._processes.items(ctypes.c_uint32, abi.ProcessRecord):
+        for pid, process in self._processes.items(ctypes.c_uint32, self._process_record):
             (unrecorded[process.unrecorded] if process.unrecorded else members[process.tag]).append((pid, process))
         events: list[Event] = []
         for slot, record in enumerate(self._tools):
@@ -116,7 +119,7 @@ class Resync:
         self._seen.add((what, tag))
         return (what, tag) in self._suspects
 
-    def _compare(self, slot: int, record: abi.ToolRecord, pids: list[int], now_ns: int) -> Iterator[Event]:
+    def _compare(self, slot: int, record: Any, pids: list[int], now_ns: int) -> Iterator[Event]:
         tag, books = ToolCallId(record.tag), self._books
         if not record.processes:
             if self._certain("gone", tag):
@@ -145,7 +148,7 @@ class Resync:
         if record.execs > 1 and record.root_tgid in pids and (command := command_line(record.root_tgid)):
             yield ProcessExeced(now_ns, tag, record.root_tgid, command)
 
-    def _take_in(self, root: int, found: list[tuple[int, abi.ProcessRecord]]) -> Iterator[Event]:
+    def _take_in(self, root: int, found: list[tuple[int, Any]]) -> Iterator[Event]:
         """A tool call for which there was no record when it began."""
         pids = [pid for pid, _ in found]
         if not self._certain("unrecorded", root):
@@ -157,7 +160,7 @@ class Resync:
             yield found_call(self._tools[slot], first)
 
 
-def found_call(record: abi.ToolRecord, pid: int) -> ToolCallStarted:
+def found_call(record: Any, pid: int) -> ToolCallStarted:
     """A tool call whose beginning was not told, as /proc shows the process `pid` of it now."""
     try:
         session, group = os.getsid(pid), os.getpgid(pid)

@@ -13,12 +13,11 @@ import os
 import signal
 import time
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 
 from ..policies.events import BudgetLevel, BudgetReached, Event, EventsLost, ToolCallEnded
 from ..policies.model import CgroupId, ToolCallId
-from . import abi
-from .abi import Role
+from .abi import Record, Role, ToolFlag
 from .errors import EbpfError, UnknownTag
 from .libbpf import BpfMap, monotonic_ns
 from .missed import MissedExits
@@ -26,7 +25,6 @@ from .probes import Probes
 from .reader import EventReader
 from .resync import Books, Resync
 
-Element = TypeVar("Element", bound=ctypes.Structure)
 _SIGNAL_IN_FLIGHT_S = 0.05
 """Longest wait for a stop signal that is being sent: the bracket is a few hundred instructions on another CPU."""
 
@@ -77,25 +75,30 @@ class ToolMemory:
     def __init__(self, probes: Probes) -> None:
         self._probes = probes
         self.report = probes.report
-        maps = probes.object.maps
+        maps, self._layouts = probes.object.maps, probes.layouts
         self._processes, self._free = maps["processes"], maps["free_slots"]
         self._retag_request, self._retag = maps["retag"], probes.object.programs["retag_process"]
-        self._tools = _shared_array(maps["tools"], abi.ToolRecord)
-        self._control = _shared_array(maps["control"], abi.Control)[0]
+        self._tools = _shared_array(maps["tools"], self._layouts.struct("tool_record"))
+        self._control = _shared_array(maps["control"], self._layouts.struct("control"))[0]
+        self._process_record = self._layouts.struct("process_record")
+        self._reasons = self._layouts.numbers("untracked_reason", "UNTRACKED_")
         for slot in range(len(self._tools)):
             self._free.update(None, ctypes.c_uint32(slot))
         self._books = Books()
         self._gone: list[tuple[int, int]] = []
         self._last_tag = 0
-        self._missed = MissedExits(probes.object)
+        self._missed = MissedExits(probes.object, self._layouts)
         self.reader = EventReader(
+            self._layouts,
             maps["events"],
             record_of=self._tools.__getitem__,
             lost=lambda: self.losses().by_source(),
             on_found=self._books.slots.__setitem__,
             on_gone=self._on_gone,
         )
-        self._resync = Resync(self._tools, self._processes, self._books, self._release, self._record)
+        self._resync = Resync(
+            self._tools, self._process_record, self._processes, self._books, self._release, self._record
+        )
 
     # --- life -----------------------------------------------------------------------------------------------------
 
@@ -131,7 +134,7 @@ class ToolMemory:
         now_ns = monotonic_ns()
         if self._missed.due(now_ns):
             events += self.bury()
-        if self._resync.due(now_ns):
+        if self.reader.emptied and self._resync.due(now_ns):
             events += self._resync.look(now_ns)
         return events
 
@@ -183,7 +186,7 @@ class ToolMemory:
             pid,
             child_soft_bytes=soft_bytes,
             child_hard_bytes=hard_bytes,
-            flags=abi.TOOL_STARTING if starting else 0,
+            flags=ToolFlag.STARTING if starting else 0,
         )
 
     def begin_tool(
@@ -200,7 +203,7 @@ class ToolMemory:
 
         Memory that it holds already counts from now on. Raises ProcessLookupError when pid is gone.
         """
-        flags = abi.TOOL_OWN_MEMCG if own_memcg else 0
+        flags = ToolFlag.OWN_MEMCG if own_memcg else 0
         return self._begin(
             tag or self.new_tag(),
             sandbox,
@@ -253,7 +256,7 @@ class ToolMemory:
             raise
         return tag
 
-    def _record(self, root: int, pids: list[int], process: abi.ProcessRecord) -> int | None:
+    def _record(self, root: int, pids: list[int], process: Any) -> int | None:
         """A record for a tool call that began when there was none, with the budgets of its agent's calls."""
         agent = self._tools[process.slot]
         if agent.tag != process.tag:
@@ -268,7 +271,7 @@ class ToolMemory:
                 agent_tag=agent.tag,
                 soft_bytes=agent.child_soft_bytes,
                 hard_bytes=agent.child_hard_bytes,
-                flags=agent.flags & abi.TOOL_STARTING,
+                flags=agent.flags & ToolFlag.STARTING,
             )
         except (EbpfError, ProcessLookupError):
             return None
@@ -281,7 +284,8 @@ class ToolMemory:
         return slot
 
     def _tag_process(self, pid: int, tag: int, slot: int, role: Role) -> None:
-        zero, request = ctypes.c_uint32(0), abi.RetagRequest(tag=tag, slot=slot, role=role, tgid=pid)
+        zero = ctypes.c_uint32(0)
+        request: Any = self._layouts.struct("retag_request")(tag=tag, slot=slot, role=role, tgid=pid)
         self._retag_request.update(zero, request)
         self._retag.run_over_tasks(pid)
         self._retag_request.lookup(zero, request)
@@ -300,7 +304,7 @@ class ToolMemory:
         record = self._tools[slot]
         if record.tag != tag:
             return None
-        own_memcg = bool(record.flags & abi.TOOL_OWN_MEMCG)
+        own_memcg = bool(record.flags & ToolFlag.OWN_MEMCG)
         return ToolUsage(
             used_bytes=record.usage_bytes,
             peak_bytes=record.peak_bytes,
@@ -327,12 +331,12 @@ class ToolMemory:
             pid: int = record.root_tgid
             if self.tag_of(pid) == tag:
                 return (pid,)
-        everyone = self._processes.items(ctypes.c_uint32, abi.ProcessRecord)
+        everyone = self._processes.items(ctypes.c_uint32, self._process_record)
         return tuple(dict.fromkeys(pid for pid, process in everyone if process.tag == tag))
 
     def tag_of(self, pid: int) -> ToolCallId | None:
         """The tool call or agent that a process belongs to; None when it is not followed."""
-        record = abi.ProcessRecord()
+        record: Any = self._process_record()
         return ToolCallId(record.tag) if self._processes.lookup(ctypes.c_uint32(pid), record) else None
 
     def followed_count(self) -> tuple[int, int]:
@@ -343,8 +347,8 @@ class ToolMemory:
     def losses(self) -> Losses:
         lost, untracked = self._control.lost, self._control.untracked
         return Losses(
-            events=tuple((kind.name.lower(), lost[kind]) for kind in abi.EventKind),
-            untracked=tuple((reason.name.lower(), untracked[reason]) for reason in abi.UntrackedReason),
+            events=tuple((kind.name.lower(), lost[kind.number]) for kind in self._layouts.event_kinds),
+            untracked=tuple((name.lower(), untracked[reason]) for name, reason in self._reasons.items()),
             stops_withheld_count=self._control.stops_withheld,
         )
 
@@ -362,11 +366,11 @@ class ToolMemory:
 
     def set_own_memcg(self, tag: ToolCallId, own: bool) -> None:
         """Whether its processes, and no others, are in one memory cgroup now. Raises UnknownTag."""
-        self._set_flag(tag, abi.TOOL_OWN_MEMCG, own)
+        self._set_flag(tag, ToolFlag.OWN_MEMCG, own)
 
     def set_starting(self, tag: ToolCallId, starting: bool) -> None:
         """Whether it may become the agent yet: every exec below it has a record of its own then. Raises UnknownTag."""
-        self._set_flag(tag, abi.TOOL_STARTING, starting)
+        self._set_flag(tag, ToolFlag.STARTING, starting)
 
     def _set_flag(self, tag: ToolCallId, flag: int, on: bool) -> None:
         record = self._tools[self._slot(tag)]
@@ -436,6 +440,6 @@ class ToolMemory:
             self._free.update(None, ctypes.c_uint32(slot))
 
 
-def _shared_array(a_map: BpfMap, element: type[Element]) -> ctypes.Array[Element]:
+def _shared_array(a_map: BpfMap, element: type[Record]) -> Any:
     """The map's elements, shared with the kernel. Array elements are padded to 8 bytes; ours already are."""
     return (element * a_map.max_entries).from_buffer(a_map.map_memory(ctypes.sizeof(element)))

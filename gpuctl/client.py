@@ -164,7 +164,7 @@ _REPORTS: OneOf[Report, pb.EngineReport] = OneOf(
     pb.EngineReport,
     "report",
     (
-        Translation(Occupancy, pb.Occupancy, using=SHARED),
+        Translation(Occupancy, pb.Occupancy, here=("tiers",), using=SHARED),
         Translation(TurnStarted, pb.TurnStarted),
         Translation(PeerSeen, pb.PeerSeen),
         Translation(TurnEnded, pb.TurnEnded, using=SHARED),

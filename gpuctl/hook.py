@@ -182,10 +182,12 @@ _DIRECTIVES: OneOf[EngineAction, pb.EngineDirective] = OneOf(
         _asks(actions.SwapIn, pb.SwapIn, "session"),
         _asks(actions.Retain, pb.Retain, "session"),
         _asks(actions.Drop, pb.Drop, "session"),
+        _asks(actions.Hold, pb.Hold, "session"),
+        _asks(actions.Release, pb.Release, "session"),
         _asks(actions.SetTenantWeight, pb.SetTenantWeight, "tenant"),
         _asks(actions.SetHostTierCapacity, pb.SetHostTierCapacity),
     ),
-    there=("hold", "release", "preempt", "set_capacity", "peer_is"),
+    there=("preempt", "set_capacity", "peer_is"),
 )
 """What no action stands for, nobody has asked yet; and PeerIs is an answer."""
 

@@ -62,8 +62,17 @@ class SessionKv:
 
 
 @dataclass(frozen=True, slots=True)
+class TierUse:
+    """One tier below the device, by the engine's own name for it."""
+
+    tier: str
+    used_bytes: int
+    capacity_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Occupancy:
-    """The full picture: a session not listed is gone."""
+    """The full picture: a session not listed is gone. `host` and `disk`: all tiers whose memory is of that kind."""
 
     sessions: tuple[SessionKv, ...]
     device_used_tokens: int
@@ -75,6 +84,8 @@ class Occupancy:
     host_capacity_bytes: int
     totals: EngineTotals
     cost: CostModel
+    tiers: tuple[TierUse, ...] = ()
+    """From the nearest down. For the engine's own metrics: the daemon weighs kinds of memory."""
 
 
 @dataclass(frozen=True, slots=True)

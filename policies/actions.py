@@ -119,6 +119,25 @@ class Drop:
 
 
 @dataclass(frozen=True, slots=True)
+class Hold:
+    """Do not compute a session's next turn, at most for ttl_ns; what it holds stays where it is."""
+
+    engine: EngineId
+    session: SessionId
+    ttl_ns: int
+    expires_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """End a hold before its time."""
+
+    engine: EngineId
+    session: SessionId
+    expires_ns: int
+
+
+@dataclass(frozen=True, slots=True)
 class SetTenantWeight:
     engine: EngineId
     tenant: TenantId
@@ -134,7 +153,7 @@ class SetHostTierCapacity:
 
 
 ToolCallAction = Throttle | Freeze | Thaw | Grant | Wait | Kill
-EngineAction = SwapOut | SwapIn | Retain | Drop | SetTenantWeight | SetHostTierCapacity
+EngineAction = SwapOut | SwapIn | Retain | Drop | Hold | Release | SetTenantWeight | SetHostTierCapacity
 Action = ToolCallAction | EngineAction
 
 

@@ -7,12 +7,14 @@ Decision records. Pure: the same snapshot gives the same decisions.
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import dataclass
 
-from .actions import Action, Candidate, Decision, Drop, Retain, SetTenantWeight, SwapIn, SwapOut
-from .economy import UNIT, Prices, choose, expected_wait_s, prices, running_bytes, standing, weigh
+from .actions import Action, Candidate, Decision, Drop, Hold, Release, Retain, SetTenantWeight, SwapIn, SwapOut
+from .door import watch
+from .economy import UNIT, Books, Prices, Weighed, choose, expected_wait_s, running_bytes, standing, weigh
 from .ladder import climb, subject
 from .model import NS_PER_S, DecisionId, Engine, KvTier, Session, SessionId, SessionPhase, TenantId, ToolCall, Verdict
-from .policy import Policy
+from .policy import KvPart, Policy
 from .snapshot import Snapshot
 
 
@@ -72,9 +74,32 @@ def decide(snapshot: Snapshot, policy: Policy) -> tuple[Decision, ...]:
         )
     for engine in snapshot.engines:
         if engine.attached:
-            _place_kv(snapshot, policy, engine, decisions)
+            at_door = _watch_door(snapshot, policy, engine, decisions)
+            _place_kv(snapshot, policy, engine, at_door, decisions)
             _tell_weights(snapshot, policy, engine, decisions)
     return tuple(decisions.made)
+
+
+def _watch_door(snapshot: Snapshot, policy: Policy, engine: Engine, decisions: _Decisions) -> frozenset[SessionId]:
+    """Answers whom it holds, or has just let go on: their KV is left where it is."""
+    expires_ns = snapshot.now_ns + policy.kv.directive_ns
+    passages = watch(snapshot, policy, engine)
+    for passage in passages:
+        session = passage.session
+        decisions.add(
+            Hold(engine.id, session.id, policy.kv.retain_ns, expires_ns)
+            if passage.hold
+            else Release(engine.id, session.id, expires_ns),
+            session.tenant,
+            str(session.id),
+            "the awake need more than the door lets in" if passage.hold else "session at the door may go on",
+            f"{passage.why}; with it they need {passage.need_tokens:.0f} of {passage.room_tokens:.0f} tokens",
+            passage.need_tokens,
+            passage.room_tokens,
+            "tokens",
+        )
+    held = {s.id for s in snapshot.sessions if s.hold_until_ns > snapshot.now_ns and s.id not in snapshot.left_behind}
+    return frozenset(held | {passage.session.id for passage in passages})
 
 
 def _calls_by_session(snapshot: Snapshot) -> dict[SessionId, list[ToolCall]]:
@@ -85,16 +110,30 @@ def _calls_by_session(snapshot: Snapshot) -> dict[SessionId, list[ToolCall]]:
     return calls
 
 
-def _place_kv(snapshot: Snapshot, policy: Policy, engine: Engine, decisions: _Decisions) -> None:
-    """A verdict on every idle session of this engine whose agent is in a tool call, or has just come out of one."""
-    price = prices(snapshot, policy, engine)
+@dataclass(frozen=True, slots=True)
+class _InCall:
+    """An idle session whose agent is in a tool call long enough to be decided on."""
+
+    session: Session
+    call: ToolCall
+    wait_s: float
+
+
+def _place_kv(
+    snapshot: Snapshot, policy: Policy, engine: Engine, at_door: frozenset[SessionId], decisions: _Decisions
+) -> None:
+    """A verdict on every idle session of this engine whose agent is in a tool call, or has just come out of one.
+
+    One at a time, whoever saves most per byte first, each on the books that the ones before have left.
+    """
     can = engine.supported_directives
-    busy = running_bytes(snapshot, engine)
-    host_free = engine.host_capacity_bytes - engine.host_used_bytes
     device_free = engine.device_capacity_tokens - engine.device_used_tokens
     calls_of = _calls_by_session(snapshot)
+    in_call = []
     for session in snapshot.sessions:
         if session.engine != engine.id or session.phase is not SessionPhase.IDLE or session.held_tokens == 0:
+            continue
+        if session.id in at_door:
             continue
         if session.id in snapshot.left_behind:
             if "drop" in can and session.verdict is not Verdict.DROP and not _dwells(session, snapshot, policy):
@@ -106,30 +145,49 @@ def _place_kv(snapshot: Snapshot, policy: Policy, engine: Engine, decisions: _De
             if "swap_in" in can and _wants_back(session, calls) and session.held_tokens <= device_free:
                 device_free -= session.held_tokens
                 _bring_back(snapshot, policy, engine, session, decisions)
-            continue
-        if call.elapsed_ns(snapshot.now_ns) < policy.kv.decide_after_ns:
-            continue
-        wait_s = expected_wait_s(snapshot, call)
-        held = session.held_tokens * engine.bytes_per_token
-        options = weigh(session, engine, wait_s, price, busy, host_free >= held)
+        elif call.elapsed_ns(snapshot.now_ns) >= policy.kv.decide_after_ns and not _dwells(session, snapshot, policy):
+            in_call.append(_InCall(session, call, expected_wait_s(snapshot, call)))
+    _judge(snapshot, policy, engine, in_call, decisions)
+
+
+def _judge(snapshot: Snapshot, policy: Policy, engine: Engine, in_call: list[_InCall], decisions: _Decisions) -> None:
+    books = Books.of(snapshot, policy, engine)
+    busy = running_bytes(snapshot, engine)
+    copies = KvPart.COPIES not in policy.kv.without
+    price = books.prices()
+
+    def options_for(each: _InCall) -> list[Weighed]:
+        held = each.session.held_tokens * engine.bytes_per_token
+        host, disk = books.host_free_bytes >= held, books.disk_free_bytes >= held
+        return weigh(each.session, engine, each.wait_s, price, busy, host, disk, copies)
+
+    def saving(each: _InCall) -> float:
+        """Of the cheapest option over staying as it is, by token; the more, the sooner it is decided on."""
+        options = options_for(each)
+        now = standing(each.session)
+        stays = next((o.cost for o in options if o.verdict is now), options[0].cost) if options else 0.0
+        return (stays - options[0].cost) / each.session.held_tokens if options else 0.0
+
+    for each in sorted(in_call, key=lambda e: (-saving(e), e.session.id)):
+        if KvPart.MARGINAL not in policy.kv.without:
+            price = books.prices()
+        options = options_for(each)
         if not options:
             continue
-        now = standing(session)
-        chosen = choose(options, now, policy.kv.hysteresis_ratio)
-        if _dwells(session, snapshot, policy) or not _says_something_new(chosen.verdict, session, snapshot.now_ns):
+        chosen = choose(options, standing(each.session), policy.kv.hysteresis_ratio)
+        if not _says_something_new(chosen.verdict, each.session, snapshot.now_ns):
             continue
-        if chosen.verdict is Verdict.KEEP and "retain" not in can:
+        if chosen.verdict is Verdict.KEEP and "retain" not in engine.supported_directives:
             continue  # it stays where it is, as long as the engine likes
-        if chosen.verdict is Verdict.SWAP_HOST:
-            host_free -= held
+        books.enter(chosen.verdict, each.session)
         decisions.add(
-            _kv_action(chosen.verdict, session, engine, snapshot.now_ns, policy),
-            session.tenant,
-            f"{session.id} during {call.kind}",
+            _kv_action(chosen.verdict, each.session, engine, snapshot.now_ns, policy),
+            each.session.tenant,
+            f"{each.session.id} during {each.call.kind}",
             f"{chosen.verdict.value} is the cheapest"
             if chosen is options[0]
             else f"{chosen.verdict.value} stands: nothing is cheaper by {policy.kv.hysteresis_ratio:.0%}",
-            _kv_evidence(engine, session, call, wait_s, price),
+            _kv_evidence(engine, each, price),
             chosen.cost,
             next((o.cost for o in options if o is not chosen), chosen.cost),
             UNIT,
@@ -137,10 +195,11 @@ def _place_kv(snapshot: Snapshot, policy: Policy, engine: Engine, decisions: _De
         )
 
 
-def _kv_evidence(engine: Engine, session: Session, call: ToolCall, wait_s: float, price: Prices) -> str:
-    mib = session.held_tokens * engine.bytes_per_token / (1 << 20)
+def _kv_evidence(engine: Engine, each: _InCall, price: Prices) -> str:
+    mib = each.session.held_tokens * engine.bytes_per_token / (1 << 20)
     return (
-        f"{call.kind} is {call.phase.value} and expected to take {wait_s:.1f} s more; the session holds {mib:.1f} MiB; "
+        f"{each.call.kind} is {each.call.phase.value} and expected to take {each.wait_s:.1f} s more; the session holds "
+        f"{mib:.1f} MiB; "
         f"device {engine.device_used_ratio:.0%} full with {engine.waiting_count} turns waiting: price "
         f"{price.device:.2f}; host RAM: price {price.host:.2f}"
     )

@@ -261,13 +261,15 @@ def _memory(memory: _Mapping) -> MemoryPolicy:
 
 def _kv(kv: _Mapping) -> KvPolicy:
     default = KvPolicy()
-    kv.only(("decideAfter", "dwell", "hysteresis", "retain", "deadline"))
+    kv.only(("decideAfter", "dwell", "hysteresis", "retain", "deadline", "door", "doorLongest"))
     return KvPolicy(
         decide_after_ns=kv.quantity_ns("decideAfter", default.decide_after_ns),
         dwell_ns=kv.quantity_ns("dwell", default.dwell_ns),
         hysteresis_ratio=kv.ratio("hysteresis", default.hysteresis_ratio),
         retain_ns=kv.quantity_ns("retain", default.retain_ns, least_ns=1),
         directive_ns=kv.quantity_ns("deadline", default.directive_ns, least_ns=1),
+        door_ratio=kv.ratio("door", 0.0) or None,
+        door_longest_ns=kv.quantity_ns("doorLongest", default.door_longest_ns, least_ns=1),
     )
 
 

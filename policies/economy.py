@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from .correlate import device_bytes
 from .model import NS_PER_S, STALLED, Engine, KvTier, Session, SessionPhase, ToolCall, ToolCallPhase, Verdict
-from .policy import Policy
+from .policy import KvPart, Policy
 from .snapshot import Snapshot
 
 GIB = float(1 << 30)
@@ -28,6 +28,8 @@ STEP_BORDER_S = 0.05
 """What each transfer waits for besides the copy itself: the engine moves KV between two steps. Without it, any price
 above nothing would move sessions off an empty device."""
 BURST_QUANTILE = 0.9
+SCARCE_RATIO = 0.9
+"""Of a tier in use: from here on somebody may soon ask for what is left of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,16 +83,76 @@ def predicted_burst_bytes(snapshot: Snapshot) -> int:
     return expected + worst
 
 
+@dataclass(slots=True)
+class Books:
+    """What is used of one engine's tiers and of the RAM beneath them, as the decisions of one moment change it.
+
+    A price is the worth of the marginal byte: at one set of prices every session would be moved out of a full tier,
+    although after the first few the need has passed.
+    """
+
+    bytes_per_token: int
+    device_used_tokens: int
+    device_capacity_tokens: int
+    waiting_count: int
+    host_free_bytes: int
+    """Of the host tier."""
+    disk_free_bytes: int
+    ram_used_bytes: int
+    """By tool calls, by what they are predicted to burst to, and by every engine's host tier."""
+    ram_bytes: int
+    """The pool that these share; 0: not known."""
+    psi_some_ratio: float = 0.0
+    need_only: bool = True
+    """A byte costs nothing where there are others that nobody asks for."""
+
+    @classmethod
+    def of(cls, snapshot: Snapshot, policy: Policy, engine: Engine) -> Books:
+        tiers = sum(e.host_used_bytes for e in snapshot.engines)
+        return cls(
+            bytes_per_token=engine.bytes_per_token,
+            device_used_tokens=engine.device_used_tokens,
+            device_capacity_tokens=engine.device_capacity_tokens,
+            waiting_count=engine.waiting_count,
+            host_free_bytes=engine.host_capacity_bytes - engine.host_used_bytes,
+            disk_free_bytes=engine.disk_capacity_bytes - engine.disk_used_bytes,
+            ram_used_bytes=snapshot.tool_used_bytes() + predicted_burst_bytes(snapshot) + tiers,
+            ram_bytes=policy.memory.pool_bytes(snapshot.host.memory_total_bytes),
+            psi_some_ratio=snapshot.host.psi_some_ratio or 0.0,
+            need_only=KvPart.NEED not in policy.kv.without,
+        )
+
+    def prices(self) -> Prices:
+        """What a byte costs now. Turns that wait for the device make it dearer; PSI makes host RAM dearer."""
+        used = self.device_used_tokens / self.device_capacity_tokens if self.device_capacity_tokens else 0.0
+        ram = self.ram_used_bytes / self.ram_bytes if self.ram_bytes else 1.0
+        device = barrier(used) * (1.0 + self.waiting_count)
+        host = barrier(ram) * (1.0 + 10.0 * self.psi_some_ratio)
+        if self.need_only and used < SCARCE_RATIO and not self.waiting_count:
+            device = 0.0
+        if self.need_only and ram < SCARCE_RATIO and not self.psi_some_ratio:
+            host = 0.0
+        return Prices(min(PRICE_CAP, device), min(PRICE_CAP, host))
+
+    def enter(self, verdict: Verdict, session: Session) -> None:
+        """The session's KV will be where the verdict puts it."""
+        held = session.held_tokens * self.bytes_per_token
+        if session.tier is KvTier.DEVICE and verdict is not Verdict.KEEP:
+            self.device_used_tokens -= session.held_tokens
+        if session.tier is KvTier.HOST and verdict in (Verdict.SWAP_DISK, Verdict.DROP):
+            self.host_free_bytes += held
+            self.ram_used_bytes -= held
+        if verdict is Verdict.SWAP_HOST and session.tier is not KvTier.HOST:
+            written = max(0, held - session.host_bytes)
+            self.host_free_bytes -= written
+            self.ram_used_bytes += written
+        if verdict is Verdict.SWAP_DISK and session.tier is not KvTier.DISK:
+            self.disk_free_bytes -= max(0, held - session.disk_bytes)
+
+
 def prices(snapshot: Snapshot, policy: Policy, engine: Engine) -> Prices:
-    """What a byte costs now. Turns that wait for the device make it dearer; PSI makes host RAM dearer."""
-    device = barrier(engine.device_used_ratio) * (1.0 + engine.waiting_count)
-    pool = policy.memory.pool_bytes(snapshot.host.memory_total_bytes)
-    tiers = sum(e.host_used_bytes for e in snapshot.engines)
-    committed = snapshot.tool_used_bytes() + predicted_burst_bytes(snapshot) + tiers
-    host = barrier(committed / pool) if pool else PRICE_CAP
-    if snapshot.host.psi_some_ratio is not None:
-        host *= 1.0 + 10.0 * snapshot.host.psi_some_ratio
-    return Prices(min(PRICE_CAP, device), min(PRICE_CAP, host))
+    """Before any decision of this moment."""
+    return Books.of(snapshot, policy, engine).prices()
 
 
 def expected_wait_s(snapshot: Snapshot, call: ToolCall) -> float:
@@ -115,7 +177,14 @@ def expected_wait_s(snapshot: Snapshot, call: ToolCall) -> float:
 
 
 def weigh(
-    session: Session, engine: Engine, wait_s: float, price: Prices, running_bytes: int, host_room: bool
+    session: Session,
+    engine: Engine,
+    wait_s: float,
+    price: Prices,
+    running_bytes: int,
+    host_room: bool,
+    disk_room: bool | None = None,
+    copies: bool = True,
 ) -> list[Weighed]:
     """Every option for an idle session's KV, the cheapest first. Empty where it holds none.
 
@@ -125,6 +194,8 @@ def weigh(
         wait_s: expected seconds until its next turn.
         running_bytes: device bytes of the sessions computed now, which a transfer or a recompute delays.
         host_room: whether the host tier can take it.
+        disk_room: whether the disk can; None: as the engine was last seen.
+        copies: what the tier holds of the session already need not be written.
     """
     held = session.held_tokens * engine.bytes_per_token
     if held <= 0 or session.tier is KvTier.NONE:
@@ -140,15 +211,22 @@ def weigh(
         options.append(Weighed(Verdict.DROP, recompute_s * (held + running_bytes) / GIB))
     if in_device:
         options.append(Weighed(Verdict.KEEP, price.device * held * wait_s / GIB))
+    if disk_room is None:
+        disk_room = engine.disk_used_bytes + held <= engine.disk_capacity_bytes
     if in_host or (in_device and host_room and can_swap):
-        trips = 1 if in_host else 2
-        cost = price.host * held * wait_s + trips * (STEP_BORDER_S + host_s) * (held + running_bytes)
+        out_s = 0.0 if in_host else STEP_BORDER_S + host_s * _unwritten(held, session.host_bytes, copies)
+        cost = price.host * held * wait_s + (out_s + STEP_BORDER_S + host_s) * (held + running_bytes)
         options.append(Weighed(Verdict.SWAP_HOST, cost / GIB))
-    if in_disk or (can_swap and engine.disk_used_bytes + held <= engine.disk_capacity_bytes):
-        trips = 1 if in_disk else 2
-        cost = price.disk * held * wait_s + trips * (STEP_BORDER_S + disk_s) * (held + running_bytes)
+    if in_disk or (can_swap and disk_room):
+        out_s = 0.0 if in_disk else STEP_BORDER_S + disk_s * _unwritten(held, session.disk_bytes, copies)
+        cost = price.disk * held * wait_s + (out_s + STEP_BORDER_S + disk_s) * (held + running_bytes)
         options.append(Weighed(Verdict.SWAP_DISK, cost / GIB))
     return sorted(options, key=lambda o: (o.cost, o.verdict.value))
+
+
+def _unwritten(held: int, copy_bytes: int, copies: bool) -> float:
+    """Share of the KV that a lower tier does not hold yet: FastSwitch's reuse of copies."""
+    return max(0.0, 1.0 - copy_bytes / held) if copies else 1.0
 
 
 def standing(session: Session) -> Verdict:

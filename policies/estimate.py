@@ -10,6 +10,7 @@ import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import PurePosixPath
 
 from .model import MIB, NS_PER_S
@@ -203,6 +204,12 @@ def _prior_peaks() -> LogHistogram:
     return prior
 
 
+@lru_cache(maxsize=2 * MOST_KINDS)
+def _with_prior(known: LogHistogram, prior: LogHistogram) -> LogHistogram:
+    """Kept: every decision asks for every running call, and a histogram changes only when a call of its kind ends."""
+    return known.plus(prior, PRIOR_WEIGHT)
+
+
 @dataclass(frozen=True, slots=True)
 class Estimates:
     """What has been learned of each kind of command. Immutable: `observe` returns the next one."""
@@ -228,7 +235,7 @@ class Estimates:
         One that has outlived all history is expected to run as long again as it has (the Lindy rule), since a
         heavy-tailed duration gives no better guess.
         """
-        known = self.durations.get(kind, LogHistogram()).plus(self.prior_durations, PRIOR_WEIGHT)
+        known = _with_prior(self.durations.get(kind, LogHistogram()), self.prior_durations)
         beyond = known.mean_beyond(float(elapsed_ns))
         return (beyond if beyond is not None else float(elapsed_ns)) / NS_PER_S
 
@@ -244,4 +251,4 @@ class Estimates:
         return int(self._known_peaks(kind).mean_beyond(0.0) or 0)
 
     def _known_peaks(self, kind: str) -> LogHistogram:
-        return self.peaks.get(kind, LogHistogram()).plus(self.prior_peaks, PRIOR_WEIGHT)
+        return _with_prior(self.peaks.get(kind, LogHistogram()), self.prior_peaks)

@@ -2,6 +2,7 @@
 
 Owns the closed union `Event`. Sources emit them, `State.apply` is the only consumer that gives them meaning, and the
 journal stores them. An Outcome is an event like any other.
+Long for being the closed set, one class after the other: what a new kind of event adds here, it adds nowhere else.
 """
 
 from __future__ import annotations
@@ -258,6 +259,44 @@ class ProcessesGone:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCallFact:
+    """What the kernel tells of a tool call beside its life and its memory: a class below for each kind of it.
+
+    State keeps the newest of each class with the call, for people to see; a class that shall decide something has an
+    arm of its own.
+    """
+
+    at_ns: int
+    id: ToolCallId
+
+    @property
+    def words(self) -> str:
+        """What people are shown; one line."""
+        raise NotImplementedError
+
+
+_SIGNALS = {1: "SIGHUP", 2: "SIGINT", 3: "SIGQUIT", 6: "SIGABRT", 9: "SIGKILL", 11: "SIGSEGV", 15: "SIGTERM"}
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallSignalled(ToolCallFact):
+    """A process of it was sent a signal that ends it unless it has a handler (SIGKILL, SIGTERM, SIGSEGV, ...)."""
+
+    pid: int
+    signal: int
+    sender_pid: int
+    sender_comm: str
+    by_kernel: bool
+    """An OOM kill, a fault of its own, a kernel thread: the sender is only who ran just then."""
+
+    @property
+    def words(self) -> str:
+        name = _SIGNALS.get(self.signal, f"signal {self.signal}")
+        sender = "the kernel, during " if self.by_kernel else ""
+        return f"{name} to pid {self.pid} from {sender}{self.sender_comm} (pid {self.sender_pid})"
+
+
+@dataclass(frozen=True, slots=True)
 class IntentDeclared:
     """An agent says what its next tool call will need."""
 
@@ -402,6 +441,7 @@ Event = (
     | BudgetChanged
     | ToolCallEnded
     | ProcessesGone
+    | ToolCallSignalled
     | IntentDeclared
     | EngineAttached
     | EngineDetached

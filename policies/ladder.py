@@ -34,6 +34,8 @@ class Step:
 
 PROMISE_NS = NS_PER_S
 """How long a grant counts as used. Longer would keep memory free that a call may never ask for."""
+LEAST_STEP_RATIO = 1 / 8
+"""Of a step: where all would stand, the first is granted what room there is, down to this. It may lack no more."""
 DYING_NS = 10 * NS_PER_S
 """How long memory of a killed call counts as free. What does not die, hung in the kernel, holds it like any other."""
 THROTTLE_AT_LEAST_RATIO = 0.01
@@ -125,7 +127,7 @@ def _holds_memory(call: ToolCall) -> bool:
 
 
 def _at_largest(call: ToolCall, largest: int) -> bool:
-    return max(call.hard_bytes, call.used_bytes) >= largest
+    return _held(call) >= largest
 
 
 def _stopped_ns(call: ToolCall) -> int:
@@ -134,7 +136,11 @@ def _stopped_ns(call: ToolCall) -> int:
 
 def _next_hard_bytes(call: ToolCall, policy: Policy) -> int:
     """The hard budget that the next grant would give."""
-    return min(policy.memory.max_bytes, max(call.hard_bytes, call.used_bytes) + policy.memory.step_bytes)
+    return min(policy.memory.max_bytes, _held(call) + policy.memory.step_bytes)
+
+
+def _held(call: ToolCall) -> int:
+    return max(call.hard_bytes, call.used_bytes)
 
 
 def _fill(
@@ -155,9 +161,12 @@ def _fill(
     unmet = []
     for call in standing:
         hard = _next_hard_bytes(call, policy)
-        left = room - (hard - call.used_bytes)
         waited = _waited_ns(call, snapshot) >= policy.memory.wait_ns // 2
-        served = call is first or waited or not (granted or others_go_on)
+        last_hope = not (granted or others_go_on)
+        served = call is first or waited or last_hope
+        if last_hope and call.used_bytes + room >= _held(call) + policy.memory.step_bytes * LEAST_STEP_RATIO:
+            hard = min(hard, call.used_bytes + room)
+        left = room - (hard - call.used_bytes)
         if left >= 0 and (served or books.is_safe(call, hard, left)):
             room = left
             books.granted(call, hard)

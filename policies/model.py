@@ -26,6 +26,14 @@ NS_PER_S = 1_000_000_000
 MIB = 1 << 20
 
 
+def tenants_session(tenant: TenantId, named: str) -> SessionId:
+    """The session that a tenant means by a name: "private" of gold is "gold/private", and stays so when said again.
+
+    Every name of one tenant differs from every name of another, so that nobody can take another's before he does.
+    """
+    return SessionId(named if named.startswith(f"{tenant}/") else f"{tenant}/{named}")
+
+
 class ToolCallSource(Enum):
     """How a tool call's boundaries were found."""
 
@@ -192,6 +200,16 @@ class KvMeanwhile:
 
 
 @dataclass(frozen=True, slots=True)
+class Fact:
+    """Something that the kernel told of a tool call (events.ToolCallFact)."""
+
+    kind: str
+    """Name of the event's class."""
+    at_ns: int
+    words: str
+
+
+@dataclass(frozen=True, slots=True)
 class ToolCall:
     """The tasks that descend from one exec by the agent.
 
@@ -247,6 +265,8 @@ class ToolCall:
     """By which the conversation, and the agent's own log, know the call."""
     exempt: bool = False
     """No budget may stop it, and nothing holds it back: it could be the agent."""
+    facts: tuple[Fact, ...] = ()
+    """The newest of each kind, oldest first."""
 
     @property
     def running(self) -> bool:
@@ -351,6 +371,10 @@ class Session:
     verdict_ns: int = 0
     cost: SessionCost = field(default_factory=SessionCost)
     """Of its turns that ended while this daemon and the engine knew each other."""
+    asked_ns: int = 0
+    """When its last turn was asked for; 0: not seen."""
+    hold_until_ns: int = 0
+    """Until when the engine was told to hold it; 0, or past: it is not held by us."""
     sandbox: CgroupId | None = None
     """Where its requests come from, as their connections show; None: not known."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum
 
 from .model import MIB, NS_PER_S, RoleRule, Tenant, TenantId
 
@@ -52,6 +53,17 @@ class MemoryPolicy:
         return int(self.tool_pool_ratio * memory_total_bytes)
 
 
+class KvPart(Enum):
+    """A part of the economy that a what-if can take out, to see what it is worth. No policy document does."""
+
+    MARGINAL = "marginal"
+    """Decisions are made one at a time, each on books updated by the one before; without it at one set of prices."""
+    NEED = "need"
+    """A byte that nobody asks for costs nothing; without it rent rises from an empty tier on."""
+    COPIES = "copies"
+    """What a lower tier holds already is not counted as to be written again."""
+
+
 @dataclass(frozen=True, slots=True)
 class KvPolicy:
     """How the KV of sessions in tool calls is treated."""
@@ -66,6 +78,11 @@ class KvPolicy:
     """Longest retention asked of the engine at a time."""
     directive_ns: int = 5 * NS_PER_S
     """A directive not applied after this is void."""
+    door_ratio: float | None = None
+    """Of device and host tier together that the sessions awake may need; None: everybody is."""
+    door_longest_ns: int = 120 * NS_PER_S
+    """Nobody is held at the door for longer than this after asking."""
+    without: frozenset[KvPart] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

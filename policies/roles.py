@@ -160,7 +160,9 @@ class Ruling:
     call_id: str | None = None
     """By which the agent's own log, and the conversation, know the call."""
     session: SessionId | None = None
-    """Of the conversation that asked, where it is known."""
+    """Of the conversation that asked, where an engine told of it."""
+    conversation: str | None = None
+    """By which the agent itself knows it."""
     budgeted: bool = False
     """Whether a tool call's budget may stop it."""
 
@@ -208,7 +210,8 @@ def rule(
         return Ruling(Role.START_UP, 0.9, "nobody above it has spoken to a model yet", seen.command)
     if profile is not None and not witnessed and _looks_like_call(seen, profile):
         why = f"looks as tool calls of {profile.name} do"
-        return Ruling(Role.TOOL_CALL, 0.97, why, asked_text(seen.command, profile), budgeted=True)
+        text, named = asked_text(seen.command, profile), conversation_of(seen, profile)
+        return Ruling(Role.TOOL_CALL, 0.97, why, text, conversation=named, budgeted=True)
     if (other := _besides(seen, profile, runtime)) is not None:
         return other
     if seen.in_shell and any(each.command for each in asked):
@@ -220,7 +223,8 @@ def rule(
     if profile is not None:
         if _looks_like_call(seen, profile):
             why = f"looks as tool calls of {profile.name} do"
-            return Ruling(Role.TOOL_CALL, 0.97, why, asked_text(seen.command, profile), budgeted=True)
+            text, named = asked_text(seen.command, profile), conversation_of(seen, profile)
+            return Ruling(Role.TOOL_CALL, 0.97, why, text, conversation=named, budgeted=True)
         return Ruling(Role.HOUSEKEEPING, 0.95, f"no tool call of {profile.name} looks so", seen.command)
     if seen.shares_output and not _SHELL_COMMAND.search(seen.command):
         return Ruling(Role.TOOL_CALL, 0.6, "writes where the agent itself does: it may be the agent", seen.command)
@@ -240,7 +244,8 @@ def _told(seen: Exec, profile: Profile | None, asked: Sequence[Asked], rules: Se
         return Ruling(Role.TOOL_CALL, 0.99, why, wanted.command, wanted.id, wanted.session, budgeted=True)
     if profile is not None and profile.call_key and (call := seen.environment.get(profile.call_key)):
         why = f"{profile.call_key} is set in its environment"
-        return Ruling(Role.TOOL_CALL, 0.98, why, asked_text(seen.command, profile), call, budgeted=True)
+        text, named = asked_text(seen.command, profile), conversation_of(seen, profile)
+        return Ruling(Role.TOOL_CALL, 0.98, why, text, call, conversation=named, budgeted=True)
     for each in rules:
         if re.search(each.match, seen.command):
             called = each.role is Role.TOOL_CALL
@@ -252,6 +257,11 @@ def by_its_line(asked: Asked) -> Ruling:
     """Of a program of a shell that stands in this line as it is."""
     why = "begins the command line that the conversation asked for"
     return Ruling(Role.TOOL_CALL, 0.99, why, asked.command, asked.id, asked.session, budgeted=True)
+
+
+def conversation_of(seen: Exec, profile: Profile) -> str | None:
+    """The id of the conversation that asked for it, as the agent puts it into the environment of its tool calls."""
+    return seen.environment.get(profile.session_key) if profile.session_key else None
 
 
 def _looks_like_call(seen: Exec, profile: Profile) -> bool:

@@ -39,6 +39,7 @@ Command = Callable[[argparse.Namespace], int]
 # `equipoise version` does not pay for the dashboard.
 _ELSEWHERE = {
     "doctor": ("equipoise.daemon.cli.doctor", ""),
+    "replay": ("equipoise.daemon.cli.replay", ""),
     "top": ("equipoise.tui.app", ""),
     "hooks": ("equipoise.integrations.claude_code.command", ""),
     "demo": ("equipoise.daemon.demo.command", "equipoise[demo]"),

@@ -82,7 +82,7 @@ async def start_agent(layout: Layout, socket: Path, agent: Agent, engine_url: st
             "--",
             sys.executable,
             "-m",
-            "equipoise.daemon.demo.agent",
+            "equipoise.daemon.demo.agents.agent",
             "--plan",
             agent.plan.name,
             "--name",

@@ -13,8 +13,8 @@ from pathlib import Path
 import yaml
 
 from ...policies.model import MIB
-from .plan import BUILD, DATA, HISTORY, RUNAWAY, SERVER, TESTS, Plan
-from .sample import write_project
+from .agents.plan import BUILD, DATA, HISTORY, RUNAWAY, SERVER, TESTS, Plan
+from .agents.sample import write_project
 
 DEFAULT_SECONDS = 60.0
 SHORTEST_SECONDS = 5.0

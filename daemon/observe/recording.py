@@ -40,9 +40,13 @@ class Recorder:
         self._urgent = False
         self._written: dict[ToolCallId, tuple[object, ...]] = {}
         """Of each call that lives: what was last written of it and changes."""
+        self._waiting: dict[ToolCallId, ToolCall] = {}
+        """Of each call that an event of this turn was about, how it is now: a short one begins and ends in one turn."""
 
     def __call__(self, event: Event, state: State) -> None:
         self._journal.record(event)
+        if isinstance(event, ToolCallMerged | ToolCallWithdrawn):
+            self._waiting.pop(event.id, None)  # it is struck out
         match event:
             case (
                 ToolCallStarted(id=tool_call)
@@ -54,7 +58,7 @@ class Recorder:
             ):
                 self._urgent = True
                 if call := state.tool_calls.get(state.resolve(tool_call)):
-                    self._journal.record_tool_call(call)
+                    self._waiting[call.id] = call
             case SandboxRegistered() | SandboxRemoved() | ToolCallWithdrawn():
                 self._urgent = True
             case _:
@@ -62,6 +66,9 @@ class Recorder:
 
     def turned(self, snapshot: Snapshot) -> None:
         """At the end of a turn."""
+        for call in self._waiting.values():
+            self._journal.record_tool_call(call)
+        self._waiting.clear()
         if self._urgent:
             self._urgent = False
             self._journal.flush()
@@ -94,4 +101,5 @@ def _changing(call: ToolCall) -> tuple[object, ...]:
         call.phase,
         call.stalled_ns,
         call.verdict,
+        call.facts,
     )

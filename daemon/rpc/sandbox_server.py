@@ -10,7 +10,7 @@ import grpc
 from ...ebpf.errors import EbpfError
 from ...policies.actions import Grant, Kill, OutcomeStatus, Throttle, Wait
 from ...policies.events import Event, IntentDeclared
-from ...policies.model import MIB, NS_PER_S, Sandbox, SessionId, TenantId, ToolCall, ToolCallId
+from ...policies.model import MIB, NS_PER_S, Sandbox, SessionId, TenantId, ToolCall, ToolCallId, tenants_session
 from ...policies.state import State
 from ..api.v1 import sandbox_pb2 as pb
 from ..api.v1 import sandbox_pb2_grpc
@@ -65,7 +65,7 @@ class SandboxServer(sandbox_pb2_grpc.SandboxServiceServicer):
                 request.name,
                 request.pid or None,
                 request.cgroup_path or None,
-                SessionId(request.session_id) if request.session_id else None,
+                tenants_session(TenantId(request.tenant_id), request.session_id) if request.session_id else None,
                 direct=request.direct,
             )
         except RegistrationRefused as error:
@@ -96,7 +96,7 @@ class SandboxServer(sandbox_pb2_grpc.SandboxServiceServicer):
                 request.pid or None,
                 request.wrapper_pid or None,
                 request.external_id or None,
-                SessionId(request.session_id) if request.session_id else None,
+                self._session(sandbox, request.session_id),
             )
         except RegistrationRefused as error:
             await _refuse(context, STATUS[error.reason], str(error))
@@ -118,7 +118,7 @@ class SandboxServer(sandbox_pb2_grpc.SandboxServiceServicer):
         exit_code = request.exit_code if request.HasField("exit_code") and not request.signal else None
         self._calls.end(call, exit_code, request.signal or None)
         self._settle()
-        resolved = self._state.resolve(call)
+        resolved = self._calls.resolve(call)
         known = self._state.tool_calls.get(resolved) or self._history.ended_call(resolved)
         if known is None:
             await _refuse(context, grpc.StatusCode.NOT_FOUND, f"unknown tool call {tool_call_hex(call)}")
@@ -163,6 +163,16 @@ class SandboxServer(sandbox_pb2_grpc.SandboxServiceServicer):
                 f"no sandbox {what}: start the agent with `equipoise run --tenant T --name N -- CMD`",
             )
         return sandbox
+
+    def _session(self, sandbox: Sandbox, named: str) -> SessionId | None:
+        """The conversation that a hook means; None: it names none.
+
+        One of its tenant that an engine (which knows no clients) has under that very name, else its tenant's.
+        """
+        if not named:
+            return None
+        shown = self._state.sessions.get(SessionId(named))
+        return SessionId(named) if shown and shown.tenant == sandbox.tenant else tenants_session(sandbox.tenant, named)
 
     async def _call_id(self, request: pb.EndToolCallRequest, context: Context) -> ToolCallId:
         if request.tool_call_id:

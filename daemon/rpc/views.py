@@ -115,6 +115,7 @@ def tool_call_view(call: ToolCall, names: dict[CgroupId, str], history: History)
         pid=call.pid or 0,
         agent_call_id=call.call_id or "",
         exempt=call.exempt,
+        facts=[fact.words for fact in call.facts],
     )
 
 

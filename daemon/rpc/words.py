@@ -8,8 +8,10 @@ from ...policies.actions import (
     Action,
     Decision,
     Drop,
+    Hold,
     Outcome,
     OutcomeStatus,
+    Release,
     Retain,
     SetHostTierCapacity,
     SetTenantWeight,
@@ -33,6 +35,10 @@ def of_action(action: Action) -> str:
             return f"keep KV for {ttl_ns / NS_PER_S:g} s"
         case Drop():
             return "drop KV"
+        case Hold(ttl_ns=ttl_ns):
+            return f"hold the next turn for {ttl_ns / NS_PER_S:g} s"
+        case Release():
+            return "let the next turn go on"
         case SetTenantWeight(weight=weight):
             return f"set weight {weight:g}"
         case SetHostTierCapacity(host_bytes=host_bytes):

@@ -162,6 +162,7 @@ class Adoption:
             for call in earlier.calls
             if call.id not in going_on and call.sandbox not in came.left and call.id not in earlier.merged
         ]
+        self._calls.take_up([*(c for c in earlier.calls if c.id in going_on), *came.closed], earlier.merged)
         for line in came.left.values():
             log.warning("not_adopted", what=line)
         if summary := came.summary():
@@ -317,7 +318,28 @@ class Adoption:
                 came.calls += 1
             else:
                 came.found += 1
+        if agent is not None:
+            for call in known.values():
+                if call.pid is None and call.running and call.id not in earlier.merged:
+                    self._go_on_without_process(call)
+                    going_on.add(call.id)
+                    came.calls += 1
         return going_on
+
+    def _go_on_without_process(self, known: ToolCall) -> None:
+        """A hook announced it, and nobody has said that it is over."""
+        self._emit(
+            ToolCallStarted(
+                at_ns=self._now_ns(),
+                id=known.id,
+                sandbox=known.sandbox,
+                command=known.command,
+                source=known.source,
+                confidence=known.confidence,
+                session=known.session,
+                earlier=known,
+            )
+        )
 
     def _groups(
         self, kept: Kept, agent: ProcessRef | None, known: Mapping[ToolCallId, ToolCall], until_ns: int

@@ -20,6 +20,7 @@ from .. import log
 from ..errors import CgroupError
 from . import processes, registering
 from .cgroups import CgroupDriver, SandboxCgroup
+from .entry import NOTHING, EntryBudgets
 from .kept import Book, Kept
 from .processes import ProcessRef
 from .watch import unwatch, watch
@@ -39,6 +40,7 @@ class SandboxKeeper:
     ) -> None:
         """`settle` takes in everything that waits, the kernel's events too; never called as a sink."""
         self.book: Book = {}
+        self.entry = EntryBudgets(self.book, probes, state)
         self._driver = driver
         self._probes = probes
         self._state = state
@@ -180,14 +182,12 @@ class SandboxKeeper:
         cgroup, tag = kept.cgroup, None
         if self._probes is not None:
             # Whose children have budgets is known when somebody has spoken to a model (roles.py), or has been said.
-            budget = self._state.policy.memory.budget if self._state.policy.enforce and kept.direct else None
+            soft, hard = self.entry.now() if kept.direct else NOTHING
             tag = self._probes.register_agent(
-                agent.pid,
-                cgroup.cgroup_id,
-                soft_bytes=budget.soft_bytes if budget else 0,
-                hard_bytes=budget.hard_bytes if budget else 0,
-                starting=not kept.direct,
+                agent.pid, cgroup.cgroup_id, soft_bytes=soft, hard_bytes=hard, starting=not kept.direct
             )
+            if kept.direct:
+                self.entry.given(tag)
         if processes.look(agent) is None:  # its pid may be another's by now
             if tag is not None and self._probes is not None:
                 self._probes.forget(tag)
@@ -248,9 +248,9 @@ class SandboxKeeper:
     def disarm(self, cgroup_id: CgroupId) -> None:
         """Take the hard budgets of a sandbox's tool calls away: nobody could undo a stop there."""
         kept = self.book.get(cgroup_id)
-        if kept is not None and self._probes is not None:
+        if kept is not None:
             for tag in kept.tags():
-                self._probes.set_child_budget(tag, soft_bytes=0, hard_bytes=0)
+                self.entry.take(tag)
 
     def close(self) -> None:
         """Watch nobody any more. A sandbox in which something runs stays, for the next start to take up again."""

@@ -8,6 +8,7 @@ from typing import TypeAlias
 from ...policies.model import NS_PER_S, CgroupId, ToolCallId
 from ...policies.roles import Profile
 from .cgroups import SandboxCgroup
+from .conversations import Conversations
 from .processes import ProcessRef
 
 
@@ -33,6 +34,7 @@ class Kept:
     """When to look for a runtime among its processes again, should no event tell of one ..."""
     survey_pause_ns: int = NS_PER_S
     """... and how long to leave it after that: twice as long each time."""
+    conversations: Conversations = field(default_factory=Conversations)
     announced: list[ToolCallId] = field(default_factory=list)
     """Hook calls that no process has been matched with yet, oldest first."""
 

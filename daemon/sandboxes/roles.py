@@ -3,7 +3,7 @@
 Stands between the kernel's events and the loop: a lineage event goes on as a ToolCallStarted only where the rules
 (policies/roles.py) say so; everything else is observed under its role. Owns who is the runtime of each sandbox, and
 therefore whose children have budgets: until somebody below the sandbox's first program has spoken to a model nobody
-has. Applies no policy of memory.
+has. Applies no policy of memory. Long for its rules, which share every field: each corrects what another one said.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from ...policies.events import (
     SandboxRemoved,
     ToolCallAttributed,
     ToolCallEnded,
+    ToolCallFact,
     ToolCallMemoryStepped,
     ToolCallStarted,
     ToolCallWithdrawn,
@@ -34,6 +35,7 @@ from ...policies.roles import Asked, Exec, Profile, Ruling
 from ...policies.state import State
 from .. import log
 from . import evidence
+from .entry import EntryBudgets
 from .kept import Book, Kept
 from .who.helpers import Helpers
 from .who.lines import Line, Lines
@@ -45,6 +47,8 @@ from .witness import Witness
 
 STAYS_NS = 20 * NS_PER_S
 """What still runs so long after it began, and is no tool call, is a service."""
+_OF_ONE = (ToolCallEnded, ToolCallMemoryStepped, BudgetReached, ProcessesGone, ToolCallFact)
+"""What the kernel tells of one call, or of what is none."""
 _SURVEY_NS = NS_PER_S
 _SURVEY_PAUSE_MAX_NS = 30 * NS_PER_S
 
@@ -53,7 +57,13 @@ class RoleKeeper:
     """`sift(event)` answers what the loop shall hear instead."""
 
     def __init__(
-        self, book: Book, probes: ToolMemory | None, state: State, witness: Witness, now_ns: Callable[[], int]
+        self,
+        book: Book,
+        entry: EntryBudgets,
+        probes: ToolMemory | None,
+        state: State,
+        witness: Witness,
+        now_ns: Callable[[], int],
     ) -> None:
         self._book = book
         self._probes = probes
@@ -64,7 +74,7 @@ class RoleKeeper:
         """Tool calls that run, as they were told: the state hears of one only at the loop's next turn."""
         self._unwitnessed = Unwitnessed()
         self._looked_ns = 0
-        self._records = Records(probes, state)
+        self._records = Records(probes, entry)
         self._lines = Lines(probes, self._records, state, now_ns)
         self._helpers = Helpers(self._records, now_ns)
         self._sub_agents = SubAgents(probes, self._records, now_ns)
@@ -149,7 +159,7 @@ class RoleKeeper:
                 return tuple(self._at_budget(event, self._calls[event.id]))
             case ProcessExeced():
                 return tuple(self._execed(event))
-            case ToolCallEnded() | ToolCallMemoryStepped() | BudgetReached() | ProcessesGone():
+            case _ if isinstance(event, _OF_ONE):
                 self._ended((event,))
                 if isinstance(event, ToolCallEnded | ProcessesGone):
                     self._unwitnessed.note(event)
@@ -214,6 +224,7 @@ class RoleKeeper:
             self._sub_agents.ended(tag, kept)
             kept.runtimes.pop(tag, None)
             kept.shells.pop(tag, None)
+            kept.conversations.forget(tag)
         yield RoleObserved(self._now_ns(), replace(fact, gone=True))
 
     def look_again(self) -> None:
@@ -261,6 +272,8 @@ class RoleKeeper:
             yield as_call(event, ruling)
         if not is_call:
             yield from self._no_call(event, fact_of(event, seen, ruling), kept)
+        elif ruling.session is None and profile is not None and profile.session_key:
+            yield from self._of_conversation(event.at_ns, event, ruling.conversation, kept)
 
     def _no_call(self, event: ToolCallStarted, fact: ProcessRole, kept: Kept) -> Iterator[Event]:
         if fact.role is Role.SHELL:
@@ -275,6 +288,11 @@ class RoleKeeper:
                 yield self._helpers.observe(tag, replace(fact, id=tag), event.agent)
                 return
         yield self._helpers.observe(event.id, fact, event.agent)
+
+    def _of_conversation(self, at_ns: int, call: ToolCallStarted, name: str | None, kept: Kept) -> Iterator[Event]:
+        sandbox = self._state.sandboxes.get(kept.cgroup.cgroup_id)
+        if sandbox is not None and call.agent is not None:
+            yield from kept.conversations.heard(at_ns, call.id, call.agent, name, sandbox, self._state)
 
     def _rule(
         self, event: ToolCallStarted, seen: Exec, profile: Profile | None, runtime: str, *, witnessed: bool
@@ -393,7 +411,10 @@ class RoleKeeper:
         if event.command.endswith("…"):
             command = evidence.command_line(event.pid) or command
         text = roles.asked_text(command, profile)
-        named = evidence.environment(event.pid).get(profile.call_key) if profile.call_key else None
+        environment = evidence.environment(event.pid)
+        named = environment.get(profile.call_key) if profile.call_key else None
         if text != command or named:
             told = text if text != command else None
             yield ToolCallAttributed(event.at_ns, call.id, call.source, call.confidence, told, call_id=named)
+        if profile.session_key and (conversation := environment.get(profile.session_key)):
+            yield from self._of_conversation(event.at_ns, call, conversation, kept)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
 
 from ...ebpf.errors import EbpfError
 from ...ebpf.tool_memory import ToolMemory
@@ -33,6 +34,7 @@ from ...policies.state import State
 from ..errors import Refusal, RegistrationRefused
 from . import registering
 from .cgroups import CgroupDriver
+from .entry import EntryBudgets
 from .kept import Book
 from .leaves import Leaves
 from .watch import unwatch, watch
@@ -40,6 +42,8 @@ from .watch import unwatch, watch
 WRAPPER_CONFIDENCE = 1.0
 HOOK_CONFIDENCE = 0.95
 """A hook's boundaries are exact; which processes are meant is inferred from what is exec'd meanwhile."""
+REMEMBERED = 10_000
+"""Ids of announcers."""
 REPORT_GRACE_S = 0.5
 """Without probes: how long after its root process has exited a wrapper may say with which exit code."""
 
@@ -50,6 +54,7 @@ class ToolCallKeeper:
     def __init__(
         self,
         book: Book,
+        entry: EntryBudgets,
         driver: CgroupDriver | None,
         probes: ToolMemory | None,
         state: State,
@@ -60,6 +65,7 @@ class ToolCallKeeper:
         """`sandbox_of(pid)` is the one that a process is in."""
         self._sandbox_of = sandbox_of
         self._book = book
+        self._entry = entry
         self._probes = probes
         self._state = state
         self._emit = emit
@@ -67,7 +73,9 @@ class ToolCallKeeper:
         self._leaves = Leaves(driver, probes.processes if probes is not None else None)
         self._roots: dict[ToolCallId, int] = {}
         """Without probes: a pidfd of the root process of each call."""
-        self._external: dict[tuple[CgroupId, str], ToolCallId] = {}
+        self._external: OrderedDict[tuple[CgroupId, str], ToolCallId] = OrderedDict()
+        """Calls by the ids of those who announced them, the newest."""
+        self._earlier: Mapping[ToolCallId, ToolCallId] = {}
 
     def close(self) -> None:
         """Watch nothing any more; what runs goes on."""
@@ -95,10 +103,36 @@ class ToolCallKeeper:
         if pid is not None:
             call = self._begin_process(sandbox, command, pid, wrapper_pid, session)
         else:
-            call = self._announce(sandbox, command, session)
+            call = self._announce(sandbox, command, session, external)
         if external and call is not None:
-            self._external[(sandbox.cgroup_id, external)] = call
+            self._remember(sandbox.cgroup_id, external, call)
         return call
+
+    def take_up(self, calls: Iterable[ToolCall], merged: Mapping[ToolCallId, ToolCallId]) -> None:
+        """What was announced to an earlier run: whoever announced it has its own id, or ours, to end it by.
+
+        `merged`: announcements, and the calls that they became.
+        """
+        self._earlier = merged
+        for call in calls:
+            if call.call_id is not None:
+                self._remember(call.sandbox, call.call_id, call.id)
+            if (
+                call.running
+                and call.pid is None
+                and call.source is ToolCallSource.HOOK
+                and (kept := self._book.get(call.sandbox))
+            ):
+                kept.announced.append(call.id)
+
+    def _remember(self, sandbox: CgroupId, external: str, call: ToolCallId) -> None:
+        self._external[sandbox, external] = call
+        if len(self._external) > REMEMBERED:
+            self._external.popitem(last=False)
+
+    def resolve(self, call: ToolCallId) -> ToolCallId:
+        """The call that an announcement of this run, or of an earlier one, is known as now."""
+        return self._state.resolve(self._earlier.get(call, call))
 
     def _check(self, sandbox: Sandbox, pid: int) -> None:
         root = registering.check_process(pid)
@@ -109,7 +143,7 @@ class ToolCallKeeper:
             )
         registering.check_free(pid, self._sandbox_of(pid), sandbox.label)
 
-    def _announce(self, sandbox: Sandbox, command: str, session: SessionId | None) -> ToolCallId:
+    def _announce(self, sandbox: Sandbox, command: str, session: SessionId | None, external: str | None) -> ToolCallId:
         call = self.new_id()
         self._emit(
             ToolCallStarted(
@@ -120,6 +154,7 @@ class ToolCallKeeper:
                 source=ToolCallSource.HOOK,
                 confidence=HOOK_CONFIDENCE,
                 session=session,
+                call_id=external,
             )
         )
         if kept := self._book.get(sandbox.cgroup_id):
@@ -139,7 +174,7 @@ class ToolCallKeeper:
             return seen.id
         if seen is not None and seen.running and seen.pid != wrapper_pid:
             return None  # a wrapper inside a tool call
-        budget = self._state.policy.memory.budget
+        budget = self._entry.of(self._state.policy.memory.budget)
         call = self.new_id()
         if self._probes is not None:
             self._probes.begin_tool(
@@ -165,17 +200,18 @@ class ToolCallKeeper:
 
     def end(self, call: ToolCallId, exit_code: int | None = None, signal: int | None = None) -> None:
         """A wrapper or a hook says that a tool call has ended. One that has ended already stays as it is."""
-        known = self._state.tool_calls.get(self._state.resolve(call))
+        known = self._state.tool_calls.get(self.resolve(call))
         if known is None or not known.running:
             return
         peak = self._charged_peak(known.id)
         left = len(self.processes(known.id))
         self._emit(ToolCallEnded(self._now_ns(), known.id, exit_code, signal, escaped_count=left, peak_bytes=peak))
         if kept := self._book.get(known.sandbox):
-            kept.announced = [c for c in kept.announced if c != call]
+            kept.announced = [c for c in kept.announced if c not in (call, known.id)]
 
     def external_call(self, external: str) -> ToolCallId | None:
-        return next((call for (_, name), call in self._external.items() if name == external), None)
+        """The newest call that was announced under that id."""
+        return next((call for (_, name), call in reversed(self._external.items()) if name == external), None)
 
     def processes(self, call: ToolCallId) -> tuple[int, ...]:
         """Living processes of a tool call, escapees included."""
@@ -226,7 +262,8 @@ class ToolCallKeeper:
             case SandboxRemoved():
                 self._end_what_nobody_will(event.cgroup_id, state)
                 self._leaves.forget(event.cgroup_id)
-                self._external = {key: call for key, call in self._external.items() if key[0] != event.cgroup_id}
+                for key in [key for key in self._external if key[0] == event.cgroup_id]:
+                    del self._external[key]
             case _:
                 pass
 
@@ -279,13 +316,22 @@ class ToolCallKeeper:
                 return  # it has ended meanwhile
         self._emit(BudgetChanged(self._now_ns(), call.id, soft, hard))
 
+    def keep_up(self) -> None:
+        """What calls begin with has changed: so has it for those that began a moment ago, and have not used it."""
+        for call in [c for c in self._state.tool_calls.values() if c.running and c.granted_ns is None]:
+            if call.stopped_ns is None and call.used_bytes < self.budget_of(call)[1] // 2:
+                self._set_kind_budget(call)
+
     def budget_of(self, call: ToolCall) -> tuple[int, int]:
         """Soft and hard: what the policy says for its kind, at least what was announced, and what it was granted."""
         memory = self._state.policy.memory
-        budget = memory.budget_for(call.kind)
+        usual = memory.budget_for(call.kind)
+        budget = self._entry.of(usual)
         if call.granted_ns is not None and call.hard_bytes > budget.hard_bytes:
             return call.soft_bytes, self._hard(call.hard_bytes)
-        return budget.soft_bytes, self._hard(max(budget.hard_bytes, min(call.expected_bytes or 0, memory.max_bytes)))
+        # In a pool too small for all it has to ask like the others: what was announced is then known for its claim.
+        announced = min(call.expected_bytes or 0, memory.max_bytes) if budget == usual else 0
+        return budget.soft_bytes, self._hard(max(budget.hard_bytes, announced))
 
     def _on_ended(self, call: ToolCallId, state: State) -> None:
         known = state.tool_calls.get(call)

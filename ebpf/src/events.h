@@ -1,9 +1,13 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
 /*
- * The ABI between our BPF programs and ebpf/abi.py: ring-buffer events and the records both sides map.
+ * The ABI between our BPF programs and user space: ring-buffer events and the records both sides map.
  *
- * Fixed widths, explicit padding, every size asserted. tests/ebpf/test_abi.py reads these layouts from the object's BTF
- * and compares them with the Python mirror, field by field. Change both, and raise ABI_VERSION.
+ * Fixed widths, explicit padding, every size asserted. User space mirrors nothing: ebpf/abi.py reads these layouts from
+ * the compiled object's BTF. A new kind of event needs a name in enum event_kind, its record, and its line in union event;
+ * ebpf/reader.py hands it on as the class of policies/events.py that is called like it (EVENT_PROCESS_STARTED:
+ * ProcessStarted), field by field under the same names.
+ *
+ * Raise ABI_VERSION, here and in abi.py, where what is here already changes its meaning.
  *
  * Byte counts are bytes, times are CLOCK_MONOTONIC nanoseconds (bpf_ktime_get_ns), tgid is what user space calls a pid.
  */
@@ -30,7 +34,8 @@ enum event_kind {
 	EVENT_TOOL_EXIT = 6,   /* the root process of the tag exited; processes may have escaped */
 	EVENT_TOOL_GONE = 7,   /* the last process of the tag exited */
 	EVENT_CONNECTION = 8,  /* a TCP connection that an agent or a tool call opened is established */
-	EVENT_KIND_COUNT = 9,
+	EVENT_TOOL_CALL_SIGNALLED = 9, /* a process was sent a signal that ends it unless it has a handler */
+	EVENT_KIND_COUNT = 10, /* last */
 };
 
 /* Why a process or a tool call could not be followed; index into control.untracked */
@@ -111,10 +116,32 @@ struct connection_event {
 };
 _Static_assert(sizeof(struct connection_event) == 128, "connection_event");
 
-/* Flags of tool_record.flags, written by user space */
-#define TOOL_OWN_MEMCG 1u /* its processes, and no others, are in one memory cgroup: report that counter too */
-/* It may still become the agent: what its processes exec gets a record of its own, which inherits this. */
-#define TOOL_STARTING 2u
+/* The header tells of the task that was sent the signal, but for cgroup_id: that is the sender's. */
+struct signal_event {
+	struct event_header header;
+	__u32 signal;
+	__u32 sender_pid; /* tgid of the task that ran; where by_kernel is 1 that need not be whose doing it was */
+	__u32 by_kernel;  /* 1: an OOM kill, a fault of its own, a kernel thread (Ctrl-C on a terminal) */
+	__u32 padding;
+	char sender_comm[COMM_BYTES];
+};
+_Static_assert(sizeof(struct signal_event) == 112, "signal_event");
+
+/* The record that comes with each kind of event: EVENT_TOOL_EXIT with member tool_exit */
+union event {
+	struct exec_event tool_exec, child_exec;
+	struct memory_event memory, soft_budget, hard_budget;
+	struct exit_event tool_exit, tool_gone;
+	struct connection_event connection;
+	struct signal_event tool_call_signalled;
+};
+
+/* Bits of tool_record.flags, written by user space */
+enum tool_flag {
+	TOOL_OWN_MEMCG = 1, /* its processes, and no others, are in one memory cgroup: report that counter too */
+	/* It may still become the agent: what its processes exec gets a record of its own, which inherits this. */
+	TOOL_STARTING = 2,
+};
 
 /*
  * One tool call (or one agent's runtime: role says which). An element of the mmapable array `tools`, so user space reads
@@ -198,7 +225,7 @@ struct control {
 	__u64 stops_withheld;    /* charges above a hard budget while the heartbeat was stale */
 	__u64 cpu_offsets_known; /* CPUs whose per-CPU offset was learned; 0: counters are approximate */
 };
-_Static_assert(sizeof(struct control) == 136, "control");
+_Static_assert(sizeof(struct control) == 144, "control");
 
 /* Element 0 of `retag_request`: the argument of the retag iterator */
 struct retag_request {
@@ -206,7 +233,7 @@ struct retag_request {
 	__u32 slot;
 	__u32 role;
 	__u32 tgid;
-	__u32 tagged_tasks; /* out: threads that carry the tag now; 0: no such process */
+	__u32 tagged_tasks; /* out: threads that carry the tag now, or processes buried; 0: no such process */
 	__u32 failed_tasks; /* out */
 	__u32 padding;
 };

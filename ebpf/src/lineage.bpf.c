@@ -34,27 +34,6 @@ static __always_inline void add_process(struct tool_record *tool, u64 tag, u32 s
 	join_mm(tool, tag, slot, task->mm, inherits);
 }
 
-/*
- * The tag of the running task, or NULL. A thread that was missed (its process was tagged from outside while the thread
- * started) is tagged now by its process.
- */
-static __always_inline struct task_tag *current_tag(struct task_struct *task)
-{
-	struct task_tag *tag = bpf_task_storage_get(&task_tags, task, NULL, 0), late = {};
-	struct process_record *process;
-	u32 tgid = task->tgid;
-
-	if (tag || task->pid == task->tgid)
-		return tag;
-	process = bpf_map_lookup_elem(&processes, &tgid);
-	if (!process)
-		return NULL;
-	late.tag = process->tag;
-	late.slot = process->slot;
-	late.role = process->role;
-	return bpf_task_storage_get(&task_tags, task, &late, BPF_LOCAL_STORAGE_GET_F_CREATE);
-}
-
 static __always_inline int follow_fork(struct task_struct *parent, struct task_struct *child)
 {
 	struct task_tag *tag = current_tag(bpf_get_current_task_btf()), inherited;
@@ -366,6 +345,7 @@ int bury_process(struct bpf_iter__task *ctx)
 	process = *found;
 	if (bpf_map_delete_elem(&processes, &tgid))
 		return 0;
+	request->tagged_tasks++;
 	tool = tool_of(process.tag, process.slot);
 	leave_mm(process.mm);
 	if (tool)

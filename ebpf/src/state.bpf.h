@@ -87,6 +87,27 @@ static __always_inline struct tool_record *tool_of(u64 tag, u32 slot)
 	return tool && tool->tag == tag ? tool : NULL;
 }
 
+/*
+ * The tag of the running task, or NULL. A thread that was missed (its process was tagged from outside while the thread
+ * started) is tagged now by its process.
+ */
+static __always_inline struct task_tag *current_tag(struct task_struct *task)
+{
+	struct task_tag *tag = bpf_task_storage_get(&task_tags, task, NULL, 0), late = {};
+	struct process_record *process;
+	u32 tgid = task->tgid;
+
+	if (tag || task->pid == task->tgid)
+		return tag;
+	process = bpf_map_lookup_elem(&processes, &tgid);
+	if (!process)
+		return NULL;
+	late.tag = process->tag;
+	late.slot = process->slot;
+	late.role = process->role;
+	return bpf_task_storage_get(&task_tags, task, &late, BPF_LOCAL_STORAGE_GET_F_CREATE);
+}
+
 /* Room for one event, or NULL after counting the loss. */
 static __always_inline void *event_reserve(u32 kind, u64 size)
 {

@@ -22,7 +22,6 @@ import resource
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
@@ -45,7 +44,7 @@ from .peer import command as hand_over
 from .peer.service import PeerService
 from .schedule.scheduler import SchedulerConfig
 from .schedule.sequence import IdlePolicy, TenantId
-from .tiers.disk_tier import DiskTier, remove_own_folder
+from .tiers import table
 
 _log = logging.getLogger(__name__)
 _MOST_FILES = 65536
@@ -120,10 +119,7 @@ def _with_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("KV memory").add_argument
     add("--kv-tokens", type=_positive, default=16384, metavar="TOKENS", help="on the device, over all sessions" + shown)
-    add("--host-bytes", type=_bytes, default="256MiB", metavar="BYTES", help="host RAM for swapped KV" + shown)
-    add("--disk-bytes", type=_bytes, default="0", metavar="BYTES", help="disk for swapped KV, e.g. 4GiB (default: 0, "
-        "no disk tier)")  # fmt: skip
-    add("--disk-folder", type=Path, metavar="FOLDER", help="where it lives (default: a folder of the cache)")
+    table.add_options(add, _bytes)
     add("--slots", type=_positive, default=32, metavar="COUNT", help="conversations on the device at once" + shown)
     add("--slot-tokens", type=_positive, metavar="TOKENS", help="most tokens of one conversation (default: what the "
         "model and --kv-tokens allow)")  # fmt: skip
@@ -163,11 +159,7 @@ def _serve(options: argparse.Namespace, listener: socket.socket, told: Ending) -
         slot_tokens=options.slot_tokens,
     )
     shared = options.share_prefix_tokens if runner.mode is ContextMode.UNIFIED else 0
-    disk = None
-    if options.disk_bytes:
-        swapped = options.disk_folder or cache / "kv"
-        told.cleaning(lambda: remove_own_folder(swapped))
-        disk = DiskTier(swapped, f"{path} {path.stat().st_size} {llama.VERSION}")
+    tiers = table.open_tiers(options, cache, f"{path} {path.stat().st_size} {llama.VERSION}", told.cleaning)
     meter = open_meter(on_gpu=options.gpu_layers != 0 and llama.library().llama_supports_gpu_offload())
     if isinstance(meter, EnergyAbsence):
         _log.info("energy_not_measured reason=%r remedy=%r", meter.reason, meter.remedy)
@@ -176,8 +168,6 @@ def _serve(options: argparse.Namespace, listener: socket.socket, told: Ending) -
         runner,
         EngineConfig(
             kv_tokens=options.kv_tokens,
-            host_bytes=options.host_bytes,
-            disk_bytes=options.disk_bytes,
             max_queued_turns=options.max_queued,
             keep_anonymous=options.anonymous == "keep",
             scheduler=SchedulerConfig(
@@ -189,11 +179,11 @@ def _serve(options: argparse.Namespace, listener: socket.socket, told: Ending) -
                 retain_ns=int(options.retain_s * 1e9),
             ),
         ),
-        disk,
+        tiers,
         gamma=gamma_of_gpus(model, options.gpu_layers),
         meter=None if isinstance(meter, EnergyAbsence) else meter,
     )
-    engine.cost = load_or_fit(runner, path, options.threads, cache, disk.folder if disk else None)
+    engine.cost = load_or_fit(runner, path, options.threads, cache, table.folder_of_disk(tiers))
     engine.start()
     try:
         asyncio.run(_serve_http(options, engine, listener, told))

@@ -18,10 +18,11 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from ...policies.accounting import Gamma, SessionCost, TurnCost
+from ...policies.model import KvTier
 from ..directives import DIRECTIVES, Directive, Outcome, OutcomeStatus
 from ..energy import EnergyMeter
 from ..reports import (
@@ -50,9 +51,9 @@ from .schedule.scheduler import Scheduler, SchedulerConfig
 from .schedule.sequence import FinishReason, SessionId, Sink, TenantId, TurnId, TurnRequest, finished
 from .schedule.session_index import SessionIndex
 from .stepper import Stepper
-from .tiers.disk_tier import DiskTier
 from .tiers.mover import Mover
 from .tiers.swapper import Swapper
+from .tiers.table import OpenTier, in_memory
 from .totals import Totals
 from .turn_cost import Accounts, AccountsNow
 
@@ -66,8 +67,6 @@ _ENDED_CHECK_S = 0.2
 class EngineConfig:
     kv_tokens: int
     """Device tokens over all sessions."""
-    host_bytes: int = 256 << 20
-    disk_bytes: int = 0
     default_max_tokens: int = 512
     """Output limit of a turn that names none."""
     interrupts: bool = True
@@ -106,12 +105,15 @@ class Engine:
         model: LanguageModel,
         runner: Runner,
         config: EngineConfig,
-        disk: DiskTier | None = None,
+        tiers: Sequence[OpenTier] | None = None,
         clock: Callable[[], int] = time.monotonic_ns,
         gamma: Gamma | None = None,
         meter: EnergyMeter | None = None,
     ) -> None:
-        """`clock` answers CLOCK_MONOTONIC nanoseconds; tests give their own. `gamma` and `meter` as in turn_cost.py."""
+        """`tiers`: those below the device, from the nearest down; None: host RAM alone, of the usual size.
+
+        `clock` answers CLOCK_MONOTONIC nanoseconds; tests give their own. `gamma` and `meter` as in turn_cost.py.
+        """
         self._clock = clock
         self._wake_ns: int | None = None
         self._stuck = False
@@ -122,16 +124,16 @@ class Engine:
         self.engine_id = f"embedded-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self.totals = Totals()
         self._runner = runner
+        tiers = in_memory() if tiers is None else tiers
         self._ledger = Ledger(
             device_capacity_tokens=min(config.kv_tokens, runner.physical_tokens),
             slot_count=runner.slot_count,
             bytes_per_token=runner.bytes_per_token,
-            host_capacity_bytes=config.host_bytes,
-            disk_capacity_bytes=config.disk_bytes if disk else 0,
+            lower=[(each.tier, each.capacity_bytes) for each in tiers],
         )
         self._scheduler = Scheduler(config.scheduler, self._ledger, physical_tokens=runner.physical_tokens)
         self._director = Director(self._scheduler)
-        self._swapper = Swapper(runner, disk)
+        self._swapper = Swapper(runner, tiers)
         self._accounts = Accounts(clock, self.totals, gamma, meter)
         self._reporter = Reporter(self._scheduler, self.totals, clock)
         self._mover = Mover(runner, self._swapper, self._scheduler, self._reporter, self.totals)
@@ -246,8 +248,8 @@ class Engine:
             pid=os.getpid(),
             bytes_per_token=self._ledger.bytes_per_token,
             device_capacity_tokens=self._ledger.device_capacity_tokens,
-            host_capacity_bytes=self._ledger.host_capacity_bytes,
-            disk_capacity_bytes=self._ledger.disk_capacity_bytes,
+            host_capacity_bytes=self._ledger.capacity_bytes(KvTier.HOST),
+            disk_capacity_bytes=self._ledger.capacity_bytes(KvTier.DISK),
             cost=self.cost,
             directives=DIRECTIVES,
             listen_addresses=self.listen_addresses,
@@ -442,8 +444,9 @@ class Engine:
             session = self._scheduler.sessions.get(preempted.session_id)
             if session is not None:  # else forgotten at this very step border
                 turn_id = session.turn.id if session.turn else TurnId("")
+                to_tier = preempted.to_tier.told_as
                 self._reporter.report(
-                    TurnPreempted(session.id, session.tenant_id, turn_id, preempted.to_tier, preempted.directive_id)
+                    TurnPreempted(session.id, session.tenant_id, turn_id, to_tier, preempted.directive_id)
                 )
             if preempted.directive_id:
                 self._reporter.settle(Outcome(preempted.directive_id, OutcomeStatus.COMPLETED))

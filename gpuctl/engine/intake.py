@@ -14,7 +14,7 @@ from .compute.conversation import map_prompt
 from .errors import RequestError
 from .live import LiveTurn
 from .parts import EngineParts
-from .schedule.sequence import Session, SessionId, Sink, Tier, Turn, TurnAccepted, TurnId, TurnRefused, TurnRequest
+from .schedule.sequence import Session, SessionId, Sink, Turn, TurnAccepted, TurnId, TurnRefused, TurnRequest
 from .schedule.slo import begin_by_ns
 
 
@@ -143,7 +143,6 @@ class Intake:
         session.anonymous = request.anonymous
         parts.by_text.remove(session.id)
         scheduler.submit(session, turn)
-        if scheduler.ledger.holding(session.id).longest()[0] is Tier.DISK:
-            parts.swapper.read_ahead(session.id)
+        parts.swapper.read_ahead(session.id, scheduler.ledger.holding(session.id).longest()[0])
         parts.live[session.id] = live = LiveTurn(request, turn, submitted.sink, sampler)
         return live

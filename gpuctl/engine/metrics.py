@@ -11,8 +11,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector, CollectorRegistry
 
+from ...policies.model import KvTier
 from ..reports import Occupancy
-from .schedule.sequence import TenantId, Tier
+from .schedule.sequence import TenantId
 from .turn_cost import AccountsNow
 
 _PREFIX = "equipoise_engine_"
@@ -49,12 +50,18 @@ class _Page(Collector):
         held = GaugeMetricFamily(_PREFIX + "kv_tokens", "Tokens whose KV is held.", labels=["tenant", "tier"])
         sums: dict[tuple[str, str], int] = {}
         for session in now.sessions:
-            if session.tier is not Tier.NONE:
+            if session.tier is not KvTier.NONE:
                 key = (session.tenant_id, session.tier.value)
                 sums[key] = sums.get(key, 0) + session.held_tokens
         for (tenant, tier), tokens in sorted(sums.items()):
             held.add_metric([tenant, tier], tokens)
         yield held
+        used = GaugeMetricFamily(_PREFIX + "tier_used_bytes", "KV in a tier below the device.", labels=["tier"])
+        room = GaugeMetricFamily(_PREFIX + "tier_capacity_bytes", "KV that it may hold.", labels=["tier"])
+        for lower in now.tiers:
+            used.add_metric([lower.tier], lower.used_bytes)
+            room.add_metric([lower.tier], lower.capacity_bytes)
+        yield from (used, room)
         service = CounterMetricFamily(
             _PREFIX + "service_units", "Weighted token service (VTC): input 1, output 2.", labels=["tenant"]
         )

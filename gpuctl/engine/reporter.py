@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ...policies.model import AskedToolCall
+from ...policies.model import AskedToolCall, KvTier
 from ..directives import Outcome
 from ..outcomes import Outcomes
-from ..reports import Listener, Occupancy, Report, Reported, SessionKv, TurnEnded
+from ..reports import Listener, Occupancy, Report, Reported, SessionKv, TierUse, TurnEnded
 from .schedule.cost_figures import CostFigures
+from .schedule.ledger import Holding
 from .schedule.scheduler import Scheduler
 from .schedule.sequence import FinishReason, Turn, TurnFinished
 from .totals import Totals
@@ -75,11 +76,11 @@ class Reporter:
                     session_id=session.id,
                     tenant_id=session.tenant_id,
                     phase=scheduler.phase(session),
-                    tier=tier,
+                    tier=tier.told_as,
                     held_tokens=held,
                     context_tokens=len(session.tokens),
-                    host_bytes=holding.host_tokens * ledger.bytes_per_token,
-                    disk_bytes=holding.disk_tokens * ledger.bytes_per_token,
+                    host_bytes=_told(holding, KvTier.HOST) * ledger.bytes_per_token,
+                    disk_bytes=_told(holding, KvTier.DISK) * ledger.bytes_per_token,
                     retain_until_ns=session.pinned_until_ns,
                     shared_tokens=ledger.shared_tokens(session.id),
                     charged_tokens=ledger.charged_tokens(session.id),
@@ -88,15 +89,28 @@ class Reporter:
         return Occupancy(
             sessions=tuple(sessions),
             device_used_tokens=ledger.device_used_tokens,
-            host_used_bytes=ledger.host_used_bytes,
-            disk_used_bytes=ledger.disk_used_bytes,
+            host_used_bytes=ledger.used_bytes(KvTier.HOST),
+            disk_used_bytes=ledger.used_bytes(KvTier.DISK),
             running_count=len(scheduler.running),
             waiting_count=len(scheduler.waiting),
             device_capacity_tokens=ledger.device_capacity_tokens,
-            host_capacity_bytes=ledger.host_capacity_bytes,
+            host_capacity_bytes=ledger.capacity_bytes(KvTier.HOST),
             totals=self._totals.told(),
             cost=self.cost,
+            tiers=tuple(
+                TierUse(each.tier.value, each.used_tokens * ledger.bytes_per_token, each.capacity_bytes)
+                for each in ledger.lower
+            ),
         )
+
+
+def _told(holding: Holding, told_as: KvTier) -> int:
+    """Tokens in the tiers that the daemon takes for this one."""
+    tokens = 0
+    for place, held in enumerate(holding.copies):
+        if held and holding.lower[place].tier.told_as is told_as:
+            tokens += held
+    return tokens
 
 
 def turn_ended(turn: Turn, end: TurnFinished, reason: FinishReason, asked: tuple[AskedToolCall, ...] = ()) -> TurnEnded:

@@ -16,8 +16,10 @@ from ..actions import (
     Drop,
     Freeze,
     Grant,
+    Hold,
     Kill,
     OutcomeStatus,
+    Release,
     Retain,
     SetHostTierCapacity,
     SetTenantWeight,
@@ -53,6 +55,10 @@ def _decided(picture: Picture, event: DecisionMade) -> None:
         case Wait(tool_call=tool_call, expires_ns=expires_ns):
             if call := picture._known(tool_call):
                 picture._put(replace(call, waiting_until_ns=expires_ns))
+        case Hold(session=session, ttl_ns=ttl_ns):
+            _hold_until(picture, session, decision.at_ns + ttl_ns)
+        case Release(session=session):
+            _hold_until(picture, session, 0)
         case Throttle() | Freeze() | Thaw() | Grant() | Kill() | SetHostTierCapacity():
             pass  # their effect is known when the outcome is
         case other:
@@ -94,7 +100,7 @@ def _took_effect(picture: Picture, action: Action, at_ns: int) -> None:
             answered(picture, tool_call, ToolCallPhase.KILLED, at_ns)
         case Wait():
             pass  # it was told when it was decided
-        case SwapOut() | SwapIn() | Retain() | Drop() | SetTenantWeight() | SetHostTierCapacity():
+        case SwapOut() | SwapIn() | Retain() | Drop() | Hold() | Release() | SetTenantWeight() | SetHostTierCapacity():
             pass  # engines report the effect themselves
         case other:
             assert_never(other)
@@ -111,7 +117,7 @@ def _found_nothing(picture: Picture, action: Action, at_ns: int) -> None:
             let_go(picture, tool_call, at_ns)
         case Throttle() | Freeze() | Wait():
             pass  # what was not held back has not changed
-        case SwapOut() | SwapIn() | Retain() | Drop() | SetTenantWeight() | SetHostTierCapacity():
+        case SwapOut() | SwapIn() | Retain() | Drop() | Hold() | Release() | SetTenantWeight() | SetHostTierCapacity():
             pass  # nor has what was not moved
         case other:
             assert_never(other)
@@ -124,12 +130,19 @@ def _did_not_hold(picture: Picture, decision: Decision, at_ns: int) -> None:
             let_go(picture, tool_call, at_ns)
         case SwapOut(session=session) | Retain(session=session) | Drop(session=session) | SwapIn(session=session):
             _take_back_verdict(picture, session, decision.at_ns)
+        case Hold(session=session):
+            _hold_until(picture, session, 0)
         case SetTenantWeight(engine=engine, tenant=tenant, weight=weight):
             picture._weights.discard((engine, tenant, weight))
-        case Thaw() | Grant() | Wait() | Kill() | SetHostTierCapacity():
+        case Thaw() | Grant() | Wait() | Kill() | SetHostTierCapacity() | Release():
             pass  # the call, or the tier, is as it was
         case other:
             assert_never(other)
+
+
+def _hold_until(picture: Picture, session_id: SessionId, until_ns: int) -> None:
+    if session := picture.sessions.get(session_id):
+        picture.sessions[session_id] = replace(session, hold_until_ns=until_ns)
 
 
 def _give_verdict(picture: Picture, session_id: SessionId, verdict: Verdict, at_ns: int) -> None:

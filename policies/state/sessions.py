@@ -82,6 +82,8 @@ def _kv_observed(picture: Picture, event: KvObserved) -> None:
             turn_count=known.turn_count,
             verdict=known.verdict,
             verdict_ns=known.verdict_ns,
+            asked_ns=known.asked_ns,
+            hold_until_ns=known.hold_until_ns,
             cost=picture._early_costs.get(session.id, (event.engine, known.cost))[1],
             sandbox=sandbox_of(picture, session),
         )
@@ -96,7 +98,12 @@ def _turn_started(picture: Picture, event: TurnStarted) -> None:
     if session := picture.sessions.get(event.session):
         accrue_all(picture, event.at_ns)
         picture.sessions[session.id] = replace(
-            session, phase=SessionPhase.RUNNING, turn_count=session.turn_count + 1, verdict=None, verdict_ns=0
+            session,
+            phase=SessionPhase.RUNNING,
+            turn_count=session.turn_count + 1,
+            verdict=None,
+            verdict_ns=0,
+            asked_ns=event.at_ns,
         )
 
 

@@ -1,9 +1,9 @@
 """The one mutable picture of the host. Events go in through `apply`, a frozen Snapshot comes out.
 
 Owns the table of what each event means; the meanings themselves are in the files of their subjects (`tool_calls.py`,
-`sessions.py`, `joins.py`, `outcomes.py`, `processes.py`, `host.py`). One owner drives it (the daemon's loop, or a
-replay); it has no clock: time comes with the events and with `snapshot(now_ns)`. It mutates in place, because a replay
-of 10,000 sessions would otherwise spend its time copying; what leaves it is frozen.
+`facts.py`, `sessions.py`, `joins.py`, `outcomes.py`, `processes.py`, `host.py`). One owner drives it (the daemon's
+loop, or a replay); it has no clock: time comes with the events and with `snapshot(now_ns)`. It mutates in place,
+because a replay of 10,000 sessions would otherwise spend its time copying; what leaves it is frozen.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from __future__ import annotations
 from ..events import Event
 from ..model import NS_PER_S, CgroupId, SessionId
 from ..snapshot import Snapshot
-from . import host, joins, outcomes, processes, sessions, tool_calls
+from . import facts, host, joins, outcomes, processes, sessions, tool_calls
 from .picture import Picture
 
 REMEMBER_NS = 60 * NS_PER_S
 """How long a finished tool call stays in the picture."""
-ARMS = dict((*tool_calls.ARMS, *sessions.ARMS, *joins.ARMS, *outcomes.ARMS, *host.ARMS, *processes.ARMS))
+ARMS = dict((*tool_calls.ARMS, *facts.ARMS, *sessions.ARMS, *joins.ARMS, *outcomes.ARMS, *host.ARMS, *processes.ARMS))
 """What each event does; a test holds it against the closed union `Event`."""
 
 

@@ -150,6 +150,7 @@ def _merged(picture: Picture, event: ToolCallMerged) -> None:
             start_ns=first.start_ns,
             kv=charged.kv,
             verdict=charged.verdict,
+            call_id=seen.call_id or announced.call_id,
             expected_bytes=told.expected_bytes or seen.expected_bytes,
             expected_ns=told.expected_ns or seen.expected_ns,
         )

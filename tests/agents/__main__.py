@@ -15,7 +15,7 @@ from equipoise.tests.agents.clients import CLIENTS, LAUNCHERS, launchers_of
 from equipoise.tests.agents.install import CannotInstall
 from equipoise.tests.agents.score import Truth
 from equipoise.tests.agents.script import SCRIPTS
-from equipoise.tests.agents.trial import POLICY, Trial, run
+from equipoise.tests.agents.trial import POLICY, Apart, Trial, run, run_two
 from equipoise.tests.fixtures.running_daemon import RunningDaemon
 
 
@@ -24,6 +24,7 @@ def main() -> int:
     parser.add_argument("agents", nargs="*", metavar="AGENT", help=f"of {', '.join(CLIENTS)} (default: all)")
     parser.add_argument("--launcher", action="append", choices=LAUNCHERS, help="may be repeated (default: plain)")
     parser.add_argument("--script", choices=SCRIPTS, default="ten")
+    parser.add_argument("--twice", action="store_true", help="two conversations of each at once, in one sandbox")
     parser.add_argument("--policy", type=Path, help="a policy file, with a tenant gold (default: one of our own)")
     parser.add_argument("--rows", action="store_true", help="print every row of the daemon, and what it is")
     options = parser.parse_args()
@@ -44,6 +45,12 @@ def main() -> int:
             except CannotInstall as error:
                 print(f"{name}: {error}", file=sys.stderr)
                 return 2
+            if options.twice:
+                two = run_two(daemon, client, folder / f"{name}-twice", SCRIPTS[options.script])
+                (folder / f"{name}-twice.out").write_text(two.ended.output)
+                print(line(two), "  apart" if two.apart else f"  NOT APART: {two.sessions} for {two.wire}", flush=True)
+                perfect = perfect and two.score.perfect and two.apart
+                continue
             for launcher in options.launcher or ["plain"]:
                 if launcher not in launchers_of(client):
                     continue
@@ -60,7 +67,7 @@ def main() -> int:
 HEADING = f"{'agent':24} {'survived':>8} {'shown':>6} {'right':>6} {'precision':>9} {'recall':>7}   took"
 
 
-def line(trial: Trial) -> str:
+def line(trial: Trial | Apart) -> str:
     score = trial.score
     right = sum(row.truth is Truth.CALL for row in score.rows)
     return (

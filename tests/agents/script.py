@@ -41,6 +41,11 @@ class Script:
         """The same with one more turn."""
         return replace(self, turns=(*self.turns, (command,)))
 
+    def marked(self, word: str) -> Script:
+        """The same, with a word at the end of every command that tells it from the same command of another script."""
+        turns = tuple(tuple(replace(c, text=f"{c.text} ; : {word}") for c in turn) for turn in self.turns)
+        return replace(self, turns=turns)
+
     def of_lines(self) -> Script:
         """The same without the commands of several lines, for an agent that runs each line by itself."""
         turns = tuple(tuple(command for command in turn if "\n" not in command.text) for turn in self.turns)

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import pytest
 from equipoise.tests.agents.clients import CLIENTS
 from equipoise.tests.agents.install import CannotInstall
-from equipoise.tests.agents.script import TEN
-from equipoise.tests.agents.trial import POLICY, run
+from equipoise.tests.agents.script import SIDE_BY_SIDE, TEN
+from equipoise.tests.agents.trial import POLICY, run, run_two
 from equipoise.tests.fixtures.running_daemon import RunningDaemon
 
 pytestmark = [pytest.mark.agents, pytest.mark.kernel, pytest.mark.slow]
@@ -51,3 +51,15 @@ def test_every_tool_call_is_found_and_nothing_else(name, launcher, daemon, tmp_p
     assert score.survived, trial.ended.output[-2000:]
     assert not score.missed and score.precision == 1.0, score.confusion()
     assert not score.wrong
+
+
+@pytest.mark.parametrize("name", ["claude", "codex"])
+def test_two_conversations_of_one_agent_at_once_stay_apart(name, daemon, tmp_path):
+    client = CLIENTS[name]
+    try:
+        client.install()
+    except CannotInstall as error:
+        pytest.skip(str(error))
+    two = run_two(daemon, client, tmp_path / "run", SIDE_BY_SIDE)
+    assert two.score.perfect, (two.score.confusion(), two.score.wrong, two.ended.output[-2000:])
+    assert two.apart, (two.sessions, two.wire)

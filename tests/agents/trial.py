@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import itertools
 import os
+import shlex
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from equipoise.daemon.api.v1 import policy_pb2
@@ -63,6 +64,49 @@ def run(daemon: RunningDaemon, client: Client, folder: Path, launcher: str, scri
     pids = {pid for c in conversations for call in c.calls for pid in call.peer_pids} | {ended.pid}
     survived = ended.returncode == 0 and any(conversation.complete for conversation in conversations)
     return Trial(name, score(asked_in(conversations), rows, pids - {os.getpid()}, survived), ended)
+
+
+@dataclass(frozen=True, slots=True)
+class Apart:
+    """What came of two conversations of one agent at once, in one sandbox."""
+
+    name: str
+    score: Score
+    """Of both together."""
+    sessions: tuple[frozenset[str], frozenset[str]]
+    """Under which the daemon has the calls that each asked for."""
+    wire: tuple[str, str]
+    """What the agent calls each on the wire; "" where it does not."""
+    ended: Ended
+
+    @property
+    def apart(self) -> bool:
+        """Each conversation's calls are of the one session that is called as the agent calls it."""
+        named = [frozenset({f"gold/{name}"}) for name in self.wire]
+        return named == list(self.sessions) and named[0] != named[1]
+
+
+def run_two(daemon: RunningDaemon, client: Client, folder: Path, script: Script) -> Apart:
+    """Run one agent twice at once, in one sandbox: the same commands, marked by who asks. `folder` must not exist."""
+    name = f"{client.name}-twice-{next(_NUMBER)}"
+    sides = ("left", "right")
+    with ScriptedModel(script) as model:
+        launches = [prepare(client, model.url, folder / side) for side in sides]
+        parts = []
+        for side, launch in zip(sides, launches, strict=True):
+            model.book.expect(launch.label, client.fit(script).marked(side), in_words=client.in_words)
+            parts.append(f"(cd {launch.workspace} && exec {shlex.join(launch.argv)})")
+        both = replace(launches[0], argv=("sh", "-c", f"{parts[0]} & one=$!; {parts[1]} & wait $one && wait $!"))
+        under = [*CLI, "run", "--tenant", "gold", "--name", name, "--"]
+        ended = drive(both, under, {"EQUIPOISE_SOCKET": str(daemon.socket)}, model.all_said)
+        time.sleep(SETTLE_S)
+        told = [next(c for c in model.conversations if launch.label in c.opening) for launch in launches]
+    views = [view for view in daemon.tool_calls() if view.sandbox == name]
+    agents = {pid for c in told for call in c.calls for pid in call.peer_pids} | {ended.pid}
+    survived = ended.returncode == 0 and all(conversation.complete for conversation in told)
+    both_score = score(asked_in(told), [said_of(view) for view in views], agents - {os.getpid()}, survived)
+    left, right = (frozenset(v.session_id for v in views if f": {side}" in v.command) for side in sides)
+    return Apart(name, both_score, (left, right), (told[0].session, told[1].session), ended)
 
 
 def asked_in(conversations: Iterable[Conversation]) -> list[Asked]:

@@ -160,6 +160,47 @@ def test_a_pid_that_another_has_by_now_is_not_taken_for_the_agent(daemon):
         other.wait()
 
 
+def test_what_a_hook_announced_is_ended_by_its_own_id_after_a_restart(daemon, gate, tmp_path):
+    """One whose process is known, one whose process begins under the next daemon, one that ended meanwhile."""
+    ada, eve = daemon.agent("gold", "ada"), daemon.agent("silver", "eve")
+
+    def announce(name: str, tenant: str, external: str) -> str:
+        request = sandbox_pb2.BeginToolCallRequest(
+            tenant_id=tenant, name=name, command=f"Bash: {external}", external_id=external
+        )
+        return str(daemon.sandboxes.BeginToolCall(request).tool_call_id)
+
+    def ended(external_id: str = "", tool_call_id: str = "") -> str:
+        request = sandbox_pb2.EndToolCallRequest(external_id=external_id, tool_call_id=tool_call_id)
+        return str(daemon.sandboxes.EndToolCall(request).tool_call_id)
+
+    first = announce("ada", "gold", "toolu_1")
+    ada.begin("sh", "-c", f"{gate.shell}; exit 4 # under-a-hook")
+    known = eventually(lambda: [c for c in daemon.tool_calls("toolu_1") if c.pid])[0]
+    second = announce("eve", "silver", "toolu_2")
+    eventually(lambda: daemon.tool_calls("toolu_2"))
+    restart(daemon)
+    assert announce("ada", "gold", "toolu_1") == known.tool_call_id, "it is no new call"
+    [call] = daemon.tool_calls("toolu_1")
+    assert (call.tool_call_id, call.source, call.agent_call_id) == (known.tool_call_id, "hook", "toolu_1")
+    eve.begin("sh", "-c", "sleep 0.3; exit 5 # begins-later")
+    later = eventually(lambda: [c for c in daemon.tool_calls("toolu_2") if c.pid])[0]
+    assert not daemon.tool_calls("begins-later"), "it is the announced one"
+    gate.open()
+    assert (ada.result().returncode, eve.result().returncode) == (4, 5)
+    assert ended(external_id="toolu_1") == ended(tool_call_id=first) == known.tool_call_id
+    assert ended(external_id="toolu_2") == ended(tool_call_id=second) == later.tool_call_id
+    assert [one(daemon, w).exit_code for w in ("toolu_1", "toolu_2")] == [4, 5]
+    third, meanwhile = announce("ada", "gold", "toolu_3"), Gate(tmp_path, "meanwhile")
+    ada.begin("sh", "-c", f"{meanwhile.shell}; exit 6")
+    eventually(lambda: [c for c in daemon.tool_calls("toolu_3") if c.pid])
+    daemon.kill()
+    meanwhile.open()
+    assert ada.result().returncode == 6
+    daemon.start()
+    assert ended(external_id="toolu_3") == ended(tool_call_id=third) != ""
+
+
 def test_a_budget_holds_after_a_restart(daemon, gate):
     """The kernel stops what grows, the next daemon answers: nobody runs free because he has two masters."""
     ada = daemon.agent("gold", "ada")
@@ -241,7 +282,7 @@ def test_a_container_and_a_sandbox_without_an_agent_stay_registered(daemon):
         daemon.sandboxes.RemoveSandbox(sandbox_pb2.RemoveSandboxRequest(tenant_id="gold", name="removed"))
         restart(daemon)
         boxes = {s.name: (s.cgroup_path, s.session_id) for s in daemon.watch().sandboxes}
-        assert boxes == {"box": (driver.base, "talk"), "ahead": (f"{daemon.base}/gold/ahead", "talk")}
+        assert boxes == {"box": (driver.base, "gold/talk"), "ahead": (f"{daemon.base}/gold/ahead", "gold/talk")}
         ada = daemon.agent("gold", "ahead")
         assert ada.call("sh", "-c", "exit 2 # in-it").returncode == 2
         eventually(lambda: one(daemon, "in-it").exit_code == 2)

@@ -212,7 +212,7 @@ def test_metrics_count_what_happened(daemon, agent):
 def test_a_sandbox_can_be_made_ahead_and_registering_it_again_changes_nothing(daemon):
     request = sandbox_pb2.RegisterSandboxRequest(tenant_id="silver", name="ahead", session_id="mine")
     made = daemon.sandboxes.RegisterSandbox(request)
-    assert made == daemon.sandboxes.RegisterSandbox(request) and made.session_id == "mine"
+    assert made == daemon.sandboxes.RegisterSandbox(request) and made.session_id == "silver/mine"
     [shown] = [s for s in daemon.watch().sandboxes if s.name == "ahead"]
     assert shown.cgroup_id == made.cgroup_id and shown.cgroup_path == made.cgroup_path
     daemon.sandboxes.RemoveSandbox(sandbox_pb2.RemoveSandboxRequest(tenant_id="silver", name="ahead"))

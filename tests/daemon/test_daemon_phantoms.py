@@ -13,6 +13,7 @@ import grpc
 import pytest
 from equipoise.daemon.api.v1 import sandbox_pb2
 from equipoise.daemon.sandboxes.cgroups import CgroupDriver
+from equipoise.daemon.sandboxes.entry import EntryBudgets
 from equipoise.daemon.sandboxes.tool_calls import ToolCallKeeper
 from equipoise.policies.events import Event, ProcessesGone, SandboxRegistered, ToolCallEnded, ToolCallStarted
 from equipoise.policies.model import CgroupId, Sandbox, SessionId, TenantId, ToolCallId, ToolCallSource
@@ -47,7 +48,8 @@ def test_a_call_whose_processes_are_gone_has_ended_though_nobody_said_how():
     """Its root became another sandbox's agent, say: the kernel tells of no exit then."""
     state = State()
     waiting: list[Event] = []
-    keeper = ToolCallKeeper({}, None, None, state, waiting.append, lambda: 9, lambda pid: None)
+    entry = EntryBudgets({}, None, state)
+    keeper = ToolCallKeeper({}, entry, None, None, state, waiting.append, lambda: 9, lambda pid: None)
     box = Sandbox(CgroupId(7), TenantId("gold"), "ada", "", SessionId("s"), None, 1)
     call = ToolCallId(5)
     waiting += [SandboxRegistered(1, box), ToolCallStarted(2, call, box.cgroup_id, "make", ToolCallSource.LINEAGE, 0.9)]

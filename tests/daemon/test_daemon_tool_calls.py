@@ -104,7 +104,7 @@ def test_what_a_hook_announces_is_joined_with_the_process_that_the_kernel_sees(d
     agent.call("sh", "-c", "sleep 0.2; exit 4 # under-a-hook")
     ended = daemon.sandboxes.EndToolCall(sandbox_pb2.EndToolCallRequest(external_id="toolu_1"))
     call = next(c for c in daemon.tool_calls() if c.tool_call_id == ended.tool_call_id)
-    assert (call.source, call.command, call.session_id) == ("hook", "Bash: run the checks", "talk")
+    assert (call.source, call.command, call.session_id) == ("hook", "Bash: run the checks", "gold/talk")
     assert call.exit_code == 4 and call.pid, "the kernel knows what the hook does not"
     assert ended.peak_bytes == call.peak_bytes > 0 and ended.duration_ns >= 200_000_000
     assert not daemon.tool_calls("under-a-hook"), "it is one call, not two"
@@ -165,6 +165,8 @@ def test_a_runaway_alone_is_killed_and_its_agent_lives_and_is_told_why(daemon):
     call = only(daemon, "wild")
     assert call.signal == 9 and call.overshoot_bytes < MIB and call.peak_bytes < 193 * MIB
     assert any(action.startswith("kill the tool call: done") for action in call.actions)
+    (seen,) = call.facts
+    assert seen.startswith("SIGKILL to pid ") and seen.endswith(f"(pid {daemon.process.pid})"), seen
     shown = daemon.cli("explain", call.tool_call_id[-8:])
     assert shown.returncode == 0 and "because  tool call at the largest budget" in shown.stdout
 
@@ -204,13 +206,18 @@ spec:
     try:
         daemon.start()
         first, second = daemon.agent("gold", "one"), daemon.agent("silver", "two")
-        first.begin(*grow(90, "time.sleep(1.5)"))
+        enough = tmp_path / "enough"
+        stays = f"from pathlib import Path\nwhile not Path({str(enough)!r}).exists(): time.sleep(0.05)  # came-first"
+        first.begin(*grow(90, stays))
+        eventually(lambda: sum(c.used_bytes for c in daemon.tool_calls("came-first")) > 90 * MIB)
         second.begin(*TOOL, *grow(90, "time.sleep(0.1)  # came-second"))
+        eventually(lambda: "wait for memory" in [d.action for d in daemon.decisions()])
+        time.sleep(0.6)
+        assert not any(c.end_ns for c in daemon.tool_calls("came-second")), "it stands until the first has ended"
+        enough.touch()
         assert first.result().returncode == 0 and second.result().returncode == 0
-        call = only(daemon, "came-second")
-        actions = [d.action for d in reversed(daemon.decisions(call.tool_call_id))]
-        assert actions == ["wait for memory", "grant 128 MiB"], "it stood until the first had ended"
-        assert call.stalled_ns > 500_000_000
+        told = [d.action for d in daemon.decisions(only(daemon, "came-second").tool_call_id)]
+        assert any(action.startswith("grant ") for action in told), told
     finally:
         daemon.close()
 

@@ -152,6 +152,20 @@ async def test_a_turn_that_fails_is_counted_out_and_the_loop_lives_on(caplog):
     await asyncio.wait_for(running, 5)
 
 
+@pytest.mark.parametrize("steps", range(6))
+async def test_an_event_on_its_way_does_not_keep_the_loop_from_ending(steps):
+    """Cancelled at each of the steps between an event and its turn: lost once, it is a daemon that never ends."""
+    bench = Bench()
+    running = asyncio.create_task(bench.loop.run())
+    await until(lambda: bench.loop.turn_count)
+    bench.loop.emit(host_sampled())
+    for _ in range(steps):
+        await asyncio.sleep(0)
+    running.cancel()
+    await asyncio.wait((running,), timeout=1.0)
+    assert running.cancelled()
+
+
 def test_a_tick_is_a_turn_without_effects():
     state = State(policy())
     events: list[Event] = [SandboxRegistered(0, sandbox()), host_sampled(), started(0.5), reached(0.9)]

@@ -7,7 +7,7 @@ import errno
 import os
 
 import pytest
-from equipoise.ebpf import abi, build
+from equipoise.ebpf import build
 from equipoise.ebpf.errors import LibbpfError, ProbesUnavailable
 from equipoise.ebpf.libbpf import BpfObject, library
 from equipoise.ebpf.probes import Probes, checked_object, require_kernel
@@ -92,11 +92,11 @@ def test_a_map_is_read_whole_however_many_elements_it_has():
     except ProbesUnavailable as error:
         pytest.skip(str(error))
     try:
-        processes = probes.object.maps["processes"]
-        assert processes.items(ctypes.c_uint32, abi.ProcessRecord) == []
+        processes, kept = probes.object.maps["processes"], probes.layouts.struct("process_record")
+        assert processes.items(ctypes.c_uint32, kept) == []
         for pid in range(1, 2001):
-            processes.update(ctypes.c_uint32(pid), abi.ProcessRecord(tag=pid * 10))
-        found = processes.items(ctypes.c_uint32, abi.ProcessRecord)
+            processes.update(ctypes.c_uint32(pid), kept(tag=pid * 10))
+        found = processes.items(ctypes.c_uint32, kept)
         assert sorted((pid, record.tag) for pid, record in found) == [(pid, pid * 10) for pid in range(1, 2001)]
     finally:
         probes.close()

@@ -14,7 +14,17 @@ from equipoise.gpuctl.api.v1 import engine_pb2 as pb
 from equipoise.gpuctl.api.v1 import engine_pb2_grpc
 from equipoise.gpuctl.hook import EngineHook
 from equipoise.policies.accounting import TurnCost
-from equipoise.policies.actions import Decision, Drop, EngineAction, OutcomeStatus, Retain, SetTenantWeight, SwapOut
+from equipoise.policies.actions import (
+    Decision,
+    Drop,
+    EngineAction,
+    Hold,
+    OutcomeStatus,
+    Release,
+    Retain,
+    SetTenantWeight,
+    SwapOut,
+)
 from equipoise.policies.events import EngineAttached, EngineDetached, Event, KvObserved, OutcomeObserved, TurnEnded
 from equipoise.policies.model import CgroupId, DecisionId, EngineId, KvTier, Sandbox, SessionId, TenantId
 
@@ -237,6 +247,15 @@ async def test_two_engines_get_each_their_own(served):
     served.send(Retain(EngineId("e2"), SESSION, 1, 2), "for-two")
     assert (await one.directive()).directive_id == "for-one"
     assert (await two.directive()).directive_id == "for-two"
+
+
+async def test_a_hold_and_its_end_reach_the_engine_as_such(served):
+    engine = await served.attached()
+    served.send(Hold(ENGINE, SESSION, 10, 99), "hold")
+    served.send(Release(ENGINE, SESSION, 99), "release")
+    held, released = await engine.directive(), await engine.directive()
+    assert (held.deadline_ns, held.hold) == (99, pb.Hold(session_id=SESSION, ttl_ns=10))
+    assert (released.directive_id, released.release) == ("release", pb.Release(session_id=SESSION))
 
 
 async def test_asking_an_engine_that_is_not_there_is_answered_at_once(served):

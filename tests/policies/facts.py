@@ -53,7 +53,9 @@ from equipoise.policies.policy import Budget, MemoryPolicy, Policy
 from equipoise.policies.snapshot import Snapshot
 from equipoise.policies.state import State
 
-EVERY_DIRECTIVE = frozenset({"set_tenant_weight", "swap_out", "swap_in", "retain", "drop", "set_host_tier_capacity"})
+EVERY_DIRECTIVE = frozenset(
+    {"set_tenant_weight", "swap_out", "swap_in", "retain", "drop", "hold", "release", "set_host_tier_capacity"}
+)
 ENGINE = EngineId("e1")
 ADA = SessionId("gold/ada")
 BYTES_PER_TOKEN = 1 << 10

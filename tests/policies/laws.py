@@ -8,9 +8,12 @@ from equipoise.policies.actions import (
     Action,
     Decision,
     Drop,
+    EngineAction,
     Freeze,
     Grant,
+    Hold,
     Kill,
+    Release,
     Retain,
     SetHostTierCapacity,
     SetTenantWeight,
@@ -32,6 +35,8 @@ DIRECTIVE = {
     SwapIn: "swap_in",
     Retain: "retain",
     Drop: "drop",
+    Hold: "hold",
+    Release: "release",
     SetTenantWeight: "set_tenant_weight",
     SetHostTierCapacity: "set_host_tier_capacity",
 }
@@ -48,8 +53,8 @@ def decide_lawfully(snapshot: Snapshot, policy: Policy) -> tuple[Decision, ...]:
         match decision.action:
             case Throttle() | Freeze() | Thaw() | Grant() | Wait() | Kill():
                 _check_call(decision.action, snapshot, policy)
-            case SwapOut() | SwapIn() | Retain() | Drop() | SetTenantWeight() | SetHostTierCapacity():
-                _check_directive(decision.action, snapshot)
+            case action:
+                _check_directive(action, snapshot)
     _check_together([d.action for d in made], snapshot, policy)
     return made
 
@@ -106,12 +111,17 @@ def _check_debtor(call: ToolCall, snapshot: Snapshot, policy: Policy) -> None:
     assert any(by_tenant[c.tenant].weighted < by_tenant[call.tenant].weighted for c in waited), f"{call}: for nobody"
 
 
-def _check_directive(
-    action: SwapOut | SwapIn | Retain | Drop | SetTenantWeight | SetHostTierCapacity, snapshot: Snapshot
-) -> None:
+def _check_directive(action: EngineAction, snapshot: Snapshot) -> None:
     on = snapshot.engine(action.engine)
     assert on is not None and on.attached, action
     assert DIRECTIVE[type(action)] in on.supported_directives, action
+    if isinstance(action, Hold):
+        assert action.ttl_ns > 0
+        waiting = next(s for s in snapshot.sessions if s.id == action.session)
+        assert waiting.tier in (KvTier.DISK, KvTier.NONE), f"{action}: what it holds would stand there for nothing"
+        assert waiting.phase is not SessionPhase.RUNNING, f"{action}: it is being computed"
+    if isinstance(action, Release):
+        assert next(s for s in snapshot.sessions if s.id == action.session).hold_until_ns > snapshot.now_ns, action
     if isinstance(action, SwapOut | SwapIn | Retain | Drop):
         held = next(s for s in snapshot.sessions if s.id == action.session)
         assert held.engine == on.id

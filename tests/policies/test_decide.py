@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from equipoise.policies.actions import Decision, Drop, Grant, Retain, SetTenantWeight, SwapIn, SwapOut
 from equipoise.policies.decide import decide
+from equipoise.policies.economy import SCARCE_RATIO
 from equipoise.policies.model import (
     MIB,
     CostModel,
@@ -19,9 +20,9 @@ from equipoise.policies.model import (
     ToolCallPhase,
     Verdict,
 )
-from equipoise.policies.policy import KvPolicy, Policy
+from equipoise.policies.policy import KvPart, KvPolicy, Policy
 from equipoise.policies.snapshot import Snapshot
-from equipoise.tests.policies.facts import ENGINE, call, engine, ns, policy, session, snapshot, stopped
+from equipoise.tests.policies.facts import ENGINE, call, engine, host, ns, policy, session, snapshot, stopped
 
 POLICY = replace(policy(pool_mib=65_536), kv=KvPolicy())
 CROWDED = engine(
@@ -149,7 +150,7 @@ def test_an_engine_that_refused_is_not_asked_again_within_the_dwell() -> None:
 
 def test_a_verdict_stays_where_nothing_is_cheaper_by_the_margin() -> None:
     for tokens in range(5_000, 60_000, 250):
-        keeps = asked(5.0, on=replace(EMPTY, device_used_tokens=tokens))
+        keeps = asked(5.0, on=replace(EMPTY, device_used_tokens=tokens, waiting_count=1))
         assert keeps is not None
         if isinstance(keeps.action, Retain) and keeps.rule.startswith("keep stands"):
             assert keeps.candidates[0].name == "keep" and keeps.candidates[1].cost < keeps.candidates[0].cost
@@ -170,7 +171,7 @@ def test_a_retention_is_renewed_before_it_ends() -> None:
 
 def test_a_stopped_call_demotes_the_kv_of_its_session() -> None:
     running = replace(LONG, expected_ns=ns(1.2))
-    gentle = replace(EMPTY, device_used_tokens=55_000)
+    gentle = replace(EMPTY, device_used_tokens=50_000, waiting_count=1)
     kept = asked(1.0, on=gentle, tool=running)
     assert kept is not None and isinstance(kept.action, Retain)
     waiting = replace(
@@ -196,6 +197,37 @@ def test_a_squeeze_of_host_memory_moves_it_to_disk_where_there_is_one() -> None:
     burst = call(2, session="other", used_mib=65_000, hard_mib=0)
     (decision,) = decide(replace(look(5.0, swapped, on=with_disk), tool_calls=(LONG, burst)), POLICY)
     assert decision.action == SwapOut(ENGINE, swapped.id, KvTier.DISK, ns(10))
+
+
+def idle_on_the_host_tier(tools_mib: int) -> Snapshot:
+    """24 sessions of 5,000 MiB each wait for calls of 20 s; tools hold so much of 240,000 MiB."""
+    count, size = 24, 5_000 * MIB
+    on = engine(
+        bytes_per_token=size // 40_000,
+        host_capacity_bytes=count * size,
+        host_used_bytes=count * size,
+        cost=CostModel(5e-5, 6e-10, host_bytes_per_second=25e9),
+    )
+    sessions = tuple(session(f"s{n:02}", held_tokens=40_000, tier=KvTier.HOST, host_bytes=size) for n in range(count))
+    calls = tuple(
+        replace(call(n + 1, session=f"s{n:02}", kind=f"k{n}", expected_bytes=1), expected_ns=ns(20))
+        for n in range(count)
+    )
+    used = replace(calls[0], used_bytes=tools_mib * MIB, peak_bytes=tools_mib * MIB, hard_bytes=0)
+    told = frozenset({(ENGINE, TenantId("gold"), 1.0), (ENGINE, TenantId("silver"), 1.0)})
+    big = host(400_000, 100_000)
+    return snapshot(5.0, engines=(on,), sessions=sessions, tool_calls=(used, *calls[1:]), weights_told=told, host=big)
+
+
+@pytest.mark.parametrize("tools_mib", [60_000, 100_000, 120_000, 130_000])
+def test_a_step_of_pressure_moves_what_is_needed_and_little_more(tools_mib: int) -> None:
+    of = policy(pool_mib=240_000)
+    moved = [d for d in decide(idle_on_the_host_tier(tools_mib), of) if isinstance(d.action, Drop)]
+    need = max(0, tools_mib + 120_000 - int(SCARCE_RATIO * 240_000))
+    assert need <= 5_000 * len(moved) <= need + 5_000
+    herd = replace(of, kv=replace(of.kv, without=frozenset({KvPart.MARGINAL, KvPart.NEED})))
+    dropped = [d for d in decide(idle_on_the_host_tier(tools_mib), herd) if isinstance(d.action, Drop)]
+    assert len(dropped) == 24, "at one set of prices all would go"
 
 
 def test_room_in_the_host_tier_is_given_out_once() -> None:

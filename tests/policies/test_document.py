@@ -50,7 +50,7 @@ def test_every_field_is_read() -> None:
         maxWait: 1m
         pressure: {above: 85%, below: 0.5, for: 1500ms}
         throttle: {cpu: 10%, for: 2s}
-      kv: {decideAfter: 0s, dwell: 1s, hysteresis: 10%, retain: 3s, deadline: 4s}
+      kv: {decideAfter: 0s, dwell: 1s, hysteresis: 10%, retain: 3s, deadline: 4s, door: 80%, doorLongest: 1m}
     """
     assert parse_policy(yaml.safe_load(text)) == Policy(
         name="full",
@@ -69,7 +69,7 @@ def test_every_field_is_read() -> None:
             throttle_cpu_ratio=0.1,
             throttle_ns=2 * NS_PER_S,
         ),
-        kv=KvPolicy(0, NS_PER_S, 0.1, 3 * NS_PER_S, 4 * NS_PER_S),
+        kv=KvPolicy(0, NS_PER_S, 0.1, 3 * NS_PER_S, 4 * NS_PER_S, 0.8, 60 * NS_PER_S),
     )
 
 
@@ -244,6 +244,8 @@ def test_memory_rules_that_are_none_are_refused(memory: object, message: str) ->
         ({"hysteresis": "20MiB"}, "hysteresis: expected a ratio"),
         ({"retain": "0s"}, "retain: must be above 0"),
         ({"deadline": "0.1ns"}, "deadline: must be above 0"),
+        ({"door": "110%"}, "door: must be within 0 and 1"),
+        ({"doorLongest": "0s"}, "doorLongest: must be above 0"),
     ],
 )
 def test_kv_rules_that_are_none_are_refused(kv: object, message: str) -> None:
@@ -335,7 +337,7 @@ def any_policy(draw: st.DrawFn) -> Policy:
         throttle_cpu_ratio=draw(RATIOS),
         throttle_ns=draw(LIVES),
     )
-    kv = KvPolicy(draw(TIMES), draw(TIMES), draw(RATIOS), draw(LIVES), draw(LIVES))
+    kv = KvPolicy(draw(TIMES), draw(TIMES), draw(RATIOS), draw(LIVES), draw(LIVES), draw(RATIOS) or None, draw(LIVES))
     tenants = tuple(Tenant(TenantId(name), weight) for name, weight in sorted(weights.items()))
     return Policy(draw(NAMES), draw(st.booleans()), tenants, memory, kv)
 
@@ -373,6 +375,8 @@ def written(policy: Policy) -> dict[str, Any]:
                 "hysteresis": kv.hysteresis_ratio,
                 "retain": f"{kv.retain_ns}ns",
                 "deadline": f"{kv.directive_ns}ns",
+                "door": kv.door_ratio or 0.0,
+                "doorLongest": f"{kv.door_longest_ns}ns",
             },
         },
     }

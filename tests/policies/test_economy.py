@@ -8,6 +8,7 @@ import pytest
 from equipoise.policies.economy import (
     PRICE_CAP,
     STEP_BORDER_S,
+    Books,
     Prices,
     Weighed,
     barrier,
@@ -21,6 +22,7 @@ from equipoise.policies.economy import (
 )
 from equipoise.policies.estimate import Estimates
 from equipoise.policies.model import MIB, CostModel, Engine, KvTier, Session, SessionPhase, ToolCallPhase, Verdict
+from equipoise.policies.policy import KvPart
 from equipoise.tests.policies.facts import call, engine, host, ns, policy, session, snapshot, stopped
 from hypothesis import given
 from hypothesis import strategies as st
@@ -48,20 +50,62 @@ def test_a_price_never_falls_as_a_tier_fills(a: float, b: float) -> None:
 
 
 def test_turns_that_wait_make_the_device_dearer() -> None:
-    busy = engine(used_tokens=75, capacity_tokens=100)
-    assert prices(snapshot(), policy(), busy).device == pytest.approx(1.0)
-    assert prices(snapshot(), policy(), replace(busy, waiting_count=3)).device == pytest.approx(4.0)
+    busy = engine(used_tokens=90, capacity_tokens=100)
+    assert prices(snapshot(), policy(), busy).device == pytest.approx(27.0)
+    assert prices(snapshot(), policy(), replace(busy, waiting_count=3)).device == pytest.approx(4 * 27.0)
+
+
+def test_a_byte_that_nobody_asks_for_costs_nothing() -> None:
+    half = engine(used_tokens=80, capacity_tokens=100)
+    calls = (call(used_mib=820, phase=ToolCallPhase.KILLED),)
+    calm = prices(snapshot(tool_calls=calls), policy(pool_mib=1024), half)
+    assert (calm.device, calm.host) == (0.0, 0.0)
+    asked = replace(half, waiting_count=1)
+    stalled = snapshot(tool_calls=calls, host=host(psi_some_ratio=0.1))
+    pressed = prices(stalled, policy(pool_mib=1024), asked)
+    assert pressed.device > 0 and pressed.host > 0
+    bare = policy(pool_mib=1024)
+    without = replace(bare, kv=replace(bare.kv, without=frozenset({KvPart.NEED})))
+    assert prices(snapshot(tool_calls=calls), without, half).device == pytest.approx(barrier(0.8))
+
+
+def test_each_decision_leaves_the_next_one_other_books() -> None:
+    on = engine(used_tokens=95_000, capacity_tokens=100_000, disk_capacity_bytes=GIB)
+    books = Books.of(snapshot(engines=(on,)), policy(), on)
+    held = session(held_tokens=10_000)
+    size = 10_000 * on.bytes_per_token
+    books.enter(Verdict.SWAP_HOST, held)
+    assert (books.device_used_tokens, books.host_free_bytes) == (85_000, GIB - size)
+    assert books.prices().device == 0.0, "the need has passed"
+    books.enter(Verdict.SWAP_DISK, replace(held, tier=KvTier.HOST, host_bytes=size, disk_bytes=size // 2))
+    assert (books.host_free_bytes, books.disk_free_bytes, books.ram_used_bytes) == (GIB, GIB - size // 2, 0)
+    books.enter(Verdict.KEEP, held)
+    assert books.device_used_tokens == 85_000
+
+
+def test_what_a_lower_tier_holds_already_need_not_be_written_to_it() -> None:
+    on = replace(FITTED, disk_capacity_bytes=GIB, cost=replace(FITTED.cost, disk_bytes_per_second=1e8))
+    bare = session(held_tokens=1000)
+    size = 1000 * on.bytes_per_token
+    copied = replace(bare, disk_bytes=size)
+
+    def cost(of: Session, copies: bool = True) -> float:
+        made = weigh(of, on, 1.0, Prices(1.0, 1.0), 0, True, copies=copies)
+        return next(o.cost for o in made if o.verdict is Verdict.SWAP_DISK)
+
+    assert cost(bare) - cost(copied) == pytest.approx(size / 1e8 * size / GIB)
+    assert cost(copied, copies=False) == cost(bare)
 
 
 def test_host_memory_is_priced_by_tools_their_bursts_and_every_engines_tier() -> None:
     engines = (engine("e1", host_used_bytes=128 * MIB), engine("e2", host_used_bytes=128 * MIB))
     calls = (call(1, used_mib=128, expected_bytes=512 * MIB),)
     seen = snapshot(tool_calls=calls, engines=engines)
-    assert prices(seen, policy(pool_mib=1024), engines[0]).host == pytest.approx(1.0)  # 768 of 1024 MiB
+    assert prices(seen, policy(pool_mib=800), engines[0]).host == pytest.approx(barrier(768 / 800))
 
 
 def test_pressure_stalls_make_host_memory_dearer() -> None:
-    calls = (call(used_mib=512, phase=ToolCallPhase.KILLED),)
+    calls = (call(used_mib=960, phase=ToolCallPhase.KILLED),)
     calm = prices(snapshot(tool_calls=calls), policy(pool_mib=1024), engine())
     pressed = prices(snapshot(tool_calls=calls, host=host(psi_some_ratio=0.3)), policy(pool_mib=1024), engine())
     assert pressed.host == pytest.approx(4 * calm.host)

@@ -163,7 +163,7 @@ def test_within_a_tenant_its_largest_call_pays() -> None:
 
 def test_nobody_pays_while_a_killed_call_is_still_dying() -> None:
     dying = call(3, used_mib=100, phase=ToolCallPhase.KILLED)
-    assert done(1.0, stopped(1, used_mib=500), stopped(2, "silver", used_mib=424), dying) == {1: "Wait", 2: "Wait"}
+    assert done(1.0, stopped(1, used_mib=500), stopped(2, "silver", used_mib=424), dying) == {1: "Wait", 2: "Grant"}
 
 
 def test_nobody_pays_where_one_of_those_standing_can_go_on() -> None:
@@ -207,7 +207,15 @@ def test_what_was_killed_long_ago_and_has_not_died_is_not_free_and_is_not_waited
     hangs = call(3, "silver", used_mib=600, phase=ToolCallPhase.KILLED, phase_since_ns=ns(2.0))
     one, two = stopped(1, "gold", used_mib=300), stopped(2, "silver", used_mib=100)
     assert done(11.9, one, two, hangs) == {1: "Grant", 2: "Grant"}
-    assert done(12.0, one, two, hangs) == {1: "Wait", 2: "Kill"}
+    assert done(12.0, one, two, hangs) == {1: "Grant", 2: "Kill"}
+
+
+def test_where_all_would_stand_the_first_is_granted_what_room_there_is_instead_of_a_kill() -> None:
+    calls = stopped(1, "gold", used_mib=500), stopped(2, "silver", used_mib=424)
+    made = steps(1.0, *calls)
+    assert {int(s.call.id): type(s.action).__name__ for s in made} == {2: "Grant", 1: "Wait"}
+    assert made[0].action == Grant(calls[1].id, 393 * MIB, 524 * MIB)
+    assert done(1.0, calls[0], stopped(2, "silver", used_mib=500)) == {1: "Kill", 2: "Grant"}, "24 MiB help nobody"
 
 
 def test_memory_of_a_call_that_is_dying_serves_one_that_stands_a_moment_later_as_it_does_at_once() -> None:

@@ -53,7 +53,7 @@ from equipoise.policies.model import (
     ToolCallId,
     ToolCallSource,
 )
-from equipoise.policies.policy import Budget, MemoryPolicy, Policy
+from equipoise.policies.policy import Budget, KvPolicy, MemoryPolicy, Policy
 from equipoise.policies.state import State
 from equipoise.tests.policies.facts import engine, observed, policy, sandbox, session, started, stepped
 from equipoise.tests.policies.laws import decide_lawfully
@@ -109,7 +109,8 @@ def policies(draw: st.DrawFn) -> Policy:
         pressure_for_ns=draw(st.integers(0, 5)) * NS_PER_S,
         throttle_ns=draw(st.integers(1, 5)) * NS_PER_S,
     )
-    return replace(policy(tenants=draw(st.sampled_from(({"gold": 4.0, "silver": 1.0}, {"gold": 1.0})))), memory=memory)
+    made = policy(tenants=draw(st.sampled_from(({"gold": 4.0, "silver": 1.0}, {"gold": 1.0}))))
+    return replace(made, memory=memory, kv=KvPolicy(door_ratio=draw(st.none() | st.floats(0.01, 1.0))))
 
 
 OCCUPANCY = {"sessions": st.lists(sessions(), max_size=3).map(tuple)} | dict.fromkeys(

@@ -75,6 +75,8 @@ def _facts(call: ToolCallView, now_ns: int) -> RenderableType:
     table.add_row("verdict", text.verdict(call.verdict))
     for action in call.actions:
         table.add_row("done", Text(action))
+    for fact in call.facts:
+        table.add_row("seen", Text(fact))
     return table
 
 

@@ -34,10 +34,21 @@ def loads(kind: type[T], text: str) -> T:
     return value
 
 
+_AS_IT_IS = frozenset((int, float, str, bool, type(None)))
+
+
+@cache
+def _field_names(kind: type) -> tuple[str, ...] | None:
+    """None: no dataclass. Remembered: asking the class costs more than all the rest."""
+    return tuple(f.name for f in dataclasses.fields(kind)) if dataclasses.is_dataclass(kind) else None
+
+
 def _plain(value: object) -> object:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {"type": type(value).__name__, **fields}
+    kind: Any = type(value)
+    if kind in _AS_IT_IS:
+        return value
+    if (names := _field_names(kind)) is not None:
+        return {"type": kind.__name__, **{name: _plain(getattr(value, name)) for name in names}}
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, frozenset):

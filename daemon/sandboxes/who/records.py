@@ -7,39 +7,30 @@ from __future__ import annotations
 
 from ....ebpf.tool_memory import ToolMemory
 from ....policies.model import CgroupId, ToolCallId
-from ....policies.policy import Budget
-from ....policies.state import State
+from ..entry import EntryBudgets
 
 
 class Records:
-    def __init__(self, probes: ToolMemory | None, state: State) -> None:
+    def __init__(self, probes: ToolMemory | None, entry: EntryBudgets) -> None:
         """Without probes (None) there are no records, and nobody asks for one."""
         self._loaded = probes
-        self._state = state
+        self._entry = entry
 
     @property
     def _probes(self) -> ToolMemory:
         assert self._loaded is not None
         return self._loaded
 
-    @property
-    def _budget(self) -> Budget | None:
-        return self._state.policy.memory.budget if self._state.policy.enforce else None
-
     def follow(self, pid: int, sandbox: CgroupId) -> ToolCallId:
         """A record of its own as a parent of tool calls. Raises ProcessLookupError, EbpfError."""
-        soft, hard = (self._budget.soft_bytes, self._budget.hard_bytes) if self._budget is not None else (0, 0)
-        return self._probes.register_agent(pid, sandbox, soft_bytes=soft, hard_bytes=hard)
+        soft, hard = self._entry.now()
+        record = self._probes.register_agent(pid, sandbox, soft_bytes=soft, hard_bytes=hard)
+        self._entry.given(record)
+        return record
 
     def give_budgets(self, agent: ToolCallId) -> None:
-        """What it starts from now on begins with the policy's budget."""
-        if self._budget is None:
-            return
-        soft, hard = self._budget.soft_bytes, self._budget.hard_bytes
-        try:
-            self._probes.set_child_budget(agent, soft_bytes=soft, hard_bytes=hard)
-        except LookupError:
-            pass
+        """What it starts from now on begins with a budget."""
+        self._entry.give(agent)
 
     def parts_ways(self, record: ToolCallId) -> None:
         """What its processes exec has a record of its own from now on."""

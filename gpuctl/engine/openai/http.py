@@ -23,6 +23,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from ....policies.model import tenants_session
 from ...peers import Peer, PeerIs, Peers
 from .. import metrics
 from ..compute.language_model import LanguageModel
@@ -189,7 +190,7 @@ class Endpoint:
     # Reading
 
     async def _read(self, request: Request) -> tuple[wire.Json, wire.Caller]:
-        tenant_id = await self._tenant(request)
+        tenant_id, proved = await self._tenant(request)
         peer = _peer(request)
         body = await self._body(request)
         if (model := body.get("model")) is not None:
@@ -197,9 +198,10 @@ class Endpoint:
         session = next((request.headers[h] for h in SESSION_HEADERS if h in request.headers), None)
         if session is not None and not 0 < len(session) <= _MAX_ID_CHARACTERS:
             raise RequestError(f"{SESSION_HEADERS[0]}: give 1 to {_MAX_ID_CHARACTERS} characters")
+        session_id = SessionId(session) if session else None
         caller = wire.Caller(
             tenant_id=tenant_id,
-            session_id=SessionId(session) if session else None,
+            session_id=tenants_session(tenant_id, session_id) if session_id and proved else session_id,
             peer_port=peer.port if peer else None,
             peer_address=peer.address if peer else None,
             awaits_tool=request.headers.get(AWAITS_TOOL_HEADER, "").lower() in ("1", "true"),
@@ -241,15 +243,15 @@ class Endpoint:
             raise RequestError("the body is not a JSON object")
         return body
 
-    async def _tenant(self, request: Request) -> TenantId:
-        """Whose the request is: its key's, else its sandbox's, else as it says."""
+    async def _tenant(self, request: Request) -> tuple[TenantId, bool]:
+        """Whose the request is: its key's, else its sandbox's, else as it says; and whether that is proved."""
         named = request.headers.get(TENANT_HEADER)
         if not self._config.api_keys:
             if named is not None and not 0 < len(named) <= _MAX_ID_CHARACTERS:
                 raise RequestError(f"{TENANT_HEADER}: give 1 to {_MAX_ID_CHARACTERS} characters")
             known = await self._known(request)
             if known is None:
-                return TenantId(named) if named else DEFAULT_TENANT
+                return TenantId(named) if named else DEFAULT_TENANT, False
             if named not in (None, known.tenant_id):
                 raise RequestError(
                     f"{TENANT_HEADER}: {named!r}: this request is from sandbox {known.sandbox}: leave the header out",
@@ -257,11 +259,11 @@ class Endpoint:
                     kind="permission_error",
                     code="another_tenant",
                 )
-            return known.tenant_id
+            return known.tenant_id, True
         key = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
         for listed, tenant_id in self._config.api_keys.items():
             if hmac.compare_digest(listed.encode(), key.encode()):
-                return tenant_id
+                return tenant_id, True
         raise RequestError(
             "no such API key: send `Authorization: Bearer KEY`",
             status=401,

@@ -91,8 +91,7 @@ class Giver:
         session = self._session(giving)
         self._givings[giving.session_id] = giving
         tier, held_tokens = self._parts.scheduler.ledger.holding(session.id).longest()
-        if tier is Tier.DISK:
-            self._parts.swapper.read_ahead(session.id)
+        self._parts.swapper.read_ahead(session.id, tier)
         return Offer(
             session_id=session.id,
             tenant_id=session.tenant_id,
@@ -117,7 +116,7 @@ class Giver:
     def release(self, giving: Giving) -> Departure:
         """Pause the turn and let go of it. Raises HandoverError, the turn then going on here."""
         session = self._session(giving)
-        self._require_host_room(session)
+        self._require_room(session)
         live = self._parts.live.pop(session.id, None)
         turn = session.turn
         if turn is not None:
@@ -191,37 +190,38 @@ class Giver:
         if chunks:
             giving.sent = session.tokens[: chunks[-1].end_token]
 
-    def _require_host_room(self, session: Session) -> None:
+    def _require_room(self, session: Session) -> None:
         ledger = self._parts.scheduler.ledger
         tier, tokens = ledger.holding(session.id).longest()
-        if tier is Tier.DEVICE and not self._parts.scheduler.placement.fits(session, Tier.HOST, tokens):
+        name = ledger.nearest().value
+        if tier is Tier.DEVICE and not self._parts.scheduler.placement.fits(session, ledger.nearest(), tokens):
             raise HandoverError(
-                f"session {session.id}: no room on the host for a copy of {tokens * ledger.bytes_per_token} bytes: "
-                "raise --host-bytes",
+                f"session {session.id}: no room in the {name} tier for a copy of {tokens * ledger.bytes_per_token} "
+                f"bytes: raise --{name}-bytes",
                 status="RESOURCE_EXHAUSTED",
             )
         self._parts.settle_moves()
 
     def _collect(self, session: Session, token: int, *, empty_device: bool) -> list[KvChunk]:
-        """The longest copy from `token` on. What the device holds is copied to the host, or moved there.
+        """The longest copy from `token` on. What the device holds is copied to the nearest tier, or moved there.
 
-        Raises HandoverError where the host has no room, SwapError where the copy cannot be read.
+        Raises HandoverError where that has no room, SwapError where the copy cannot be read.
         """
         scheduler, swapper = self._parts.scheduler, self._parts.swapper
         self._parts.settle_moves()
-        holding = scheduler.ledger.holding(session.id)
+        holding, nearest = scheduler.ledger.holding(session.id), scheduler.ledger.nearest()
         tier, tokens = holding.longest()
         if tier is Tier.DEVICE and empty_device:
-            scheduler.placement.evict(session, Tier.HOST)
+            scheduler.placement.evict(session, nearest)
             self._parts.settle_moves()
         elif tier is Tier.DEVICE:
             assert holding.slot is not None
-            self._require_host_room(session)
-            swapper.copy(session.id, holding.slot, tokens, holding.host_tokens)
-            scheduler.ledger.copied(session.id, Tier.HOST, tokens)
+            self._require_room(session)
+            swapper.copy(session.id, holding.slot, nearest, tokens, holding.copy_tokens(nearest))
+            scheduler.ledger.copied(session.id, nearest, tokens)
         tier, tokens = scheduler.ledger.holding(session.id).longest()
-        if tier is Tier.DEVICE:  # as long a copy on the host, but the device is nearer
-            tier = Tier.HOST
+        if tier is Tier.DEVICE:  # as long a copy below it, but the device is nearer
+            tier = nearest
         return from_token(swapper.pieces(session.id, tier, tokens), token) if tokens > token else []
 
     def _resume(self, giving: Giving, live: LiveTurn) -> None:

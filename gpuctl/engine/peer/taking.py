@@ -13,7 +13,7 @@ from ..compute.kv_image import KvChunk, cut_to
 from ..errors import HandoverError, RequestError
 from ..live import LiveTurn, Sampled
 from ..parts import EngineParts
-from ..schedule.sequence import Session, SessionId, Sink, Tier, Turn
+from ..schedule.sequence import Session, SessionId, Sink, Turn
 from .session_state import Offer, SessionState
 
 
@@ -60,20 +60,21 @@ class Taker:
         self.reserve(taking, offer.held_tokens)
 
     def reserve(self, taking: Taking, tokens: int) -> None:
-        """Have host room for the session's first `tokens`. Raises HandoverError where there is none."""
+        """Have room in the nearest tier for the session's first `tokens`. Raises HandoverError where there is none."""
         ledger, session_id = self._parts.scheduler.ledger, taking.offer.session_id
         appended = tokens - ledger.reserved_tokens(session_id)
         if appended <= 0:
             return
-        self._parts.scheduler.placement.shed_host(appended)
+        self._parts.scheduler.placement.shed(ledger.nearest(), appended)
         self._parts.settle_moves()
-        if not ledger.room(Tier.HOST, appended):
+        if not ledger.lower or not ledger.room(ledger.nearest(), appended):
+            name = ledger.nearest().value
             raise HandoverError(
-                f"session {taking.offer.session_id}: {tokens * ledger.bytes_per_token} bytes of KV do not fit: "
-                f"{ledger.host_used_bytes} of {ledger.host_capacity_bytes} host bytes are used: raise --host-bytes",
+                f"session {taking.offer.session_id}: {tokens * ledger.bytes_per_token} bytes of KV do not fit into the "
+                f"{name} tier: raise --{name}-bytes",
                 status="RESOURCE_EXHAUSTED",
             )
-        ledger.reserve_host(session_id, tokens)
+        ledger.reserve(session_id, tokens)
 
     def adopt(
         self, taking: Taking, state: SessionState, chunks: list[KvChunk], sink: Sink, follow: Callable[[Sampled], None]
@@ -98,10 +99,10 @@ class Taker:
             scheduler.forget_oldest()
         scheduler.forget(session.id)  # an older one of the same name
         self._parts.settle_moves()
-        ledger.reserve_host(session.id, 0)
+        ledger.reserve(session.id, 0)
         if chunks:
-            self._parts.swapper.keep(session.id, chunks)
-            ledger.copied(session.id, Tier.HOST, held_tokens)
+            self._parts.swapper.keep(session.id, ledger.nearest(), chunks)
+            ledger.copied(session.id, ledger.nearest(), held_tokens)
         scheduler.sessions[session.id] = session
         if live is not None:
             scheduler.submit(session, live.turn)
@@ -123,7 +124,7 @@ class Taker:
         if self._takings.get(session_id) is not taking:
             return
         del self._takings[session_id]
-        self._parts.scheduler.ledger.reserve_host(session_id, 0)
+        self._parts.scheduler.ledger.reserve(session_id, 0)
         if not taking.adopted:
             return
         if not taking.confirmed:

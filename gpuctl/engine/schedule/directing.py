@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import assert_never
 
+from ....policies.model import KvTier
 from ... import directives as ask
 from ...directives import Directive, Outcome, OutcomeStatus
 from .placement import Reach
@@ -104,17 +105,20 @@ class Director:
         return _done(directive)
 
     def _set_host_capacity(self, directive: ask.SetHostTierCapacity) -> Outcome:
-        """Set the host tier's size; copies that no longer fit go to disk where there is room, else away."""
+        """Set the size of the tier in host RAM; copies that no longer fit go down where there is room, else away."""
         if directive.host_bytes < 0:
             return _rejected(directive, f"host_bytes {directive.host_bytes}: give 0 or more")
-        self._ledger.host_capacity_bytes = directive.host_bytes
-        self._placement.shed_host(0)
-        holders = [self._scheduler.sessions[s] for s in self._ledger if self._ledger.holding(s).host_tokens]
+        lower = next((each for each in self._ledger.lower if each.tier.told_as is KvTier.HOST), None)
+        if lower is None:
+            return _rejected(directive, "no tier in host RAM")
+        lower.capacity_bytes, tier = directive.host_bytes, lower.tier
+        self._placement.shed(tier, 0)
+        holders = [self._scheduler.sessions[s] for s in self._ledger if self._ledger.holding(s).copy_tokens(tier)]
         for session in sorted(holders, key=lambda s: (s.turn is not None, s.last_used_ns)):
-            if self._ledger.room(Tier.HOST, 0):
+            if self._ledger.room(tier, 0):
                 break
-            if not self._placement.demote(session):
-                self._placement.discard_copy(session, Tier.HOST)
+            if not self._placement.demote(session, tier):
+                self._placement.discard_copy(session, tier)
         return _done(directive)
 
     # One session
@@ -128,21 +132,26 @@ class Director:
         return _outcome(directive, OutcomeStatus.ACCEPTED)
 
     def _swap_out(self, directive: ask.SwapOut, session: Session) -> Outcome:
-        if directive.tier not in (Tier.HOST, Tier.DISK):
+        if directive.tier in (KvTier.DEVICE, KvTier.NONE):
             return _rejected(directive, "tier: give host or disk")
+        wanted = [each.tier for each in self._ledger.lower if each.tier.told_as is directive.tier]
+        if not wanted:
+            return _rejected(directive, f"no {directive.tier.value} tier")
         if session.id in self._scheduler.running:
             return self._put_off(directive, "its turn is running: done when the turn ends")
         holding = self._ledger.holding(session.id)
         where, held = holding.longest()
-        if where is Tier.NONE or where is directive.tier:
+        if where is Tier.NONE or where in wanted:
             return _done(directive, f"{held} tokens are held in {where.value}")
         if where is Tier.DEVICE:
-            if not self._placement.fits(session, directive.tier, holding.device_tokens):
-                return _rejected(directive, f"no room in the {directive.tier.value} tier")
-            self._placement.evict(session, directive.tier, directive.directive_id)
-            return _outcome(directive, OutcomeStatus.ACCEPTED)
-        if directive.tier is Tier.DISK and self._placement.demote(session, directive.directive_id):
-            return _outcome(directive, OutcomeStatus.ACCEPTED)
+            for tier in wanted:
+                if self._placement.fits(session, tier, holding.device_tokens):
+                    self._placement.evict(session, tier, directive.directive_id)
+                    return _outcome(directive, OutcomeStatus.ACCEPTED)
+            return _rejected(directive, f"no room in the {directive.tier.value} tier")
+        for tier in wanted:
+            if self._placement.demote(session, where, to=tier, directive_id=directive.directive_id):
+                return _outcome(directive, OutcomeStatus.ACCEPTED)
         return _rejected(directive, f"held in {where.value}; no way from there to {directive.tier.value}")
 
     def _swap_in(self, directive: ask.SwapIn, session: Session, now_ns: int) -> Outcome:

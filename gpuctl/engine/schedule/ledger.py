@@ -7,42 +7,61 @@ llama_memory_seq_pos_max.
 Invariants (`check_integrity`):
 - a slot belongs to at most one session; a session has a slot exactly when it holds device tokens or is being computed;
 - device use is the sum of the sessions' device tokens, a shared prefix counted once, and never negative; the same for
-  host and disk bytes, which share nothing;
+  each tier below, where nothing is shared;
 - sessions that share cells form the tree of shared_cells.py, and each holds the whole prefix it shares;
-- host room set aside for a copy still on its way from another engine counts as used;
-- every copy is a prefix of the conversation: a host or disk copy may be shorter or longer than what the device holds,
+- room set aside in the nearest tier for a copy still on its way from another engine counts as used;
+- every copy is a prefix of the conversation: one below the device may be shorter or longer than what the device holds,
   never of other tokens (`truncate` shortens all copies at once).
+
+The tiers below the device are a table, `Ledger.lower`, the nearest first: nothing here names any of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from ....policies.model import KvTier
 from .sequence import SessionId, Slot, Tier
 from .shared_cells import SharedCells
+
+
+@dataclass(slots=True)
+class LowerTier:
+    """A tier below the device, as booked."""
+
+    tier: Tier
+    capacity_bytes: int
+    used_tokens: int = 0
 
 
 @dataclass(slots=True)
 class Holding:
     """What one session holds. Token counts are prefix lengths of its conversation."""
 
+    lower: tuple[LowerTier, ...]
+    """The ledger's."""
+    copies: list[int]
+    """Tokens of the copy in each of `lower`."""
     slot: Slot | None = None
     device_tokens: int = 0
-    host_tokens: int = 0
-    disk_tokens: int = 0
 
     def longest(self) -> tuple[Tier, int]:
         """The tier of the longest copy, the nearest one where several are as long, and its length."""
-        best = (Tier.NONE, 0)
-        for tier, tokens in (
-            (Tier.DEVICE, self.device_tokens),
-            (Tier.HOST, self.host_tokens),
-            (Tier.DISK, self.disk_tokens),
-        ):
-            if tokens > best[1]:
-                best = (tier, tokens)
-        return best
+        best, longest = Tier.NONE, 0
+        if self.device_tokens > 0:
+            best, longest = Tier.DEVICE, self.device_tokens
+        for place, tokens in enumerate(self.copies):
+            if tokens > longest:
+                best, longest = self.lower[place].tier, tokens
+        return best, longest
+
+    def copy_tokens(self, tier: Tier) -> int:
+        """Tokens of the copy in a tier below the device; 0 where there is no such tier."""
+        for place, each in enumerate(self.lower):
+            if each.tier is tier:
+                return self.copies[place]
+        return 0
 
 
 class Ledger:
@@ -52,18 +71,17 @@ class Ledger:
         device_capacity_tokens: int,
         slot_count: int,
         bytes_per_token: int,
-        host_capacity_bytes: int = 0,
-        disk_capacity_bytes: int = 0,
+        lower: Sequence[tuple[Tier, int]] = (),
     ) -> None:
+        """`lower`: the tiers below the device and their bytes, in the order of the way down."""
         self.device_capacity_tokens = device_capacity_tokens
-        self.host_capacity_bytes = host_capacity_bytes
-        self.disk_capacity_bytes = disk_capacity_bytes
+        self.lower = tuple(LowerTier(tier, capacity_bytes) for tier, capacity_bytes in lower)
+        self._places = {tier: place for place, (tier, _) in enumerate(lower)}
+        self._nothing = Holding(self.lower, [0] * len(self.lower))
         self.bytes_per_token = bytes_per_token
         self.slot_count = slot_count
         self._device_tokens = 0  # shared cells counted for each of their users
         self._shared = SharedCells()
-        self.host_used_tokens = 0
-        self.disk_used_tokens = 0
         self._holdings: dict[SessionId, Holding] = {}
         self._in_slots: dict[Slot, SessionId] = {}
         self._reserved_tokens: dict[SessionId, int] = {}
@@ -82,7 +100,7 @@ class Ledger:
 
     def holding(self, session_id: SessionId) -> Holding:
         """The session's holding, an empty one where the books know nothing of it."""
-        return self._holdings.get(session_id) or Holding()
+        return self._holdings.get(session_id, self._nothing)
 
     # Capacity
 
@@ -95,32 +113,30 @@ class Ledger:
         """Negative while a lowered capacity has not been honoured yet."""
         return self.device_capacity_tokens - self.device_used_tokens
 
-    @property
-    def host_used_bytes(self) -> int:
-        return self.host_used_tokens * self.bytes_per_token
+    def used_bytes(self, told_as: KvTier) -> int:
+        """Of the tiers below the device that the daemon takes for this one, together."""
+        return sum(each.used_tokens for each in self.lower if each.tier.told_as is told_as) * self.bytes_per_token
 
-    @property
-    def disk_used_bytes(self) -> int:
-        return self.disk_used_tokens * self.bytes_per_token
+    def capacity_bytes(self, told_as: KvTier) -> int:
+        """Likewise."""
+        return sum(each.capacity_bytes for each in self.lower if each.tier.told_as is told_as)
 
     @property
     def free_slot_count(self) -> int:
         return len(self._free_slots)
 
     def room(self, tier: Tier, appended_tokens: int) -> bool:
-        """Whether `appended_tokens` more fit into a host or disk tier."""
-        grown = appended_tokens * self.bytes_per_token
-        if tier is Tier.HOST:
-            return self.host_used_bytes + grown <= self.host_capacity_bytes
-        if tier is Tier.DISK:
-            return self.disk_used_bytes + grown <= self.disk_capacity_bytes
-        return tier is Tier.NONE
+        """Whether `appended_tokens` more fit into a tier below the device; False where there is no such tier."""
+        if (place := self._places.get(tier)) is None:
+            return tier is Tier.NONE
+        each = self.lower[place]
+        return (each.used_tokens + appended_tokens) * self.bytes_per_token <= each.capacity_bytes
 
     # Device
 
     def open(self, session_id: SessionId) -> Slot:
         """Give the session a slot; the one it has, if it has one. Call only while `free_slot_count` is positive."""
-        holding = self._holdings.setdefault(session_id, Holding())
+        holding = self._held(session_id)
         if holding.slot is None:
             holding.slot = self._free_slots.pop()
             self._in_slots[holding.slot] = session_id
@@ -177,25 +193,34 @@ class Ledger:
     # Other tiers
 
     def copied(self, session_id: SessionId, tier: Tier, tokens: int) -> None:
-        """A copy of the first `tokens` is now valid in the host or disk tier (replacing a shorter or longer one)."""
-        holding = self._holdings.setdefault(session_id, Holding())
-        if tier is Tier.HOST:
-            self.host_used_tokens += tokens - holding.host_tokens
-            holding.host_tokens = tokens
-        elif tier is Tier.DISK:
-            self.disk_used_tokens += tokens - holding.disk_tokens
-            holding.disk_tokens = tokens
-        else:
-            raise ValueError(f"copied() books host and disk copies, not {tier}")
+        """A copy of the first `tokens` is now valid in a tier below the device (replacing a shorter or longer one).
 
-    def reserve_host(self, session_id: SessionId, tokens: int) -> None:
-        """Set aside host room for a copy that arrives (0: give it back). The caller has seen to the room."""
-        self.host_used_tokens += tokens - self._reserved_tokens.pop(session_id, 0)
+        Raises ValueError where the table has no such tier.
+        """
+        if (place := self._places.get(tier)) is None:
+            raise ValueError(f"copied() books copies below the device, not {tier.value}")
+        holding = self._held(session_id)
+        self.lower[place].used_tokens += tokens - holding.copies[place]
+        holding.copies[place] = tokens
+
+    def nearest(self) -> Tier:
+        """The tier right below the device; NONE where there is none."""
+        return self.lower[0].tier if self.lower else Tier.NONE
+
+    def below(self, tier: Tier) -> tuple[LowerTier, ...]:
+        """The tiers further down, the nearest first."""
+        return self.lower[self._places[tier] + 1 :]
+
+    def reserve(self, session_id: SessionId, tokens: int) -> None:
+        """Set room aside in the nearest tier for a copy that arrives (0: give it back). The caller has seen to it."""
+        reserved = self._reserved_tokens.pop(session_id, 0)
+        if tokens != reserved:
+            self.lower[0].used_tokens += tokens - reserved
         if tokens:
             self._reserved_tokens[session_id] = tokens
 
     def reserved_tokens(self, session_id: SessionId) -> int:
-        """Host room set aside for the session, in tokens."""
+        """Room set aside for the session, in tokens."""
         return self._reserved_tokens.get(session_id, 0)
 
     def restored(self, session_id: SessionId, tokens: int) -> None:
@@ -212,10 +237,16 @@ class Ledger:
         self._shared.cut(session_id, to_tokens)
         self._device_tokens -= max(0, holding.device_tokens - to_tokens)
         holding.device_tokens = min(holding.device_tokens, to_tokens)
-        self.host_used_tokens -= max(0, holding.host_tokens - to_tokens)
-        holding.host_tokens = min(holding.host_tokens, to_tokens)
-        self.disk_used_tokens -= max(0, holding.disk_tokens - to_tokens)
-        holding.disk_tokens = min(holding.disk_tokens, to_tokens)
+        for place, tokens in enumerate(holding.copies):
+            if tokens > to_tokens:
+                self.lower[place].used_tokens -= tokens - to_tokens
+                holding.copies[place] = to_tokens
+
+    def _held(self, session_id: SessionId) -> Holding:
+        holding = self._holdings.get(session_id)
+        if holding is None:
+            holding = self._holdings[session_id] = Holding(self.lower, [0] * len(self.lower))
+        return holding
 
     def forget(self, session_id: SessionId) -> None:
         """Drop every copy and the entry itself. Safe where there is none."""
@@ -229,18 +260,15 @@ class Ledger:
         assert len(set(slots)) == len(slots), f"slot used twice: {sorted(slots)}"
         assert sorted([*slots, *self._free_slots]) == list(range(self.slot_count)), "slot leaked"
         for session_id, holding in self._holdings.items():
-            assert min(holding.device_tokens, holding.host_tokens, holding.disk_tokens) >= 0, session_id
+            assert min(holding.device_tokens, *holding.copies, 0) >= 0, session_id
             assert holding.device_tokens == 0 or holding.slot is not None, f"{session_id}: device tokens without slot"
-        for name, used, total in (
-            ("device", self._device_tokens, sum(h.device_tokens for h in self._holdings.values())),
-            (
-                "host",
-                self.host_used_tokens,
-                sum(h.host_tokens for h in self._holdings.values()) + sum(self._reserved_tokens.values()),
-            ),
-            ("disk", self.disk_used_tokens, sum(h.disk_tokens for h in self._holdings.values())),
-        ):
-            assert used == total, f"{name}: books say {used}, sessions hold {total}"
+        assert not any(self._nothing.copies), "what nobody holds was written to"
+        held = sum(h.device_tokens for h in self._holdings.values())
+        assert self._device_tokens == held, f"device: books say {self._device_tokens}, sessions hold {held}"
+        for place, each in enumerate(self.lower):
+            held = sum(h.copies[place] for h in self._holdings.values())
+            held += 0 if place else sum(self._reserved_tokens.values())
+            assert each.used_tokens == held, f"{each.tier.value}: books say {each.used_tokens}, sessions hold {held}"
         assert self._in_slots == {h.slot: s for s, h in self._holdings.items() if h.slot is not None}
         self._shared.check_integrity({s: h.device_tokens for s, h in self._holdings.items()})
         charged = sum(self.charged_tokens(s) for s in self._holdings)

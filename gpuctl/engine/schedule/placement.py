@@ -106,7 +106,7 @@ class Placement:
     def evict(self, session: Session, tier: Tier | None = None, directive_id: str = "") -> Tier:
         """Free the session's device KV and slot; returns where its longest copy is then.
 
-        `tier` None: the host where there is room, else disk, else nowhere. A tier without room means nowhere, too: ask
+        `tier` None: the first with room on the way down, else nowhere. A tier without room means nowhere, too: ask
         `fits` first where that matters. What a tier already holds is not copied again.
         """
         holding = self.ledger.holding(session.id)
@@ -114,10 +114,10 @@ class Placement:
         if slot is None:
             return holding.longest()[0]
         session.pinned_until_ns = None
-        for wanted in (Tier.HOST, Tier.DISK) if tier is None else (tier,):
+        for wanted in (each.tier for each in self.ledger.lower) if tier is None else (tier,):
             if wanted is Tier.NONE or not tokens or not self.fits(session, wanted, tokens):
                 continue
-            valid = self._valid(session, wanted)
+            valid = holding.copy_tokens(wanted)
             self.ledger.copied(session.id, wanted, max(tokens, valid))
             self.ledger.leave_device(session.id)
             self.moves.append(MoveOut(session.id, slot, wanted, tokens, min(valid, tokens), directive_id))
@@ -127,59 +127,65 @@ class Placement:
         # An older, shorter copy elsewhere is still a true prefix and stays.
         return self.ledger.holding(session.id).longest()[0]
 
-    def demote(self, session: Session, directive_id: str = "") -> bool:
-        """Move a session's host copy to disk. False where the disk has no room or there is nothing to move."""
-        tokens = self.ledger.holding(session.id).host_tokens
-        valid = self._valid(session, Tier.DISK)
-        if not tokens or not self.ledger.room(Tier.DISK, max(0, tokens - valid)):
-            return False
-        self.ledger.copied(session.id, Tier.DISK, max(tokens, valid))
-        self.ledger.copied(session.id, Tier.HOST, 0)
-        self.moves.append(MoveDown(session.id, tokens, min(valid, tokens), directive_id))
-        return True
+    def demote(self, session: Session, tier: Tier, *, to: Tier | None = None, directive_id: str = "") -> bool:
+        """Move a session's copy in `tier` further down: to the next tier that can have room, or to the one given.
+
+        False where that has no room, is not below, or there is nothing to move.
+        """
+        holding = self.ledger.holding(session.id)
+        tokens = holding.copy_tokens(tier)
+        for lower in self.ledger.below(tier) if tokens else ():
+            if lower.tier is not (to or lower.tier) or not self.fits(session, lower.tier, tokens):
+                continue
+            valid = holding.copy_tokens(lower.tier)
+            self.ledger.copied(session.id, lower.tier, max(tokens, valid))
+            self.ledger.copied(session.id, tier, 0)
+            self.moves.append(MoveDown(session.id, tier, lower.tier, tokens, min(valid, tokens), directive_id))
+            return True
+        return False
 
     def fits(self, session: Session, tier: Tier, tokens: int) -> bool:
-        """Whether `tier` takes the session's first `tokens`, making room in the host tier where that helps."""
-        appended = max(0, tokens - self._valid(session, tier))
-        if tier is Tier.HOST and not self.ledger.room(tier, appended):
-            self.shed_host(appended, keep=session)
+        """Whether `tier` takes the session's first `tokens`, making room in it where that helps."""
+        appended = max(0, tokens - self.ledger.holding(session.id).copy_tokens(tier))
+        if not self.ledger.room(tier, appended):
+            self.shed(tier, appended, keep=session)
         return self.ledger.room(tier, appended)
 
-    def shed_host(self, appended: int, keep: Session | None = None) -> None:
-        """Make room for `appended` tokens in the host tier, for `keep` where given.
+    def shed(self, tier: Tier, appended: int, keep: Session | None = None) -> None:
+        """Make room for `appended` tokens in a tier below the device, for `keep` where given.
 
-        Copies the device also holds go first (they cost nothing now), then idle sessions' copies move to disk, longest
-        unused first, where there is a disk tier; those of sessions nobody named go there first, or nowhere.
+        Copies the device also holds go first (they cost nothing now), then idle sessions' copies move further down,
+        longest unused first, where there is a tier; those of sessions nobody named go there first, or nowhere. The last
+        tier keeps what it has, unless it is the only one. A no-op where the table has no such tier.
         """
-        in_vain = appended * self.ledger.bytes_per_token > self.ledger.host_capacity_bytes
-        if in_vain or self.ledger.room(Tier.HOST, appended):
+        lower = next((each for each in self.ledger.lower if each.tier is tier), None)
+        if lower is None or (lower is self.ledger.lower[-1] and lower is not self.ledger.lower[0]):
+            return
+        in_vain = appended * self.ledger.bytes_per_token > lower.capacity_bytes
+        if in_vain or self.ledger.room(tier, appended):
             return
         only_anonymous = keep is not None and keep.anonymous
         holders = [
             session
             for session_id in self.ledger
-            if self.ledger.holding(session_id).host_tokens
+            if self.ledger.holding(session_id).copy_tokens(tier)
             and (session := self._sessions[session_id]) is not keep
             and (session.anonymous or not only_anonymous)
         ]
         holders.sort(key=lambda s: (s.turn is not None, not s.anonymous, s.last_used_ns))
         for session in holders:
             holding = self.ledger.holding(session.id)
-            if holding.host_tokens <= holding.device_tokens:
-                self.discard_copy(session, Tier.HOST)
-                if self.ledger.room(Tier.HOST, appended):
+            if holding.copy_tokens(tier) <= holding.device_tokens:
+                self.discard_copy(session, tier)
+                if self.ledger.room(tier, appended):
                     return
         for session in holders:
-            if session.turn is not None or not self.ledger.holding(session.id).host_tokens:
+            if session.turn is not None or not self.ledger.holding(session.id).copy_tokens(tier):
                 continue
-            if not self.demote(session) and session.anonymous:
-                self.discard_copy(session, Tier.HOST)
-            if self.ledger.room(Tier.HOST, appended):
+            if not self.demote(session, tier) and session.anonymous:
+                self.discard_copy(session, tier)
+            if self.ledger.room(tier, appended):
                 return
-
-    def _valid(self, session: Session, tier: Tier) -> int:
-        holding = self.ledger.holding(session.id)
-        return holding.host_tokens if tier is Tier.HOST else holding.disk_tokens
 
     # Up
 
@@ -187,7 +193,7 @@ class Placement:
         """Bring the longest copy back to the device. The caller has seen to room and a slot; a no-op if it is there."""
         tier, tokens = self.ledger.holding(session.id).longest()
         slot = self.ledger.open(session.id)
-        if tier in (Tier.HOST, Tier.DISK):
+        if tier is not Tier.DEVICE and tier is not Tier.NONE:
             self.ledger.restored(session.id, tokens)
             self.moves.append(MoveIn(session.id, slot, tier, tokens, directive_id))
         return slot
@@ -239,9 +245,9 @@ class Placement:
     def discard_all(self, session: Session, directive_id: str = "") -> None:
         holding = self.ledger.holding(session.id)
         slot = holding.slot
-        for tier, tokens in ((Tier.HOST, holding.host_tokens), (Tier.DISK, holding.disk_tokens)):
+        for lower, tokens in zip(self.ledger.lower, holding.copies, strict=True):
             if tokens:
-                self.discard_copy(session, tier)
+                self.discard_copy(session, lower.tier)
         self.ledger.leave_device(session.id)
         if slot is not None:
             self.moves.append(Discard(session.id, slot, 0, Tier.DEVICE, directive_id))

@@ -35,9 +35,11 @@ class MoveIn:
 
 @dataclass(frozen=True, slots=True)
 class MoveDown:
-    """Move the host copy to disk (from `valid_tokens` on: what lies before is there already)."""
+    """Move the copy in `tier` to `to_tier` (from `valid_tokens` on: what lies before is there already)."""
 
     session_id: SessionId
+    tier: Tier
+    to_tier: Tier
     tokens: int
     valid_tokens: int
     directive_id: str = ""

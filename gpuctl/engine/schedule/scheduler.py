@@ -181,7 +181,7 @@ class Scheduler:
             session.turn.cached_tokens = 0  # it was to begin with what could not be read back
 
     def copy_lost(self, session_id: SessionId, tier: Tier) -> None:
-        """A host or disk copy is gone; what the device holds is untouched."""
+        """A copy below the device is gone; what the device holds is untouched."""
         if session_id in self.ledger:
             self.ledger.copied(session_id, tier, 0)
 

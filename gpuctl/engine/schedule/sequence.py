@@ -10,7 +10,7 @@ import enum
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, NewType
+from typing import TYPE_CHECKING, ClassVar, NewType
 
 from ....policies import model as core
 from ....policies.accounting import SessionCost, TurnCost
@@ -27,9 +27,28 @@ _RANDOM_SEED = 0xFFFFFFFF  # to llama.cpp: draw one yourself
 SessionId = core.SessionId
 TenantId = core.TenantId
 TurnId = core.TurnId
-Tier = core.KvTier
 SessionPhase = core.SessionPhase
 FinishReason = core.FinishReason
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tier:
+    """A place for KV. Each exists once: two are the same place only where they are the same object.
+
+    The device, and nowhere, are here; those below the device are lines of a table (tiers/table.py), which the ledger is
+    given from the nearest down. None of our code names one of them, but where it is made.
+    """
+
+    value: str
+    """What options and messages call it."""
+    told_as: core.KvTier
+    """What the daemon takes it for: it weighs whose memory is used (host RAM, a disk), not how an engine divides it."""
+    DEVICE: ClassVar[Tier]
+    NONE: ClassVar[Tier]
+
+
+Tier.DEVICE = Tier("device", core.KvTier.DEVICE)
+Tier.NONE = Tier("none", core.KvTier.NONE)
 
 
 class IdlePolicy(enum.Enum):

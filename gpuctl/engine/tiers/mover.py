@@ -46,18 +46,18 @@ class Mover:
                 case MoveIn():
                     self._moved(move, move.tier, Tier.DEVICE, self._swapper.back(move))
                 case MoveDown():
-                    self._moved(move, Tier.HOST, Tier.DISK, self._swapper.down(move))
+                    self._moved(move, move.tier, move.to_tier, self._swapper.down(move))
         except SwapError as error:
             self._lose(move, error)
             return False
         return True
 
     def note_failed_writes(self) -> None:
-        """Disk copies that could not be written are gone from the books, too."""
-        for session_id, reason in self._swapper.take_failures().items():
-            _log.error("disk_write_failed session=%s error=%r", session_id, reason)
+        """Copies that could not be written are gone from the books, too."""
+        for tier, session_id, reason in self._swapper.take_failures():
+            _log.error("copy_not_written tier=%s session=%s error=%r", tier.value, session_id, reason)
             self._totals.swap_failures += 1
-            self._scheduler.copy_lost(session_id, Tier.DISK)
+            self._scheduler.copy_lost(session_id, tier)
 
     def _moved(self, move: MoveOut | MoveIn | MoveDown, from_tier: Tier, to_tier: Tier, copied: Copied) -> None:
         totals = self._totals
@@ -97,8 +97,7 @@ class Mover:
         slot: Slot | None = getattr(move, "slot", None)
         if slot is not None:
             self._runner.cut(slot, 0)
-        for tier in (Tier.HOST, Tier.DISK):
-            self._swapper.discard(move.session_id, tier)
+        self._swapper.discard_all(move.session_id)
         self._scheduler.lost(move.session_id)
         directive_id: str = getattr(move, "directive_id", "")
         if directive_id:
@@ -115,8 +114,8 @@ class Mover:
             SessionMoved(
                 session_id=session_id,
                 tenant_id=session.tenant_id,
-                from_tier=from_tier,
-                to_tier=to_tier,
+                from_tier=from_tier.told_as,
+                to_tier=to_tier.told_as,
                 tokens=tokens,
                 moved_bytes=copied.moved_bytes,
                 duration_ns=copied.duration_ns,

@@ -1,20 +1,22 @@
-"""Copies KV between the device and the other tiers, and keeps the copies.
+"""Copies KV between the device and the tiers below it.
 
-Owns: the host copies (in pieces, as they were appended) and the disk tier. Must not: decide who moves (placement.py) or
-keep the books (ledger.py). Every call runs on the engine's thread; only the disk tier has one of its own.
+Owns: the tiers' stores. Must not: decide who moves (placement.py), keep the books (ledger.py), or know any one tier
+(table.py). Every call runs on the engine's thread.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..compute.kv_image import KvChunk, cut_to, from_token
+from ..compute.kv_image import KvChunk, from_token
 from ..compute.runner import Runner
 from ..errors import SwapError
 from ..schedule.plan import MoveDown, MoveIn, MoveOut
 from ..schedule.sequence import SessionId, Slot, Tier
-from .disk_tier import DiskTier
+from .store import Store
+from .table import OpenTier
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +28,9 @@ class Copied:
 
 
 class Swapper:
-    def __init__(self, runner: Runner, disk: DiskTier | None = None) -> None:
+    def __init__(self, runner: Runner, tiers: Iterable[OpenTier] = ()) -> None:
         self._runner = runner
-        self._disk = disk
-        self._host: dict[SessionId, list[KvChunk]] = {}
+        self.stores: dict[Tier, Store] = {each.tier: each.store for each in tiers}
 
     def out(self, move: MoveOut) -> Copied:
         """Empty the slot into the tier, copying only what the tier does not hold yet. Raises SwapError."""
@@ -43,11 +44,7 @@ class Swapper:
                 f"{move.session_id}: the device held tokens {chunk.first_token} to {chunk.end_token}, "
                 f"the books say {move.valid_tokens} to {move.tokens}"
             )
-        if move.tier is Tier.HOST:
-            kept = cut_to(self._host.get(move.session_id, []), move.valid_tokens)
-            self._host[move.session_id] = [*kept, chunk]
-        else:
-            self._require_disk().append(move.session_id, [chunk], move.valid_tokens)
+        self._store(move.tier).append(move.session_id, [chunk], move.valid_tokens)
         return Copied(chunk.nbytes, time.monotonic_ns() - began)
 
     def back(self, move: MoveIn) -> Copied:
@@ -58,66 +55,60 @@ class Swapper:
         return Copied(sum(chunk.nbytes for chunk in chunks), time.monotonic_ns() - began)
 
     def down(self, move: MoveDown) -> Copied:
-        """Hand the host copy to the disk's thread. Raises SwapError where it is shorter than the books say."""
+        """Hand the copy in one tier to another one's store. Raises SwapError where it is shorter than the books say.
+
+        The step waits for the upper store's `read`: out of host RAM that is nothing, out of a folder a file's reading.
+        """
         began = time.monotonic_ns()
-        chunks = cut_to(self._host.pop(move.session_id, []), move.tokens)
-        if not chunks or chunks[-1].end_token != move.tokens:
-            raise SwapError(f"{move.session_id}: the host copy is shorter than {move.tokens} tokens")
+        chunks = self.pieces(move.session_id, move.tier, move.tokens)
+        self._store(move.tier).discard(move.session_id)
         if move.valid_tokens < move.tokens:
             chunks = from_token(chunks, move.valid_tokens)
-            self._require_disk().append(move.session_id, chunks, move.valid_tokens)
+            self._store(move.to_tier).append(move.session_id, chunks, move.valid_tokens)
         else:
             chunks = []
         return Copied(sum(chunk.nbytes for chunk in chunks), time.monotonic_ns() - began)
 
-    def copy(self, session_id: SessionId, slot: Slot, tokens: int, valid_tokens: int) -> None:
-        """Make the host copy as long as the slot's KV, which stays. Raises SwapError, the host copy then untouched."""
+    def copy(self, session_id: SessionId, slot: Slot, tier: Tier, tokens: int, valid_tokens: int) -> None:
+        """Make the tier's copy as long as the slot's KV, which stays. Raises SwapError, the copy then untouched."""
         chunk = self._runner.copy(slot, valid_tokens)
         if chunk.first_token != valid_tokens or chunk.end_token != tokens:
             raise SwapError(f"{session_id}: the device held {chunk.end_token} tokens, the books say {tokens}")
-        self.keep(session_id, [*cut_to(self._host.get(session_id, []), valid_tokens), chunk])
+        self._store(tier).append(session_id, [chunk], valid_tokens)
 
-    def keep(self, session_id: SessionId, chunks: list[KvChunk]) -> None:
-        """Let `chunks`, which begin at token 0, be the host copy."""
-        self._host[session_id] = chunks
+    def keep(self, session_id: SessionId, tier: Tier, chunks: list[KvChunk]) -> None:
+        """Let `chunks`, which begin at token 0, be the tier's copy."""
+        self._store(tier).append(session_id, chunks, 0)
 
     def pieces(self, session_id: SessionId, tier: Tier, tokens: int) -> list[KvChunk]:
-        """The first `tokens` of the host or disk copy, which stays. Raises SwapError where it is shorter or broken."""
-        if tier is Tier.HOST:
-            chunks = cut_to(self._host.get(session_id, []), tokens)
-        else:
-            chunks = self._require_disk().read(session_id, tokens)
-        if not chunks or chunks[-1].end_token != tokens:
-            raise SwapError(f"{session_id}: the {tier.value} copy is shorter than {tokens} tokens")
-        return chunks
+        """The first `tokens` of the tier's copy, which stays. Raises SwapError where it is shorter or broken."""
+        return self._store(tier).read(session_id, tokens)
 
     def discard(self, session_id: SessionId, tier: Tier) -> None:
         """Forget a copy. Safe where there is none."""
-        if tier is Tier.HOST:
-            self._host.pop(session_id, None)
-        elif tier is Tier.DISK and self._disk is not None:
-            self._disk.discard(session_id)
+        if (store := self.stores.get(tier)) is not None:
+            store.discard(session_id)
 
-    def read_ahead(self, session_id: SessionId) -> None:
-        """The session will soon be wanted on the device: begin to read its file."""
-        if self._disk is not None:
-            self._disk.read_ahead(session_id)
+    def discard_all(self, session_id: SessionId) -> None:
+        """Forget the copies in all tiers. Safe where there are none."""
+        for store in self.stores.values():
+            store.discard(session_id)
 
-    def take_failures(self) -> dict[SessionId, str]:
-        """Disk copies that could not be written since the last call, and why."""
-        return self._disk.take_failures() if self._disk is not None else {}
+    def read_ahead(self, session_id: SessionId, tier: Tier) -> None:
+        """The session's copy in `tier` will soon be wanted. Safe for any tier, the device included."""
+        if (store := self.stores.get(tier)) is not None:
+            store.read_ahead(session_id)
 
-    def host_tokens(self, session_id: SessionId) -> int:
-        """Tokens really kept on the host: for tests of the books."""
-        chunks = self._host.get(session_id)
-        return chunks[-1].end_token if chunks else 0
+    def take_failures(self) -> list[tuple[Tier, SessionId, str]]:
+        """Copies that turned out unwritten since the last call, and why."""
+        found = ((tier, store.take_failures()) for tier, store in self.stores.items())
+        return [(tier, session_id, why) for tier, failed in found for session_id, why in failed.items()]
 
     def close(self) -> None:
-        self._host.clear()
-        if self._disk is not None:
-            self._disk.close()
+        for store in self.stores.values():
+            store.close()
 
-    def _require_disk(self) -> DiskTier:
-        if self._disk is None:
-            raise SwapError("no disk tier: start the engine with --disk-bytes and --disk-folder")
-        return self._disk
+    def _store(self, tier: Tier) -> Store:
+        if (store := self.stores.get(tier)) is None:
+            raise SwapError(f"there is no {tier.value} tier")
+        return store

@@ -15,12 +15,13 @@ from equipoise.gpuctl.engine.schedule.sequence import (
     SessionId,
     TenantId,
     TextDelta,
-    Tier,
     TurnEvent,
     TurnFinished,
     TurnRequest,
 )
+from equipoise.gpuctl.engine.tiers.table import in_memory
 from equipoise.gpuctl.reports import Reported, SessionMoved
+from equipoise.policies.model import KvTier
 from equipoise.tests.bench.report import Baseline, Row
 
 CONTEXT_TOKENS = 2048
@@ -30,7 +31,7 @@ GROWTH_TOKENS = 64
 class _Bench:
     def __init__(self, model: LanguageModel) -> None:
         self._runner = LlamaRunner(model, kv_tokens=8192, slot_count=8, mode=ContextMode.UNIFIED, threads=1)
-        self.engine = Engine(model, self._runner, EngineConfig(kv_tokens=8192, host_bytes=1 << 30))
+        self.engine = Engine(model, self._runner, EngineConfig(kv_tokens=8192), in_memory(1 << 30))
         self.engine.start()
         self._reports: queue.SimpleQueue[Reported] = queue.SimpleQueue()
         self.engine.listen(self._reports.put)
@@ -58,7 +59,7 @@ class _Bench:
     def swap(self, session: str, *, out: bool) -> SessionMoved:
         name = f"swap-{next(self._names)}"
         common = {"directive_id": name, "deadline_ns": time.monotonic_ns() + 10**10, "session_id": SessionId(session)}
-        self.engine.direct(SwapOut(**common, tier=Tier.HOST) if out else SwapIn(**common))  # type: ignore[arg-type]
+        self.engine.direct(SwapOut(**common, tier=KvTier.HOST) if out else SwapIn(**common))  # type: ignore[arg-type]
         moved: SessionMoved | None = None
         while True:
             report = self._reports.get(timeout=30).report

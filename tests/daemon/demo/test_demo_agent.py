@@ -12,12 +12,12 @@ import time
 import psutil
 import pytest
 from equipoise.daemon.api.v1 import policy_pb2, sandbox_pb2
-from equipoise.daemon.demo import agent as agent_module
-from equipoise.daemon.demo.agent import AgentLog, Conversation, observation, run_plan
-from equipoise.daemon.demo.chat import ChatError, Message, ask
-from equipoise.daemon.demo.hearsay import Identity
-from equipoise.daemon.demo.plan import PLANS, Plan, Step, plan_named
-from equipoise.daemon.demo.toolcall import ToolResult, ToolRunner
+from equipoise.daemon.demo.agents import agent as agent_module
+from equipoise.daemon.demo.agents.agent import AgentLog, Conversation, observation, run_plan
+from equipoise.daemon.demo.agents.chat import ChatError, Message, ask
+from equipoise.daemon.demo.agents.hearsay import Identity
+from equipoise.daemon.demo.agents.plan import PLANS, Plan, Step, plan_named
+from equipoise.daemon.demo.agents.toolcall import ToolResult, ToolRunner
 from equipoise.policies.model import ToolCallSource
 from equipoise.tests.fixtures.daemon_server import DaemonServer
 
@@ -281,7 +281,7 @@ def test_an_agent_that_is_ended_takes_its_tool_call_with_it(engine, tmp_path):
         f"import os,time; open({str(pid_file)!r},'w').write(str(os.getpid())); time.sleep(60)"
     )
     environment = {k: v for k, v in os.environ.items() if k != "EQUIPOISE_SOCKET"}
-    argv = [sys.executable, "-m", "equipoise.daemon.demo.agent", "--plan", "runaway", "--engine-url", engine.url]
+    argv = [sys.executable, "-m", "equipoise.daemon.demo.agents.agent", "--plan", "runaway", "--engine-url", engine.url]
     argv += ["--workdir", str(workdir), "--deadline", "60", "--log", str(tmp_path / "log")]
     process = subprocess.Popen(argv, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60

@@ -10,8 +10,8 @@ import time
 import pytest
 from equipoise.daemon.api.v1 import policy_pb2
 from equipoise.daemon.demo import live, processes, report, scenario, tables, timeline, words
+from equipoise.daemon.demo.agents.sample import git_environment, write_project
 from equipoise.daemon.demo.record import sample_of
-from equipoise.daemon.demo.sample import git_environment, write_project
 from equipoise.policies.document import parse_policy
 from rich.console import Console
 

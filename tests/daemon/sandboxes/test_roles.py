@@ -123,7 +123,7 @@ def test_what_was_asked_for_is_the_call_though_the_kernel_was_heard_before_the_c
     asked_ns = time.monotonic_ns()
     ada.do("run('git', '--version'); run('bash', '-c', 'cd / && echo one')")
     ada.do("stays = subprocess.Popen(['sleep', '30'])")
-    assert len(ada.calls()) == 3, "nobody has said anything yet"
+    eventually(lambda: len(ada.calls()) == 3)  # nobody has said anything yet
     conversation.end_turn(asked_ns, one="echo one")
     eventually(lambda: [(c.agent_call_id, c.command) for c in ada.calls()] == [("one", "echo one")])
     assert "housekeeping" in [r for command, r in ada.roles().items() if command == "sleep 30"]

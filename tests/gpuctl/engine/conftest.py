@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ from equipoise.gpuctl.engine.compute.runner import ContextMode, LlamaRunner
 from equipoise.gpuctl.engine.engine import Engine, EngineConfig
 from equipoise.gpuctl.engine.errors import EngineError
 from equipoise.gpuctl.engine.schedule.scheduler import SchedulerConfig
+from equipoise.gpuctl.engine.tiers.table import OpenTier
 
 
 @pytest.fixture(scope="session")
@@ -46,10 +47,15 @@ def make_engine(
     made: list[Engine] = []
 
     def make(
-        *, kv_tokens: int = 2048, scheduler: SchedulerConfig | None = None, **options: Any
+        *,
+        kv_tokens: int = 2048,
+        scheduler: SchedulerConfig | None = None,
+        tiers: Sequence[OpenTier] | None = None,
+        **options: Any,
     ) -> tuple[Engine, LlamaRunner]:
         runner = make_runner(kv_tokens=kv_tokens, **options)
-        engine = Engine(model, runner, EngineConfig(kv_tokens=kv_tokens, scheduler=scheduler or SchedulerConfig()))
+        config = EngineConfig(kv_tokens=kv_tokens, scheduler=scheduler or SchedulerConfig())
+        engine = Engine(model, runner, config, tiers)
         engine.start()
         made.append(engine)
         return engine, runner

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -16,15 +17,17 @@ from equipoise.gpuctl.engine.schedule.sequence import (
     SessionId,
     TenantId,
     TextDelta,
-    Tier,
     TurnEvent,
     TurnFinished,
     TurnId,
     TurnRefused,
     TurnRequest,
 )
+from equipoise.gpuctl.engine.tiers.store import HostTier
+from equipoise.gpuctl.engine.tiers.table import DISK, HOST, OpenTier, in_memory
 from equipoise.gpuctl.reports import Reported, SessionMoved
 from equipoise.policies.accounting import Gamma
+from equipoise.policies.model import KvTier
 from equipoise.tests.gpuctl.engine.fakes import FakeModel, FakeRunner
 
 SECOND = 10**9
@@ -53,7 +56,7 @@ class Turn:
 
 
 class Driven:
-    """An engine over a fake runner, with a clock of its own."""
+    """An engine over a fake runner, with a clock of its own. `below`: tiers under host and disk."""
 
     def __init__(
         self,
@@ -62,6 +65,7 @@ class Driven:
         host_tokens: int = 1000,
         disk: Any = None,
         disk_tokens: int = 0,
+        below: Sequence[OpenTier] = (),
         runner: FakeRunner | None = None,
         max_queued_turns: int = 256,
         max_sessions: int = 4096,
@@ -74,15 +78,17 @@ class Driven:
         self.now_ns = 1000 * SECOND
         config = EngineConfig(
             kv_tokens=kv_tokens,
-            host_bytes=host_tokens * self.runner.bytes_per_token,
-            disk_bytes=disk_tokens * self.runner.bytes_per_token,
             max_queued_turns=max_queued_turns,
             max_sessions=max_sessions,
             keep_anonymous=keep_anonymous,
             scheduler=SchedulerConfig(**scheduler),
         )
+        tiers = [*in_memory(host_tokens * self.runner.bytes_per_token)]
+        if disk is not None:
+            tiers.append(OpenTier(DISK, disk_tokens * self.runner.bytes_per_token, disk))
+        tiers += below
         self.engine = Engine(
-            cast(Any, FakeModel()), self.runner, config, disk, clock=lambda: self.now_ns, gamma=gamma, meter=meter
+            cast(Any, FakeModel()), self.runner, config, tiers, clock=lambda: self.now_ns, gamma=gamma, meter=meter
         )
         self.reports: list[Reported] = []
         self.engine.listen(self.reports.append)
@@ -132,7 +138,9 @@ class Driven:
                 if not self.engine._scheduler.placement.moves:
                     assert held == tokens[: holding.device_tokens], session_id
             if not self.engine._scheduler.placement.moves:
-                assert self.engine._swapper.host_tokens(session_id) >= holding.host_tokens, session_id
+                for tier, store in self.engine._swapper.stores.items():
+                    if isinstance(store, HostTier):
+                        assert store.tokens(session_id) >= holding.copy_tokens(tier), f"{session_id} in {tier.value}"
         if not self.engine._scheduler.placement.moves:
             for slot, held in self.runner.slots.items():
                 assert len(held) == slots.get(slot, 0), f"slot {slot} holds {len(held)} tokens nobody owns"
@@ -157,7 +165,14 @@ class Driven:
         self.now_ns += int(seconds * SECOND)
 
 
-def swap_out(driven: Driven, session: str, tier: Tier = Tier.HOST, name: str = "out") -> ask.SwapOut:
+def host_tokens(driven: Driven, session: str) -> int:
+    """Tokens of the session that are really kept in host RAM."""
+    store = driven.engine._swapper.stores[HOST]
+    assert isinstance(store, HostTier)
+    return store.tokens(SessionId(session))
+
+
+def swap_out(driven: Driven, session: str, tier: KvTier = KvTier.HOST, name: str = "out") -> ask.SwapOut:
     return ask.SwapOut(directive_id=name, deadline_ns=driven.now_ns + SECOND, session_id=SessionId(session), tier=tier)
 
 

@@ -8,6 +8,9 @@ from equipoise.gpuctl import directives as ask
 from equipoise.gpuctl.directives import PreemptMode
 from equipoise.gpuctl.engine.schedule.cost_figures import CostFigures
 from equipoise.gpuctl.engine.schedule.sequence import FinishReason, SessionId, Slo, Tier, TurnAccepted
+from equipoise.gpuctl.engine.tiers.store import HostTier
+from equipoise.gpuctl.engine.tiers.table import OpenTier
+from equipoise.policies.model import KvTier
 from equipoise.tests.gpuctl.engine.driving import SECOND, Driven, Turn
 from equipoise.tests.gpuctl.engine.fakes import FakeRunner
 from hypothesis import HealthCheck, settings
@@ -27,7 +30,8 @@ class EngineMachine(RuleBasedStateMachine):
         runner = FakeRunner(physical_tokens=400, slot_count=4, ends=True)
         self.driven = Driven(
             kv_tokens=120,
-            host_tokens=100,
+            host_tokens=60,
+            below=[OpenTier(Tier(name, KvTier.DISK), 16 * 50, HostTier()) for name in ("cellar", "attic")],
             runner=runner,
             step_tokens=32,
             mixed_prefill_tokens=8,
@@ -110,11 +114,12 @@ class EngineMachine(RuleBasedStateMachine):
         self.driven.steps(1)
         self.collect()
 
-    @rule(session=st.sampled_from(SESSIONS), kind=st.integers(0, 8), number=st.integers(0, 60))
+    @rule(session=st.sampled_from(SESSIONS), kind=st.integers(0, 9), number=st.integers(0, 60))
     def direct(self, session: str, kind: int, number: int) -> None:
         session_id = SessionId(session)
         directives: list[Any] = [
-            lambda: ask.SwapOut(**self.common(), session_id=session_id, tier=Tier.HOST),
+            lambda: ask.SwapOut(**self.common(), session_id=session_id, tier=KvTier.HOST),
+            lambda: ask.SwapOut(**self.common(), session_id=session_id, tier=KvTier.DISK),
             lambda: ask.SwapIn(**self.common(), session_id=session_id),
             lambda: ask.Drop(**self.common(), session_id=session_id, from_token=number),
             lambda: ask.Hold(**self.common(), session_id=session_id, ttl_ns=number * SECOND),

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from equipoise.ebpf.libbpf import RingBuffer
 from equipoise.policies.events import BudgetLevel, BudgetReached, EventsLost
 
 pytestmark = pytest.mark.kernel
@@ -202,6 +203,22 @@ def test_an_end_that_was_lost_is_found_again_without_its_exit_code(make_bench):
     told = len(bench.events)
     bench.settle()
     assert len(bench.events) == told, "it is told once"
+
+
+def test_a_full_ring_is_read_in_parts_and_nothing_of_it_is_left_out(make_bench):
+    bench = make_bench(step_bytes=4096, step_shift=40)
+    agent, _ = bench.agent("print(run('x = bytearray(8 << 20)'), flush=True); os.read(0, 1)")
+    assert agent.stdout.readline() == b"0\n"
+    sizes = []
+    ring = RingBuffer(bench.tools._probes.object.maps["events"], lambda data: sizes.append(len(data)), at_once=100)
+    try:
+        counts: list[int] = []
+        while counts[-1:] != [0]:
+            counts.append(ring.consume())
+    finally:
+        ring.close()
+    assert set(counts[:-2]) == {100} and sum(counts) == len(sizes) > 1000
+    assert bench.tools.losses().events_count == 0
 
 
 def test_a_stop_that_was_lost_is_told_all_the_same(make_bench):

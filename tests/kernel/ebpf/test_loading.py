@@ -31,7 +31,7 @@ def program_descriptors():
 def test_every_program_of_the_object_loads_and_attaches(bench):
     report = bench.tools.report
     names = {"on_fork", "on_exec", "on_exit", "on_rss_stat", "retag_process", "learn_cpus"}
-    names |= {"on_connect", "on_connect_again"}
+    names |= {"on_connect", "on_connect_again", "on_signal"}
     names |= {"on_fork_again", "on_exec_again", "on_exit_again", "bury_process"}
     assert {p.name for p in report.programs if p.state is ProgramState.ATTACHED} == names
     assert len(report.programs) == len(names)

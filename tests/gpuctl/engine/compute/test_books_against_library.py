@@ -18,13 +18,14 @@ from equipoise.gpuctl.engine.schedule.sequence import (
     Slot,
     TenantId,
     TextDelta,
-    Tier,
     TurnAccepted,
     TurnEvent,
     TurnFinished,
     TurnRequest,
 )
 from equipoise.gpuctl.engine.tiers.disk_tier import DiskTier
+from equipoise.gpuctl.engine.tiers.table import DISK, OpenTier, in_memory
+from equipoise.policies.model import KvTier
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -42,15 +43,15 @@ class Life:
         self.runner = runner
         config = EngineConfig(
             kv_tokens=300,
-            host_bytes=200 * runner.bytes_per_token,
-            disk_bytes=200 * runner.bytes_per_token,
             scheduler=SchedulerConfig(
                 step_tokens=64,
                 mixed_prefill_tokens=32,
                 share_prefix_tokens=8 if runner.mode is ContextMode.UNIFIED else None,
             ),
         )
-        self.engine = Engine(model, runner, config, disk, clock=lambda: self.now_ns)
+        room = 200 * runner.bytes_per_token
+        tiers = [*in_memory(room), OpenTier(DISK, room, disk)]
+        self.engine = Engine(model, runner, config, tiers, clock=lambda: self.now_ns)
         self.engine.cost = CostFigures(prefill_seconds_per_token=0.001, decode_step_seconds=0.01)
         self.text: dict[SessionId, str] = {}
         self.told: list[str] = []  # conversations of clients that name no session
@@ -98,7 +99,7 @@ class Life:
         }
         return self.random.choice(
             [
-                ask.SwapOut(**common, tier=self.random.choice([Tier.HOST, Tier.DISK])),  # type: ignore[arg-type]
+                ask.SwapOut(**common, tier=self.random.choice([KvTier.HOST, KvTier.DISK])),  # type: ignore[arg-type]
                 ask.SwapIn(**common),  # type: ignore[arg-type]
                 ask.Drop(**common, from_token=self.random.randint(0, 40)),  # type: ignore[arg-type]
                 ask.Hold(**common, ttl_ns=2 * SECOND),  # type: ignore[arg-type]

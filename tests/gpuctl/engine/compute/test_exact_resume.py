@@ -9,7 +9,8 @@ from equipoise.gpuctl.directives import Drop, OutcomeStatus, Preempt, PreemptMod
 from equipoise.gpuctl.engine.compute.runner import BatchSlice, ContextMode
 from equipoise.gpuctl.engine.errors import ContextError, SwapError
 from equipoise.gpuctl.engine.schedule.scheduler import SchedulerConfig
-from equipoise.gpuctl.engine.schedule.sequence import SamplingParams, SessionId, Slot, Tier
+from equipoise.gpuctl.engine.schedule.sequence import SamplingParams, SessionId, Slot
+from equipoise.policies.model import KvTier
 from equipoise.tests.gpuctl.engine.asking import Asked, Watch, soon
 
 pytestmark = pytest.mark.engine
@@ -52,7 +53,7 @@ def test_one_session_alone_resumes_exactly_after_a_swap(make_engine, mode):
 
     def swap(session: str) -> None:
         directive = SwapOut(
-            directive_id=f"d{next(numbers)}", deadline_ns=soon(), session_id=SessionId(session), tier=Tier.HOST
+            directive_id=f"d{next(numbers)}", deadline_ns=soon(), session_id=SessionId(session), tier=KvTier.HOST
         )
         assert watch.direct(directive).status is OutcomeStatus.COMPLETED
 

@@ -124,7 +124,7 @@ class HandingOver:
 
 def holds_nothing(driven: Driven) -> bool:
     ledger = driven.engine._ledger
-    return ledger.device_used_tokens == 0 and ledger.host_used_tokens == 0 and ledger.disk_used_tokens == 0
+    return ledger.device_used_tokens == 0 and not any(each.used_tokens for each in ledger.lower)
 
 
 def expected(driven: Driven) -> str:

@@ -22,6 +22,7 @@ from equipoise.gpuctl.engine.schedule.sequence import (
     TurnFinished,
     TurnRequest,
 )
+from equipoise.gpuctl.engine.tiers.table import in_memory
 from equipoise.gpuctl.reports import Reported, TurnEnded
 from equipoise.tests.gpuctl.engine.fakes import FakeModel, FakeRunner
 
@@ -52,8 +53,9 @@ class Peer:
         self.address = f"unix:{path}"
         self.path = path
         self.runner = PacedRunner(physical_tokens=4096)
-        settings: dict[str, Any] = {"kv_tokens": 2000, "host_bytes": 16 * 4000, **config}
-        self.engine = Engine(cast(Any, FakeModel()), self.runner, EngineConfig(**settings))
+        settings: dict[str, Any] = {"kv_tokens": 2000, **config}
+        tiers = in_memory(settings.pop("host_bytes", 16 * 4000))
+        self.engine = Engine(cast(Any, FakeModel()), self.runner, EngineConfig(**settings), tiers)
         self.deliveries = Deliveries(self.engine)
         self.service = PeerService(self.engine, fingerprint)
         self.reports: list[Reported] = []
@@ -73,7 +75,9 @@ class Peer:
         def count() -> tuple[int, int]:
             ledger = self.engine._ledger
             ledger.check_integrity()
-            return len(self.engine._scheduler.sessions), ledger.device_used_tokens + ledger.host_used_tokens
+            return len(self.engine._scheduler.sessions), ledger.device_used_tokens + sum(
+                each.used_tokens for each in ledger.lower
+            )
 
         return cast("tuple[int, int]", await self.do(count))
 

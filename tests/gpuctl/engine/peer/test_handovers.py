@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import pytest
 from equipoise.gpuctl import directives as ask
-from equipoise.gpuctl.engine.schedule.sequence import (
-    FinishReason,
-    SessionId,
-    Tier,
-)
+from equipoise.gpuctl.engine.schedule.sequence import FinishReason, SessionId
 from equipoise.gpuctl.engine.tiers.disk_tier import DiskTier
 from equipoise.gpuctl.reports import Occupancy, TurnEnded, TurnStarted
 from equipoise.policies.accounting import Gamma, GammaSource
+from equipoise.policies.model import KvTier
 from equipoise.tests.gpuctl.engine.driving import Driven
 from equipoise.tests.gpuctl.engine.fakes import FakeRunner
 from equipoise.tests.gpuctl.engine.peer.handing_over import (
@@ -200,23 +197,23 @@ def test_a_turn_cancelled_while_in_doubt_ends_so_when_the_taker_is_lost():
     handing.check()
 
 
-@pytest.mark.parametrize("tier", [Tier.DEVICE, Tier.HOST, Tier.DISK, Tier.NONE])
+@pytest.mark.parametrize("tier", [KvTier.DEVICE, KvTier.HOST, KvTier.DISK, KvTier.NONE])
 def test_an_idle_session_goes_from_any_tier_and_its_next_turn_is_cached_there(tier, tmp_path):
     disk = DiskTier(tmp_path, "f")
     a, b = Driven(disk=disk, disk_tokens=1000), Driven()
     first = a.complete("s", PROMPT)
-    if tier in (Tier.HOST, Tier.DISK):
+    if tier in (KvTier.HOST, KvTier.DISK):
         a.direct(ask.SwapOut(directive_id="d", deadline_ns=a.now_ns + 10**9, session_id=SessionId("s"), tier=tier))
-    if tier is Tier.NONE:
+    if tier is KvTier.NONE:
         a.direct(ask.Drop(directive_id="d", deadline_ns=a.now_ns + 10**9, session_id=SessionId("s"), from_token=0))
-    assert a.engine._ledger.holding(SessionId("s")).longest()[0] is tier
+    assert a.engine._ledger.holding(SessionId("s")).longest()[0].told_as is tier
     HandingOver(a, b, "s").whole()
     assert holds_nothing(a)
     prompt = PROMPT + first.text + "more"
     second = b.complete("s", prompt)
     assert second.text == b.runner.expected_output(prompt, 5)
     assert second.end is not None
-    assert second.end.cached_tokens == (0 if tier is Tier.NONE else len(PROMPT) + 4)
+    assert second.end.cached_tokens == (0 if tier is KvTier.NONE else len(PROMPT) + 4)
     a.engine._swapper.close()
 
 

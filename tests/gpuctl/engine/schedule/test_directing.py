@@ -6,8 +6,10 @@ import pytest
 from equipoise.gpuctl import directives as ask
 from equipoise.gpuctl.directives import OutcomeStatus, PreemptMode
 from equipoise.gpuctl.engine.schedule.sequence import SessionId, SessionPhase, TenantId, Tier
+from equipoise.gpuctl.engine.tiers.table import HOST
 from equipoise.gpuctl.reports import TurnPreempted
-from equipoise.tests.gpuctl.engine.driving import SECOND, Driven, holding, moved, swap_out
+from equipoise.policies.model import KvTier
+from equipoise.tests.gpuctl.engine.driving import SECOND, Driven, holding, host_tokens, moved, swap_out
 
 S = SessionId
 
@@ -18,7 +20,7 @@ def test_a_directive_is_applied_once_per_id_and_answered_the_same_again():
     driven.direct(swap_out(driven, "a"))
     driven.direct(swap_out(driven, "a"))
     driven.settle()
-    assert len([m for m in moved(driven) if m.to_tier is Tier.HOST]) == 1
+    assert len([m for m in moved(driven) if m.to_tier is KvTier.HOST]) == 1
     statuses = [outcome.status for outcome in driven.outcomes("out")]
     assert statuses == [OutcomeStatus.ACCEPTED, OutcomeStatus.COMPLETED, OutcomeStatus.COMPLETED]
 
@@ -40,7 +42,7 @@ def test_swapping_out_a_running_session_waits_for_the_turns_end():
     driven.settle()
     driven.settle()
     assert driven.outcomes("out")[-1].status is OutcomeStatus.COMPLETED
-    assert holding(driven, "a").longest()[0] is Tier.HOST
+    assert holding(driven, "a").longest()[0] is HOST
 
 
 def test_a_held_session_waits_until_released_or_expired():
@@ -96,10 +98,10 @@ def test_a_retained_session_stays_under_pressure_until_its_time_is_up():
     driven.complete("other", "y" * 20)
     driven.complete("third", "z" * 20)
     assert holding(driven, "kept").longest()[0] is Tier.DEVICE
-    assert holding(driven, "other").longest()[0] is Tier.HOST
+    assert holding(driven, "other").longest()[0] is HOST
     driven.advance(60)
     driven.complete("fourth", "w" * 45)
-    assert holding(driven, "kept").longest()[0] is Tier.HOST
+    assert holding(driven, "kept").longest()[0] is HOST
 
 
 def test_a_turn_that_fits_only_without_the_retained_one_still_runs_when_alone():
@@ -171,8 +173,8 @@ def test_a_shrunk_host_tier_lets_go_of_what_no_longer_fits():
     driven.direct(swap_out(driven, "a"))
     driven.direct(ask.SetHostTierCapacity(directive_id="h", deadline_ns=driven.now_ns + SECOND, host_bytes=0))
     driven.settle()
-    assert driven.engine._ledger.host_used_bytes == 0
-    assert driven.engine._swapper.host_tokens(S("a")) == 0
+    assert driven.engine._ledger.used_bytes(KvTier.HOST) == 0
+    assert host_tokens(driven, "a") == 0
 
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, 1e9])

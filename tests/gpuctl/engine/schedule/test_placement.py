@@ -5,6 +5,8 @@ from __future__ import annotations
 from equipoise.gpuctl.directives import OutcomeStatus
 from equipoise.gpuctl.engine.schedule.sequence import IdlePolicy, SessionId, Tier
 from equipoise.gpuctl.engine.tiers.disk_tier import DiskTier
+from equipoise.gpuctl.engine.tiers.table import DISK, HOST
+from equipoise.policies.model import KvTier
 from equipoise.tests.gpuctl.engine.driving import SECOND, Driven, holding, moved, swap_out
 
 S = SessionId
@@ -15,7 +17,7 @@ def test_idle_sessions_leave_for_the_host_when_room_is_needed():
     driven.complete("old", "x" * 30)
     driven.advance(1)
     driven.complete("new", "y" * 40)
-    assert holding(driven, "old").longest()[0] is Tier.HOST
+    assert holding(driven, "old").longest()[0] is HOST
     assert holding(driven, "new").longest()[0] is Tier.DEVICE
 
 
@@ -26,7 +28,7 @@ def test_the_session_whose_retention_ends_first_leaves_first():
     driven.complete("second", "y" * 25)
     driven.advance(1)
     driven.complete("third", "z" * 10)
-    assert holding(driven, "first").longest()[0] is Tier.HOST
+    assert holding(driven, "first").longest()[0] is HOST
     assert holding(driven, "second").longest()[0] is Tier.DEVICE
 
 
@@ -61,9 +63,9 @@ def test_copies_the_device_also_holds_give_way_on_a_full_host():
     driven.complete("b", "y" * 50)
     assert driven.direct(swap_out(driven, "b", name="b out")).status is OutcomeStatus.ACCEPTED
     driven.settle()
-    assert holding(driven, "a").host_tokens == 0
+    assert holding(driven, "a").copy_tokens(HOST) == 0
     assert holding(driven, "a").device_tokens > 50
-    assert holding(driven, "b").host_tokens > 50
+    assert holding(driven, "b").copy_tokens(HOST) > 50
 
 
 def test_a_swapped_session_resumes_with_the_tokens_of_an_undisturbed_run():
@@ -97,7 +99,7 @@ def test_with_whole_outputs_reserved_nobody_is_preempted():
 
 
 def test_the_idle_policy_says_what_becomes_of_kv_after_a_turn():
-    for policy, tier in ((IdlePolicy.RETAIN, Tier.DEVICE), (IdlePolicy.SWAP, Tier.HOST), (IdlePolicy.DROP, Tier.NONE)):
+    for policy, tier in ((IdlePolicy.RETAIN, Tier.DEVICE), (IdlePolicy.SWAP, HOST), (IdlePolicy.DROP, Tier.NONE)):
         driven = Driven(idle_policy=policy)
         driven.complete("a", "hello")
         driven.settle()
@@ -137,8 +139,8 @@ def test_a_full_host_tier_spills_idle_copies_to_disk(tmp_path):
     driven.complete("b", "y" * 50)
     driven.direct(swap_out(driven, "b", name="second"))
     driven.settle()
-    assert holding(driven, "a").longest() == (Tier.DISK, 54)
-    assert holding(driven, "b").longest() == (Tier.HOST, 54)
+    assert holding(driven, "a").longest() == (DISK, 54)
+    assert holding(driven, "b").longest() == (HOST, 54)
     again = driven.complete("a", "x" * 50 + first.text + "!")
     assert again.text == driven.runner.expected_output("x" * 50 + first.text + "!", 5)
     assert again.end is not None
@@ -150,7 +152,7 @@ def test_a_corrupt_swap_file_costs_a_recompute_and_nothing_else(tmp_path):
     disk = DiskTier(tmp_path / "kv", "fake")
     driven = Driven(disk=disk, disk_tokens=1000)
     first = driven.complete("a", "x" * 50)
-    driven.direct(swap_out(driven, "a", Tier.DISK))
+    driven.direct(swap_out(driven, "a", KvTier.DISK))
     driven.settle()
     disk.flush()
     (path,) = (tmp_path / "kv").glob("*/*.kv")

@@ -10,6 +10,7 @@ from equipoise.gpuctl.engine.schedule.ledger import Ledger
 from equipoise.gpuctl.engine.schedule.scheduler import Scheduler, SchedulerConfig
 from equipoise.gpuctl.engine.schedule.sequence import IdlePolicy, Session, SessionId, TenantId, Tier, TurnAccepted
 from equipoise.gpuctl.engine.schedule.session_index import SessionIndex
+from equipoise.gpuctl.engine.tiers.table import HOST
 from equipoise.tests.gpuctl.engine.driving import SECOND, Driven, Turn
 from hypothesis import given
 from hypothesis import strategies as st
@@ -176,7 +177,7 @@ def test_unnamed_sessions_leave_the_device_before_named_ones():
     guest = unnamed(driven, "y" * 30)
     driven.complete("big", "z" * 50)
     ledger = driven.engine._ledger
-    assert ledger.holding(SessionId(session_of(guest))).longest()[0] is Tier.HOST
+    assert ledger.holding(SessionId(session_of(guest))).longest()[0] is HOST
     assert ledger.holding(SessionId("named")).longest()[0] is Tier.DEVICE
 
 
@@ -185,21 +186,21 @@ def test_an_unnamed_session_takes_no_host_room_from_a_named_one_but_gives_its_ow
     guest = unnamed(driven, "y" * 30)
     driven.complete("first", "a" * 40)
     ledger = driven.engine._ledger
-    assert ledger.holding(SessionId(session_of(guest))).longest() == (Tier.HOST, 34)
+    assert ledger.holding(SessionId(session_of(guest))).longest() == (HOST, 34)
     driven.advance(1)
     driven.complete("second", "b" * 30)  # "first" needs the host; no room for both
     assert ledger.holding(SessionId("first")).longest()[0] is Tier.NONE, "44 tokens fit no host tier of 40"
-    assert ledger.holding(SessionId(session_of(guest))).longest()[0] is Tier.HOST
+    assert ledger.holding(SessionId(session_of(guest))).longest()[0] is HOST
     driven.advance(1)
     driven.complete("third", "c" * 40)
-    assert ledger.holding(SessionId("second")).longest() == (Tier.HOST, 34)
+    assert ledger.holding(SessionId("second")).longest() == (HOST, 34)
     driven.advance(2)
     driven.settle()
     assert session_of(guest) not in driven.engine._scheduler.sessions, "it gave its room and holds nothing"
     late = unnamed(driven, "d" * 20)
     driven.complete("fourth", "e" * 50)
     assert ledger.holding(SessionId(session_of(late))).longest()[0] is Tier.NONE
-    assert ledger.holding(SessionId("second")).longest() == (Tier.HOST, 34)
+    assert ledger.holding(SessionId("second")).longest() == (HOST, 34)
 
 
 def test_past_the_limit_of_sessions_an_unnamed_one_is_forgotten_first():
@@ -240,12 +241,12 @@ def test_a_refused_turn_leaves_the_conversation_to_be_found():
 
 def test_a_step_with_thousands_of_idle_sessions_stays_cheap():
     """CPU time a step: sessions that only wait to be found again must not slow those that run."""
-    ledger = Ledger(device_capacity_tokens=1000, slot_count=4, bytes_per_token=1, host_capacity_bytes=10**9)
+    ledger = Ledger(device_capacity_tokens=1000, slot_count=4, bytes_per_token=1, lower=[(HOST, 10**9)])
     scheduler = Scheduler(SchedulerConfig(), ledger, physical_tokens=1000)
     for n in range(4000):
         session = Session(SessionId(str(n)), RED, tokens=[1, 2, 3], anonymous=True, last_used_ns=SECOND)
         scheduler.sessions[session.id] = session
-        ledger.copied(session.id, Tier.HOST, 3)
+        ledger.copied(session.id, HOST, 3)
     took = []
     for _ in range(30):
         began = time.thread_time_ns()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import grpc
 
-from ..api.v1 import policy_pb2, policy_pb2_grpc, sandbox_pb2, sandbox_pb2_grpc
+from ...api.v1 import policy_pb2, policy_pb2_grpc, sandbox_pb2, sandbox_pb2_grpc
 
 _TIMEOUT_S = 2.0
 

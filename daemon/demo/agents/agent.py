@@ -1,6 +1,7 @@
 """An agent of the demo: asks the engine, runs a tool call, feeds the output into its next turn, until its plan is done.
 
-    python -m equipoise.daemon.demo.agent --plan NAME --engine-url URL --workdir DIR --deadline SECONDS --log FILE
+    python -m equipoise.daemon.demo.agents.agent --plan NAME --engine-url URL --workdir DIR
+        --deadline SECONDS --log FILE
 
 It runs inside a sandbox (`equipoise run`), which gives it EQUIPOISE_TENANT, EQUIPOISE_SESSION and EQUIPOISE_SOCKET.
 Which tool calls it makes is scripted (see plan.py): a model of 135 million parameters cannot choose them reliably. Its
@@ -139,7 +140,7 @@ def _end_on_signal(number: int, frame: object) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m equipoise.daemon.demo.agent", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m equipoise.daemon.demo.agents.agent", description=__doc__)
     parser.add_argument("--plan", required=True, help="name of a plan in plan.py")
     parser.add_argument("--engine-url", required=True, help="http://HOST:PORT of an OpenAI-compatible engine")
     parser.add_argument("--workdir", required=True, type=Path, help="a sample project, as sample.py lays it out")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ...policies.model import ToolCallSource
+from ....policies.model import ToolCallSource
 
 ANY_EXIT = None
 

@@ -18,7 +18,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...policies.model import ToolCallSource
+from ....policies.model import ToolCallSource
 from . import hearsay
 from .hearsay import Identity
 from .plan import Step

@@ -1,0 +1,55 @@
+"""Which conversation a call is of, from what agents put into the environment of some of their calls."""
+
+from __future__ import annotations
+
+from equipoise.daemon.sandboxes.conversations import Conversations
+from equipoise.policies.events import SandboxRegistered
+from equipoise.policies.model import ToolCallId
+from equipoise.policies.state import State
+from equipoise.tests.policies.facts import policy, sandbox
+
+ONE, OTHER = ToolCallId(1), ToolCallId(2)
+"""Runtimes."""
+
+
+class Bench:
+    def __init__(self) -> None:
+        self.state = State(policy()).apply(SandboxRegistered(0, sandbox()))
+        self.box = sandbox()
+        self.conversations = Conversations()
+
+    def heard(self, call: int, runtime: ToolCallId, name: str | None) -> dict[int, str | None]:
+        found = self.conversations.heard(5, ToolCallId(call), runtime, name, self.box, self.state)
+        return {event.id: event.session for event in found}
+
+    def of(self, name: str) -> str:
+        return f"{self.box.tenant}/{name}"
+
+
+def test_a_call_that_names_its_conversation_is_of_it() -> None:
+    bench = Bench()
+    assert bench.heard(11, ONE, "left") == {11: bench.of("left")}
+    assert bench.heard(12, OTHER, "right") == {12: bench.of("right")}
+
+
+def test_a_call_that_does_not_is_of_the_only_one_of_its_runtime_whichever_came_first() -> None:
+    bench = Bench()
+    assert bench.heard(11, ONE, None) == {}
+    assert bench.heard(12, ONE, "left") == {11: bench.of("left"), 12: bench.of("left")}
+    assert bench.heard(13, ONE, None) == {13: bench.of("left")}
+    assert bench.heard(14, OTHER, None) == {}, "another runtime's"
+
+
+def test_of_a_runtime_with_several_nobody_can_say() -> None:
+    bench = Bench()
+    for call, name in ((11, "left"), (12, "right")):
+        bench.heard(call, ONE, name)
+    assert bench.heard(13, ONE, None) == {}
+    assert bench.heard(14, ONE, "right") == {14: bench.of("right")}
+
+
+def test_a_call_that_says_so_only_after_its_second_exec_is_told_once() -> None:
+    bench = Bench()
+    assert bench.heard(11, ONE, None) == {}
+    assert bench.heard(11, ONE, "left") == {11: bench.of("left")}
+    assert bench.heard(12, ONE, "left") == {12: bench.of("left")}
