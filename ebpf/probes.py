@@ -18,6 +18,7 @@ from . import build
 from .abi import ABI_VERSION, Layouts, Record
 from .errors import AbiMismatch, BuildFailed, LibbpfError, ProbesUnavailable
 from .libbpf import BpfLink, BpfObject, library
+from .reader import translations
 
 MIB = 1 << 20
 BTF_PATH = Path("/sys/kernel/btf/vmlinux")
@@ -135,6 +136,7 @@ class Probes:
         require_kernel()
         path = path or checked_object("equipoise")
         layouts = Layouts(path)
+        translations(layouts, record_of=lambda slot: None)  # raises before anything is loaded
         tunables = layouts.struct("tunables")(
             abi_version=ABI_VERSION,
             page_shift=os.sysconf("SC_PAGESIZE").bit_length() - 1,

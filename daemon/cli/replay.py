@@ -39,6 +39,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     width = max(map(len, WHAT_THEY_ARE))
     listed = "\n".join(f"  {name:<{width}}  {text}" for name, text in WHAT_THEY_ARE.items())
     parts = "  Each takes parts: NAME+append+near=60+door-fair; FILE.yaml is decide() under that policy document.\n"
+    parts += "  Of decide: decide+door=0.9 holds who does not fit; decide-marginal, -need, -copies take a part out.\n"
     parser = commands.add_parser(
         "replay",
         help="play recorded agents under other policies, in virtual time",

@@ -58,16 +58,24 @@ def test_two_loads_live_side_by_side(make_bench):
     assert two.tools.usage(tag) is None
 
 
-def test_an_object_of_another_abi_is_refused_with_the_remedy(bench, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        (f"#define ABI_VERSION {ABI_VERSION}", "#define ABI_VERSION 999", r"ABI 999, expected \d+"),
+        ("sender_pid", "sender_tgid", "EVENT_TOOL_CALL_SIGNALLED: .* the second has no sender_pid"),
+    ],
+)
+def test_an_object_of_another_abi_is_refused_with_the_remedy(bench, tmp_path, monkeypatch, before, after, said):
     sources = tmp_path / "src"
     sources.mkdir()
     for path in build.SOURCES.glob("*.[ch]"):
-        text = path.read_text().replace(f"#define ABI_VERSION {ABI_VERSION}", "#define ABI_VERSION 999")
-        (sources / path.name).write_text(text)
+        (sources / path.name).write_text(path.read_text().replace(before, after))
     monkeypatch.setattr(build, "SOURCES", sources)
     monkeypatch.setattr(build, "OBJECTS", tmp_path / "objects")
-    with pytest.raises(ProbesUnavailable, match=r"ABI 999, expected \d+; rebuild it with `make ebpf`"):
+    loaded = len(program_descriptors())
+    with pytest.raises(ProbesUnavailable, match=rf"{said}; rebuild it with `make ebpf`"):
         type(bench)(Tuning())
+    assert len(program_descriptors()) == loaded
 
 
 def test_a_program_the_kernel_refuses_is_reported_alone(bench, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from equipoise.policies.accounting import GammaSource
 from equipoise.policies.model import MIB
+from equipoise.policies.policy import KvPart
 from equipoise.policies.world.machine import EMBEDDED_BYTES_PER_TOKEN, MACHINES, machine_of
 from equipoise.policies.world.names import PARTS, WHAT_THEY_ARE, plan
 from equipoise.policies.world.script import Script, Tool, Turn
@@ -133,6 +134,17 @@ def test_each_part_changes_the_rule_it_is_given_to_and_taking_it_away_gives_the_
         assert replace(taken.rule, name="worth") == bare.rule or part == "behind", part
     assert plan("economy-worth").rule.worth is plan("swap").rule.worth
     assert plan("minwaste+near=60+door=1.3").rule.near_s == 60.0
+
+
+def test_parts_of_decide_are_the_policys_and_not_the_engines() -> None:
+    assert plan("decide").door is None and plan("decide").without == frozenset()
+    shut = plan("decide+door=0.8-marginal-need")
+    assert (shut.door, shut.without) == (0.8, frozenset({KvPart.MARGINAL, KvPart.NEED}))
+    assert shut.rule.door is None
+    for part in KvPart:
+        assert plan(f"decide-{part.value}").without == {part}
+    with pytest.raises(ValueError, match="no part -marginal"):
+        plan("economy-marginal")
 
 
 def test_every_policy_of_the_list_can_be_made() -> None:
