@@ -33,6 +33,7 @@ from .records import Records
 _LOOK_NS = NS_PER_S // 20
 """How often a shell is asked whether it waits for input, besides at the end of each of its programs."""
 _OF_CALLS = (ToolCallEnded, ProcessesGone, ToolCallMemoryStepped, BudgetReached)
+_LATELY_NS = NS_PER_S
 _PAST_COUNT = 32
 _PIPELINE = 64
 """Pids that a line's programs are apart at the most: a higher one was forked later."""
@@ -131,7 +132,9 @@ class Lines:
         if line.open:
             line.last, line.exit = event.id, None
             yield from self._named_by(event, line)
-        call = self._state.tool_calls.get(line.call, line.started if line.open else None)
+        # The state hears of a call at the loop's next turn, and forgets it some time after its end.
+        lately = line.open or self._now_ns() - line.over_ns < _LATELY_NS
+        call = self._state.tool_calls.get(line.call, line.started if lately else None)
         if call is None or not self._take_in(event, line, call.soft_bytes, call.hard_bytes):
             self._records.exempt(event.id)
             return

@@ -40,12 +40,15 @@ class Unwitnessed:
         self._waiting: OrderedDict[ToolCallId, Ruled] = OrderedDict()
 
     def wait(self, ruled: Ruled) -> None:
+        """A line of a shell may wait as long as it runs: by its time it is known when its conversation goes on."""
         self._waiting[ruled.event.id] = ruled
-        while len(self._waiting) > _LATE_COUNT or self._oldest_ns() < ruled.event.at_ns - _LATE_NS:
+        for each in list(self._waiting.values()):
+            if each.event.at_ns >= ruled.event.at_ns - _LATE_NS:
+                break
+            if not (each.seen.in_shell and each.ruling.role is Role.TOOL_CALL):
+                del self._waiting[each.event.id]
+        while len(self._waiting) > _LATE_COUNT:
             self._waiting.popitem(last=False)
-
-    def _oldest_ns(self) -> int:
-        return next(iter(self._waiting.values())).event.at_ns
 
     def get(self, record: ToolCallId) -> Ruled | None:
         return self._waiting.get(record)
