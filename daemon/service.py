@@ -184,7 +184,7 @@ class Core:
         self.sandboxes = SandboxKeeper(driver, probes, self.state, emit, self.settle, now_ns)
         self.roles = RoleKeeper(self.sandboxes.book, probes, self.state, now_ns)
         self.kernel = KernelEvents(probes, self._from_kernel, now_ns, self.roles.sift, self.roles.look_again)
-        self.joins = Joins(self.state, self.kernel.drain, emit)
+        self.joins = Joins(self.state, self.kernel.drain, emit, sandbox_of=self.sandboxes.find_by_pid)
         self.hook = EngineHook(self._from_engine, now_ns, self.joins.who)
         self.calls = ToolCallKeeper(
             self.sandboxes.book, driver, probes, self.state, emit, now_ns, self.sandboxes.find_by_pid
