@@ -180,7 +180,7 @@ class Core:
         emit = self.loop.emit
         self.history = History()
         self.tallies = Tallies()
-        self.recorder = Recorder(journal, lambda: self.loop.snapshot)
+        self.recorder = Recorder(journal, self.state, lambda: self.loop.snapshot)
         self.sandboxes = SandboxKeeper(driver, probes, self.state, emit, self.settle, now_ns)
         self.roles = RoleKeeper(self.sandboxes.book, probes, self.state, now_ns)
         self.kernel = KernelEvents(probes, self._from_kernel, now_ns, self.roles.sift, self.roles.look_again)

@@ -32,8 +32,9 @@ SAMPLE_S = 0.5
 class Recorder:
     """A sink of the loop, and a hook of its turns; `run()` samples and flushes until cancelled."""
 
-    def __init__(self, journal: Journal, snapshot: Callable[[], Snapshot]) -> None:
+    def __init__(self, journal: Journal, state: State, snapshot: Callable[[], Snapshot]) -> None:
         self._journal = journal
+        self._state = state
         self._snapshot = snapshot
         self._urgent = False
         self._written: dict[ToolCallId, tuple[object, ...]] = {}
@@ -73,14 +74,16 @@ class Recorder:
     async def run(self) -> None:
         while True:
             await asyncio.sleep(SAMPLE_S)
-            snapshot = self._snapshot()
-            self._record_changes(snapshot)
-            self._journal.record_samples(samples_of(snapshot))
+            self._record_changes()
+            self._journal.record_samples(samples_of(self._snapshot()))
             self._journal.flush()
 
-    def _record_changes(self, snapshot: Snapshot) -> None:
-        """Peaks, budgets and grants of calls that live, so that they are known after a kill -9."""
-        living = {call.id: call for call in snapshot.tool_calls if call.gone_ns is None}
+    def _record_changes(self) -> None:
+        """Peaks, budgets and grants of calls that live, so that they are known after a kill -9.
+
+        Not from the snapshot: a turn that failed leaves an old one, and an ended call would be written down as running.
+        """
+        living = {call.id: call for call in self._state.tool_calls.values() if call.gone_ns is None}
         for call in living.values():
             if self._written.get(call.id) != (now := _changing(call)):
                 self._written[call.id] = now
