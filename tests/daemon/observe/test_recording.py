@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from equipoise.daemon.observe.journal import Journal, JournalReader
+from equipoise.daemon.observe.journal import Journal, JournalReader, Sample, Series
 from equipoise.daemon.observe.recording import Recorder
 from equipoise.policies.events import Event, ProcessesGone, SandboxRegistered, ToolCallEnded, ToolCallMerged
-from equipoise.policies.model import ToolCall, ToolCallId
+from equipoise.policies.model import MIB, ToolCall, ToolCallId
 from equipoise.policies.state import State
 from equipoise.tests.policies.facts import ns, policy, sandbox, started
 
@@ -55,3 +55,14 @@ def test_an_old_picture_does_not_make_an_ended_call_run_again(journal: Journal, 
     bench.turned()
     bench.recorder._record_changes()
     assert [call.exit_code for call in bench.turned()] == [3]
+
+
+def test_what_stands_still_is_drawn_seldom_and_what_moves_at_once(journal: Journal, tmp_path: Path) -> None:
+    bench = Bench(journal, tmp_path)
+
+    def drawn(seconds: float, mib: int) -> list[int]:
+        sample = Sample(ns(seconds), Series.SANDBOX_MEMORY, sandbox().tenant, "gold/ada", mib * MIB)
+        return [point.value_bytes // MIB for point in bench.recorder._worth_a_point([sample])]
+
+    assert [drawn(at, 10) for at in (0.0, 0.5, 4.9, 5.0, 5.5)] == [[10], [], [], [10], []]
+    assert [drawn(6.0, 30), drawn(6.5, 60), drawn(7.0, 60)] == [[30], [60], []]
