@@ -181,10 +181,10 @@ class Core:
         emit = self.loop.emit
         self.history = History()
         self.tallies = Tallies()
-        self.recorder = Recorder(journal, lambda: self.loop.snapshot)
+        self.recorder = Recorder(journal, self.state, lambda: self.loop.snapshot)
         self.sandboxes = SandboxKeeper(driver, probes, self.state, emit, self.settle, now_ns)
         book, entry, find = self.sandboxes.book, self.sandboxes.entry, self.sandboxes.find_by_pid
-        self.joins = Joins(self.state, lambda: self.kernel.drain(), emit)  # noqa: PLW0108 - it comes below
+        self.joins = Joins(self.state, lambda: self.kernel.drain(), emit, sandbox_of=find)  # noqa: PLW0108 - it is below
         witness = Witness(self.state, self.joins.sandbox_at)
         self.roles = RoleKeeper(book, entry, probes, self.state, witness, now_ns)
         self.kernel = KernelEvents(probes, self._from_kernel, now_ns, self.roles.sift, self.roles.look_again)

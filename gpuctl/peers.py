@@ -24,6 +24,8 @@ ANSWER_S = 3.0
 PATIENCE = 3
 """After so many questions without one answer the daemon is taken for one that does not know them: nobody waits then."""
 
+_BY_PID = "pid:"
+
 
 @dataclass(frozen=True, slots=True)
 class PeerIs:
@@ -93,6 +95,17 @@ class Peers:
         except TimeoutError:
             self._unanswered += 1
             _log.warning("peer_not_told address=%s port=%d waited_s=%g", peer.address, peer.port, ANSWER_S)
+
+
+def local_address(pid: int) -> str:
+    """What stands for the address of a client that came by a unix socket: its process tells who it is."""
+    return f"{_BY_PID}{pid}"
+
+
+def local_pid(address: str) -> int | None:
+    """The process of a local_address(); None: it is an address of a network."""
+    pid = address.removeprefix(_BY_PID)
+    return int(pid) if pid != address and pid.isdecimal() else None
 
 
 def plain_address(address: str) -> str:

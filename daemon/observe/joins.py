@@ -19,6 +19,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ...gpuctl.peers import local_pid
 from ...policies.events import ConnectionOpened, EngineDetached, Event, SessionJoined, TurnStarted
 from ...policies.model import CgroupId, Engine, EngineId, Sandbox
 from ...policies.state import State
@@ -51,8 +52,10 @@ class Joins:
         drain: Callable[[], None],
         emit: Callable[[Event], None],
         namespace_of: Callable[[int], int | None] = network_namespace,
+        sandbox_of: Callable[[int], Sandbox | None] = lambda pid: None,
     ) -> None:
-        """`drain` takes in what waits in the kernel's buffer, by way of `opened`."""
+        """`drain` takes in what waits in the kernel's buffer, by way of `opened`. `sandbox_of(pid)`: where it runs."""
+        self._sandbox_of = sandbox_of
         self._state = state
         self._drain = drain
         self._emit = emit
@@ -78,7 +81,13 @@ class Joins:
     def who(self, engine: Engine, address: str, port: int, accepted_ns: int) -> Sandbox | None:
         """The sandbox whose process opened the connection that the engine accepted; None: nobody we know."""
         self._drain()
-        found = self._find(engine, address, port, accepted_ns)
+        pid = local_pid(address)
+        if pid is not None:
+            # A unix socket: the kernel told the engine who connected. Asked at once, so that it is still that process.
+            local = self._sandbox_of(pid)
+            found = local.cgroup_id if local is not None else None
+        else:
+            found = self._find(engine, address, port, accepted_ns)
         self._peers[engine.id, address, port] = found
         self._peers.move_to_end((engine.id, address, port))
         if len(self._peers) > REMEMBERED_COUNT:

@@ -142,7 +142,7 @@ def run_agent(
         "EQUIPOISE_SANDBOX": name,
         "EQUIPOISE_SESSION": registered.session_id,
     }
-    if answered.engine_url:
+    if answered.engine_url.startswith("http"):
         environment["EQUIPOISE_ENGINE_URL"] = answered.engine_url
         for variable in OPENAI_VARIABLES:
             environment.setdefault(variable, f"{answered.engine_url}/v1")

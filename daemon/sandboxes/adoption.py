@@ -95,6 +95,8 @@ class Adopted:
     """Known before, and going on."""
     found: int = 0
     """Begun while no daemon ran."""
+    wrappers: set[ToolCallId] = field(default_factory=set)
+    """Known before as calls, and seen now to wrap another one."""
     closed: list[ToolCall] = field(default_factory=list)
     """Ended while no daemon ran, as they are to be remembered."""
     gone: list[CgroupId] = field(default_factory=list)
@@ -160,7 +162,8 @@ class Adoption:
         came.closed = [
             self._closed(call)
             for call in earlier.calls
-            if call.id not in going_on and call.sandbox not in came.left and call.id not in earlier.merged
+            if call.id not in going_on and call.sandbox not in came.left
+            if call.id not in earlier.merged and call.id not in came.wrappers
         ]
         self._calls.take_up([*(c for c in earlier.calls if c.id in going_on), *came.closed], earlier.merged)
         for line in came.left.values():
@@ -313,6 +316,7 @@ class Adoption:
                 self._emit(ToolCallMemoryStepped(self._now_ns(), group.call, usage.used_bytes, usage.peak_bytes))
             if into is not None:
                 self._emit(ToolCallMerged(self._now_ns(), group.call, into))
+                came.wrappers.add(group.call)
             elif group.known is not None:
                 going_on.add(group.call)
                 came.calls += 1

@@ -15,6 +15,7 @@ if __name__ == "__main__" and "hand-over" not in sys.argv:  # which is no succes
 
 import argparse
 import asyncio
+import errno
 import logging
 import os
 import re
@@ -82,7 +83,11 @@ def _run(options: argparse.Namespace) -> int:
     logging.basicConfig(level=options.log_level, format="%(levelname)s %(name)s %(message)s", stream=sys.stderr)
     try:
         with _listen(options.listen) as listener:
-            return _serve(options, listener, told)
+            try:
+                return _serve(options, listener, told)
+            finally:
+                if options.listen.startswith("unix:"):
+                    Path(options.listen.removeprefix("unix:")).unlink(missing_ok=True)
     except EngineError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -103,7 +108,7 @@ def _with_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "all" + shown)  # fmt: skip
 
     add = parser.add_argument_group("serving").add_argument
-    add("--listen", default="127.0.0.1:8080", metavar="HOST:PORT", help="port 0 takes a free one" + shown)
+    add("--listen", default="127.0.0.1:8080", metavar="HOST:PORT", help="or unix:PATH; port 0 takes a free one" + shown)
     add("--api-key", action="append", default=[], metavar="TENANT=KEY", help="may be given again (default: no key is "
         "asked for, and tenants name themselves)")  # fmt: skip
     add("--max-queued", type=_positive, default=256, metavar="TURNS", help="turns that may wait; one more is refused "
@@ -245,14 +250,13 @@ async def _serve_http(options: argparse.Namespace, engine: Engine, listener: soc
         proxy_headers=False,  # who a client is, its socket says and no header
     )
     server = _Server(config)
-    host, port = listener.getsockname()[:2]
-    listening = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    listening = _listening(listener)
     engine.listen_addresses = (listening,)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     while not server.started and not serving.done():
         await asyncio.sleep(0.01)
     if server.started:
-        _announce(f"http://{listening}", options.ready_fd)
+        _announce(listening if listening.startswith("unix:") else f"http://{listening}", options.ready_fd)
     await serving
     if handing_over is not None:
         await handing_over.stop()
@@ -279,7 +283,39 @@ def _announce(url: str, ready_fd: int | None) -> None:
         os.close(ready_fd)
 
 
+def _listening(listener: socket.socket) -> str:
+    """HOST:PORT or unix:PATH."""
+    if listener.family == socket.AF_UNIX:
+        return f"unix:{listener.getsockname()}"
+    host, port = listener.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _listen_at_path(path: str) -> socket.socket:
+    """A unix socket, for its owner and group. One that a dead engine left gives way."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        with socket.socket(socket.AF_UNIX) as probe:
+            try:
+                probe.connect(path)
+            except ConnectionRefusedError:
+                Path(path).unlink()
+            except FileNotFoundError:
+                pass
+            else:
+                raise OSError(errno.EADDRINUSE, "another engine listens there")
+        listener.bind(path)
+        Path(path).chmod(0o660)
+        listener.listen(1024)
+    except OSError as error:
+        listener.close()
+        raise ListenError(f"--listen unix:{path}: {error.strerror or error}: give another path") from None
+    return listener
+
+
 def _listen(address: str) -> socket.socket:
+    if address.startswith("unix:"):
+        return _listen_at_path(address.removeprefix("unix:"))
     host, separator, port = address.rpartition(":")
     if not separator or not port.isdigit() or int(port) > 65535:
         raise ListenError(f"--listen {address}: give HOST:PORT, for example 127.0.0.1:8080")

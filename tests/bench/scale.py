@@ -22,7 +22,7 @@ from equipoise.tests.fixtures.running_daemon import RunningDaemon, eventually
 from .report import Row, publish
 
 IDLE_S = 10.0
-BUSY_S = 40.0
+BUSY_S = 30.0
 LOOP_S = 10.0
 
 

@@ -244,6 +244,35 @@ def test_a_session_of_another_tenant_is_refused_to_who_is_believed(daemon, url):
     assert refused["error"]["message"] == "session first belongs to another tenant"
 
 
+LOCAL = """
+import httpx
+with httpx.Client(transport=httpx.HTTPTransport(uds=URL), base_url="http://local", timeout=120) as client:
+    talk(lambda body: client.post("/v1/chat/completions", json=body).raise_for_status().json())
+    answered = client.post("/v1/chat/completions", json=body("Hi."), headers={"X-Equipoise-Tenant": "gold"})
+    print(answered.status_code, flush=True)
+"""
+
+
+def test_a_client_of_a_unix_socket_is_known_by_its_process(daemon, tmp_path):
+    path = tmp_path / "engine.sock"
+    command = [sys.executable, "-m", "equipoise.gpuctl.engine", "--listen", f"unix:{path}", "--attach"]
+    command += [f"unix:{daemon.socket}", "--kv-tokens", "2048"]
+    engine = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        assert engine.stdout is not None
+        assert engine.stdout.readline() == f"listening unix:{path}\n"
+        eventually(lambda: len([e for e in daemon.watch().engines if e.attached]) == 2)
+        client = Client(daemon, str(path), "silver", "local", LOCAL)
+        assert client.said() == ["403"], "a forged tenant"
+        eventually(lambda: {s.tenant_id for s in sessions(daemon, client.label)} == {"silver"})
+        client.leave()
+    finally:
+        engine.terminate()
+        assert engine.wait(20) == 0
+        engine.communicate()
+    assert not path.exists()
+
+
 def test_who_is_in_no_sandbox_is_believed_as_before(daemon, url):
     done = ask(url, {"x-equipoise-tenant": "gold", "x-equipoise-session": "outside"})
     assert done["choices"]

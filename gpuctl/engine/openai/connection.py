@@ -9,12 +9,15 @@ response: then the connection is closed, which cancels the turn. Must not: read 
 from __future__ import annotations
 
 import asyncio
+import itertools
+import socket
+import struct
 import time
 from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from ...peers import Peer
+from ...peers import Peer, local_address
 
 _LATE = (
     b"HTTP/1.1 408 Request Timeout\r\n"
@@ -38,8 +41,9 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # uvicorn narrows it, too
         super().connection_made(transport)
-        if self.client is not None:  # from the socket: no header speaks for it
-            self.app_state = {**self.app_state, "peer": Peer(*self.client, time.monotonic_ns())}
+        client = self.client or _local_client(transport)
+        if client is not None:  # from the socket: no header speaks for it
+            self.app_state = {**self.app_state, "peer": Peer(*client, time.monotonic_ns())}
         self._head_clock = self.loop.call_later(self.timeout_s, self._give_up_on_head)
 
     def data_received(self, data: bytes) -> None:
@@ -78,6 +82,22 @@ class Connection(H11Protocol):
         if self._bytes_came:
             self.transport.write(_LATE % (len(_BODY), _BODY))
         self.transport.close()
+
+
+_UCRED = struct.Struct("iII")
+"""struct ucred: pid, uid, gid (unix(7), SO_PEERCRED)."""
+_CONNECTIONS = itertools.count(1)
+
+
+def _local_client(transport: asyncio.Transport) -> tuple[str, int] | None:
+    """Who connected to our unix socket, and a number of that connection in place of a port; None: nobody to be named,
+    as from another PID namespace.
+    """
+    sock = transport.get_extra_info("socket")
+    if sock is None or sock.family != socket.AF_UNIX:
+        return None
+    pid, _uid, _gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    return (local_address(pid), next(_CONNECTIONS)) if pid else None
 
 
 def _stop(clock: asyncio.TimerHandle | None) -> None:
