@@ -185,8 +185,7 @@ class Core:
         self.sandboxes = SandboxKeeper(driver, probes, self.state, emit, self.settle, now_ns)
         book, entry, find = self.sandboxes.book, self.sandboxes.entry, self.sandboxes.find_by_pid
         self.joins = Joins(self.state, lambda: self.kernel.drain(), emit, sandbox_of=find)  # noqa: PLW0108 - it is below
-        witness = Witness(self.state, self.joins.sandbox_at)
-        self.roles = RoleKeeper(book, entry, probes, self.state, witness, now_ns)
+        self.roles = RoleKeeper(book, entry, probes, self.state, Witness(self.state, self.joins.sandbox_at), now_ns)
         self.kernel = KernelEvents(probes, self._from_kernel, now_ns, self.roles.sift, self.roles.look_again)
         self.hook = EngineHook(self._from_engine, now_ns, self.joins.who)
         self.calls = ToolCallKeeper(book, entry, driver, probes, self.state, emit, now_ns, find)
@@ -300,8 +299,7 @@ class Core:
 
     def _at_turn(self, snapshot: Snapshot) -> None:
         self.kernel.beat()
-        if self.sandboxes.entry.keep_up():
-            self.calls.keep_up()
+        self.calls.keep_up()
         for event in self.roles.at_turn():
             self.loop.emit(event)
         for outcome in self.actuator.expire(snapshot.now_ns):

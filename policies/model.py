@@ -1,7 +1,7 @@
 """The facts Equipoise reasons about: tenants, sandboxes, tool calls, sessions and the KV they hold.
 
 Owns the vocabulary. Everything here is a frozen value; it has no behaviour beyond arithmetic on its own fields and
-knows nothing of where a fact came from. Times are CLOCK_MONOTONIC nanoseconds of one host.
+knows nothing of where a fact came from. Times are CLOCK_MONOTONIC nanoseconds of one host. Long for being all of it.
 """
 
 from __future__ import annotations

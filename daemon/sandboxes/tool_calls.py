@@ -317,7 +317,9 @@ class ToolCallKeeper:
         self._emit(BudgetChanged(self._now_ns(), call.id, soft, hard))
 
     def keep_up(self) -> None:
-        """What calls begin with has changed: so has it for those that began a moment ago, and have not used it."""
+        """At each turn: what calls begin with has changed, and so it has for those that have begun and not used it."""
+        if not self._entry.keep_up():
+            return
         for call in [c for c in self._state.tool_calls.values() if c.running and c.granted_ns is None]:
             if call.stopped_ns is None and call.used_bytes < self.budget_of(call)[1] // 2:
                 self._set_kind_budget(call)

@@ -2,6 +2,7 @@
 
 Owns the clock and the order of things at one instant: tools, then the engine, then the agents, then the daemon. Time
 jumps from one event to the next; the same scripts, machine and plan give the same run. It decides nothing itself.
+Long for saying what a real host would tell of it, field by field.
 """
 
 from __future__ import annotations

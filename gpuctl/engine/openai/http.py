@@ -2,6 +2,7 @@
 
 Owns: routes, headers, limits, and the bridge between the engine's thread and asyncio. Must not: parse the OpenAI format
 (wire.py) nor touch the engine's state except through submit and cancel. A client that goes away cancels its turn.
+Long for its routes, which share the limits and the way to the engine.
 """
 
 from __future__ import annotations
