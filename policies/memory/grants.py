@@ -96,8 +96,9 @@ def entry_budget(budget: Budget, pool: int, sharers: int) -> Budget:
     """What a call begins with: the policy's budget, or less where so many share a pool so small.
 
     `sharers`: those that may begin with it at a time, agents or calls. `pool` 0: not known, and nobody has less.
+    A budget above a third of the pool stays: whoever wrote that wants few calls and no asking.
     """
     fair_bytes = max(UNASKED_LEAST_BYTES, int(UNASKED_RATIO * pool) // max(1, sharers))
-    if not pool or budget.hard_bytes <= fair_bytes:
+    if not pool or budget.hard_bytes <= fair_bytes or budget.hard_bytes > pool // 3:
         return budget
     return Budget(max(1, budget.soft_bytes * fair_bytes // budget.hard_bytes), fair_bytes)

@@ -25,7 +25,7 @@ spec:
     toolPool: 128MiB
     budget: {soft: 48MiB, hard: 64MiB, step: 64MiB, max: 192MiB}
     maxWait: 60s
-    pressure: {above: 50%, below: 25%, for: 300ms}
+    pressure: {above: 60%, below: 30%, for: 300ms}
     throttle: {cpu: 20%, for: 60s}
 """
 

@@ -73,7 +73,8 @@ def test_what_calls_may_take_unasked_is_a_quarter_of_the_pool_shared_among_those
     budget = Budget(384 * MIB, 512 * MIB)
     assert entry_budget(budget, 12 << 30, 6) == budget
     assert entry_budget(budget, 12 << 30, 24) == Budget(96 * MIB, 128 * MIB)
-    assert entry_budget(budget, 500 * MIB, 1000).hard_bytes == UNASKED_LEAST_BYTES
+    assert entry_budget(budget, 4 << 30, 1000).hard_bytes == UNASKED_LEAST_BYTES
+    assert entry_budget(budget, 500 * MIB, 6) == budget, "above a third of the pool"
     assert entry_budget(budget, 0, 6) == budget, "a host that is not known yet"
 
 
