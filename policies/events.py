@@ -7,6 +7,7 @@ Long for being the closed set, one class after the other: what a new kind of eve
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -259,7 +260,7 @@ class ProcessesGone:
 
 
 @dataclass(frozen=True, slots=True)
-class ToolCallFact:
+class ToolCallFact(ABC):
     """What the kernel tells of a tool call beside its life and its memory: a class below for each kind of it.
 
     State keeps the newest of each class with the call, for people to see; a class that shall decide something has an
@@ -270,9 +271,9 @@ class ToolCallFact:
     id: ToolCallId
 
     @property
+    @abstractmethod
     def words(self) -> str:
         """What people are shown; one line."""
-        raise NotImplementedError
 
 
 _SIGNALS = {1: "SIGHUP", 2: "SIGINT", 3: "SIGQUIT", 6: "SIGABRT", 9: "SIGKILL", 11: "SIGSEGV", 15: "SIGTERM"}

@@ -10,34 +10,46 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ..model import MIB, TenantId, ToolCall, ToolCallId, ToolCallPhase
+from ..model import MIB, NS_PER_S, TenantId, ToolCall, ToolCallId, ToolCallPhase
 from ..policy import Budget, Policy
 from ..snapshot import Snapshot
 
+PROMISE_NS = NS_PER_S
+"""How long a grant counts as used. Longer would keep memory free that a call may never ask for."""
 CLAIM_QUANTILE = 0.99
 """Of the peaks of its kind that lie beyond what a call uses: that much it is predicted to reach."""
 
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """What one call has of the pool, and what it is predicted to need beyond that, in bytes."""
+    """What one call has of the pool, promises included, and what it is predicted to need beyond that, in bytes."""
 
     held: int
     need: int
 
 
+def promised_bytes(call: ToolCall, now_ns: int) -> int:
+    """What a call was granted so lately that it can not have used it all yet: it must not be granted twice.
+
+    A call that is ended now gives its promise back with its memory.
+    """
+    if call.granted_ns is None or now_ns - call.granted_ns >= PROMISE_NS:
+        return 0
+    return max(0, call.hard_bytes - call.used_bytes) if holds_memory(call) and call.stopped_ns is None else 0
+
+
+def holds_memory(call: ToolCall) -> bool:
+    return call.gone_ns is None and call.phase is not ToolCallPhase.KILLED
+
+
 def claim_bytes(call: ToolCall, snapshot: Snapshot, policy: Policy, pool: int) -> int:
     """The peak that is predicted of it: what was announced, else by its kind; never past what it could be granted."""
-    held = max(call.used_bytes, _promised(call))
+    held = call.used_bytes + promised_bytes(call, snapshot.now_ns)
     if call.expected_bytes is not None and call.expected_bytes > held:
         predicted = call.expected_bytes
     else:
         predicted = snapshot.estimates.peak_beyond_bytes(call.kind, held, CLAIM_QUANTILE)
     return max(held, min(predicted, policy.memory.max_bytes, pool))
-
-
-def _promised(call: ToolCall) -> int:
-    return call.hard_bytes if call.granted_ns is not None and call.stopped_ns is None else 0
 
 
 def service_order(call: ToolCall, rank: Mapping[TenantId, int]) -> tuple[int, int, int, int]:
@@ -50,8 +62,8 @@ def service_order(call: ToolCall, rank: Mapping[TenantId, int]) -> tuple[int, in
 
 def leader(calls: Iterable[ToolCall], rank: Mapping[TenantId, int]) -> ToolCall | None:
     """Of the calls that ask or were granted something, the one that is served before all others."""
-    asking = [c for c in calls if c.gone_ns is None and c.phase is not ToolCallPhase.KILLED]
-    asking = [c for c in asking if c.stopped_ns is not None or (c.granted_ns is not None and c.running)]
+    asking = [c for c in calls if c.stopped_ns is not None or (c.granted_ns is not None and c.running)]
+    asking = [c for c in asking if holds_memory(c)]
     return min(asking, key=lambda call: service_order(call, rank), default=None)
 
 
@@ -61,7 +73,7 @@ class Books:
     def __init__(self, calls: Iterable[ToolCall], snapshot: Snapshot, policy: Policy, pool: int) -> None:
         self._holdings: dict[ToolCallId, Holding] = {}
         for call in calls:
-            held = max(call.used_bytes, _promised(call))
+            held = call.used_bytes + promised_bytes(call, snapshot.now_ns)
             self._holdings[call.id] = Holding(held, claim_bytes(call, snapshot, policy, pool) - held)
 
     def is_safe(self, call: ToolCall, hard_bytes: int, left_bytes: int) -> bool:

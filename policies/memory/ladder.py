@@ -14,7 +14,7 @@ from ..fairness import Share, serve_order, shares
 from ..model import MIB, NS_PER_S, Sandbox, TenantId, ToolCall, ToolCallId, ToolCallPhase
 from ..policy import Policy
 from ..snapshot import Snapshot
-from .grants import Books, leader, service_order
+from .grants import Books, holds_memory, leader, promised_bytes, service_order
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +32,6 @@ class Step:
     trigger_ns: int | None = None
 
 
-PROMISE_NS = NS_PER_S
-"""How long a grant counts as used. Longer would keep memory free that a call may never ask for."""
 LEAST_STEP_RATIO = 1 / 8
 """Of a step: where all would stand, the first is granted what room there is, down to this. It may lack no more."""
 DYING_NS = 10 * NS_PER_S
@@ -62,7 +60,7 @@ def _answer_stopped(snapshot: Snapshot, policy: Policy, by_tenant: dict[TenantId
     """
     rank = {tenant: place for place, tenant in enumerate(serve_order(by_tenant))}
     largest = policy.memory.max_bytes
-    standing = [c for c in snapshot.tool_calls if c.stopped_ns is not None and _holds_memory(c)]
+    standing = [c for c in snapshot.tool_calls if c.stopped_ns is not None and holds_memory(c)]
     if not standing:
         return []
     standing.sort(key=lambda c: service_order(c, rank))
@@ -76,7 +74,7 @@ def _answer_stopped(snapshot: Snapshot, policy: Policy, by_tenant: dict[TenantId
     while True:
         room = _room_bytes(snapshot, pool) + freed
         ended = {step.call.id for step in steps}
-        competing = [c for c in snapshot.tool_calls if _holds_memory(c) and c.id not in ended]
+        competing = [c for c in snapshot.tool_calls if holds_memory(c) and c.id not in ended]
         first = leader(competing, rank)
         books = Books(competing, snapshot, policy, pool)
         anyone = any(_goes_on(c) for c in competing)
@@ -97,20 +95,10 @@ def _answer_stopped(snapshot: Snapshot, policy: Policy, by_tenant: dict[TenantId
 
 def _room_bytes(snapshot: Snapshot, pool: int) -> int:
     """What may still be handed out: of the pool, and never more than the host has. Negative: the pool is overdrawn."""
-    promised = sum(_promised_bytes(c, snapshot.now_ns) for c in snapshot.tool_calls)
+    promised = sum(promised_bytes(c, snapshot.now_ns) for c in snapshot.tool_calls)
     room = pool - snapshot.tool_used_bytes() - promised
     host = snapshot.host
     return min(room, host.memory_available_bytes - promised) if host.memory_total_bytes else room
-
-
-def _promised_bytes(call: ToolCall, now_ns: int) -> int:
-    """What a call was granted so lately that it can not have used it all yet: it must not be granted twice.
-
-    A call that is ended now gives its promise back with its memory.
-    """
-    if call.granted_ns is None or now_ns - call.granted_ns >= PROMISE_NS:
-        return 0
-    return max(0, call.hard_bytes - call.used_bytes) if _holds_memory(call) and call.stopped_ns is None else 0
 
 
 def is_dying(call: ToolCall, now_ns: int) -> bool:
@@ -120,10 +108,6 @@ def is_dying(call: ToolCall, now_ns: int) -> bool:
 
 def _goes_on(call: ToolCall) -> bool:
     return call.running and call.stopped_ns is None and call.phase is not ToolCallPhase.KILLED
-
-
-def _holds_memory(call: ToolCall) -> bool:
-    return call.gone_ns is None and call.phase is not ToolCallPhase.KILLED
 
 
 def _at_largest(call: ToolCall, largest: int) -> bool:
@@ -202,7 +186,7 @@ def _payer(
 
 
 def _holds_a_grant(call: ToolCall, policy: Policy) -> bool:
-    return _holds_memory(call) and not call.exempt and call.used_bytes > policy.memory.budget_for(call.kind).hard_bytes
+    return holds_memory(call) and not call.exempt and call.used_bytes > policy.memory.budget_for(call.kind).hard_bytes
 
 
 def _pays_first(call: ToolCall, by_tenant: dict[TenantId, Share]) -> tuple[float, int, int]:

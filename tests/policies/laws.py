@@ -25,7 +25,8 @@ from equipoise.policies.actions import (
 )
 from equipoise.policies.decide import decide
 from equipoise.policies.fairness import shares
-from equipoise.policies.memory.ladder import PROMISE_NS, is_dying
+from equipoise.policies.memory.grants import PROMISE_NS
+from equipoise.policies.memory.ladder import is_dying
 from equipoise.policies.model import KvTier, SessionPhase, ToolCall, ToolCallPhase
 from equipoise.policies.policy import Policy
 from equipoise.policies.snapshot import Snapshot

@@ -69,6 +69,15 @@ def test_a_grant_is_safe_where_all_get_through_in_some_order_and_not_where_none_
     assert books.is_safe(two, 164 * MIB, 172 * MIB) and not books.is_safe(two, 164 * MIB, 128 * MIB)
 
 
+def test_what_was_granted_long_ago_and_not_used_is_neither_held_nor_given_back() -> None:
+    """The pool counts it as free, so a call that needs it yet needs it out of what is free."""
+    early = call(1, used_mib=100, hard_mib=290, granted_ns=ns(0), expected_bytes=300 * MIB)
+    other = call(2, used_mib=100, expected_bytes=300 * MIB)
+    lately, later = (Books((early, other), snapshot(s, TIGHT), TIGHT, 500 * MIB) for s in (0.5, 2.0))
+    assert lately.is_safe(other, 164 * MIB, 36 * MIB), "it lacks 10 beyond its promise, and gives 290 back"
+    assert not later.is_safe(other, 164 * MIB, 136 * MIB - 1), "the one lacks 200, the other 136"
+
+
 def test_what_calls_may_take_unasked_is_a_quarter_of_the_pool_shared_among_those_who_may() -> None:
     budget = Budget(384 * MIB, 512 * MIB)
     assert entry_budget(budget, 12 << 30, 6) == budget
