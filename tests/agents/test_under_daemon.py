@@ -7,7 +7,6 @@ over a terminal, it now and then runs a command twice, which is then two calls i
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
@@ -15,7 +14,7 @@ from equipoise.tests.agents.clients import CLIENTS
 from equipoise.tests.agents.install import CannotInstall
 from equipoise.tests.agents.script import SIDE_BY_SIDE, TEN
 from equipoise.tests.agents.trial import POLICY, run, run_two
-from equipoise.tests.fixtures.running_daemon import RunningDaemon
+from equipoise.tests.fixtures.running_daemon import RunningDaemon, with_probes
 
 pytestmark = [pytest.mark.agents, pytest.mark.kernel, pytest.mark.slow]
 STARTS = [
@@ -27,16 +26,8 @@ STARTS = [
 
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningDaemon]:
-    if os.geteuid() != 0:
-        pytest.skip("needs root to make cgroups and load eBPF programs")
-    running = RunningDaemon(tmp_path_factory.mktemp("daemon"), POLICY)
-    try:
-        running.start()
-        if not running.status().probe_backend.startswith("libbpf"):
-            pytest.skip(f"no probes here: {running.status().probe_backend}")
+    with with_probes(tmp_path_factory.mktemp("daemon"), policy=POLICY) as running:
         yield running
-    finally:
-        running.close()
 
 
 @pytest.mark.parametrize(("name", "launcher"), STARTS)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from equipoise.daemon.api.v1 import policy_pb2
 from equipoise.tests.fixtures.network_namespace import Elsewhere, elsewhere
-from equipoise.tests.fixtures.running_daemon import CLI, RunningDaemon, eventually
+from equipoise.tests.fixtures.running_daemon import CLI, RunningDaemon, eventually, with_probes
 
 pytestmark = [pytest.mark.kernel, pytest.mark.engine, pytest.mark.slow]
 READY_S = 180.0
@@ -112,18 +112,19 @@ class Client:
 
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningDaemon]:
-    if os.geteuid() != 0:
-        pytest.skip("needs root to make cgroups and load eBPF programs")
-    running = RunningDaemon(tmp_path_factory.mktemp("daemon"))
-    try:
-        running.start("--engine", "embedded", "--engine-listen", "0.0.0.0:0", "--kv-tokens", "16384", "--verbose")
-        if not running.status().probe_backend.startswith("libbpf"):
-            pytest.skip(f"no probes here: {running.status().probe_backend}")
+    with with_probes(
+        tmp_path_factory.mktemp("daemon"),
+        "--engine",
+        "embedded",
+        "--engine-listen",
+        "0.0.0.0:0",
+        "--kv-tokens",
+        "16384",
+        "--verbose",
+    ) as running:
         eventually(lambda: running.status().engine_url, within_s=READY_S)
         eventually(lambda: running.watch().engines)
         yield running
-    finally:
-        running.close()
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from equipoise.tests.fixtures.running_daemon import CLI, RunningDaemon, eventually
+from equipoise.tests.fixtures.running_daemon import CLI, RunningDaemon, eventually, with_probes
 
 pytestmark = [pytest.mark.engine, pytest.mark.kernel]
 
@@ -48,16 +48,18 @@ COMMANDS = ["echo one", "ls -d / | wc -l", "true"]
 
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory) -> Iterator[RunningDaemon]:
-    running = RunningDaemon(tmp_path_factory.mktemp("witness"))
-    try:
-        running.start("--engine", "embedded", "--engine-listen", "127.0.0.1:0", "--kv-tokens", "8192")
-        if not running.status().probe_backend.startswith("libbpf"):
-            pytest.skip(f"no probes here: {running.status().probe_backend}")
+    with with_probes(
+        tmp_path_factory.mktemp("witness"),
+        "--engine",
+        "embedded",
+        "--engine-listen",
+        "127.0.0.1:0",
+        "--kv-tokens",
+        "8192",
+    ) as running:
         eventually(lambda: running.status().engine_url, within_s=90)
         eventually(lambda: running.watch().engines)
         yield running
-    finally:
-        running.close()
 
 
 def test_what_the_conversation_asks_for_is_the_call_and_the_rest_is_housekeeping(daemon):

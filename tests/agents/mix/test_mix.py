@@ -13,7 +13,7 @@ import pytest
 from equipoise.tests.agents.mix.plan import Plan, Step, plans
 from equipoise.tests.agents.mix.score import Said, Thing, score, table
 from equipoise.tests.agents.mix.trial import POLICY, run
-from equipoise.tests.fixtures.running_daemon import RunningDaemon
+from equipoise.tests.fixtures.running_daemon import RunningDaemon, with_probes
 
 CALLS = 400 if os.environ.get("EQUIPOISE_FULL") else 100
 LEAST = 0.99
@@ -22,16 +22,8 @@ NS = 1_000_000_000
 
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningDaemon]:
-    if os.geteuid() != 0:
-        pytest.skip("needs root to make cgroups and load eBPF programs")
-    running = RunningDaemon(tmp_path_factory.mktemp("mix"), POLICY)
-    try:
-        running.start("--verbose")
-        if not running.status().probe_backend.startswith("libbpf"):
-            pytest.skip(f"no probes here: {running.status().probe_backend}")
+    with with_probes(tmp_path_factory.mktemp("mix"), "--verbose", policy=POLICY) as running:
         yield running
-    finally:
-        running.close()
 
 
 @pytest.mark.kernel

@@ -5,20 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
-from equipoise.tests.fixtures.running_daemon import RunningDaemon, eventually
+from equipoise.tests.fixtures.running_daemon import RunningDaemon, eventually, with_probes
 from equipoise.tests.fixtures.scripted_agent import POLICY, Conversation, Model, Scripted
 
 
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory) -> Iterator[RunningDaemon]:
-    running = RunningDaemon(tmp_path_factory.mktemp("roles"), POLICY)
-    try:
-        running.start()
-        if not running.status().probe_backend.startswith("libbpf"):
-            pytest.skip(f"no probes here: {running.status().probe_backend}")
+    with with_probes(tmp_path_factory.mktemp("roles"), policy=POLICY) as running:
         yield running
-    finally:
-        running.close()
 
 
 @pytest.fixture

@@ -18,7 +18,16 @@ from equipoise.daemon.observe.journal import JournalReader
 from equipoise.daemon.sandboxes.cgroups import CgroupDriver
 from equipoise.daemon.sandboxes.processes import boot_id
 from equipoise.tests.fixtures.agents_at_work import restarts
-from equipoise.tests.fixtures.running_daemon import CLI, MIB, RunningDaemon, end, eventually, grow, process_state
+from equipoise.tests.fixtures.running_daemon import (
+    CLI,
+    MIB,
+    RunningDaemon,
+    end,
+    eventually,
+    grow,
+    process_state,
+    with_probes,
+)
 
 pytestmark = [pytest.mark.kernel, pytest.mark.slow]
 TOOL = (*CLI, "tool", "--")
@@ -27,16 +36,8 @@ FULL = pytest.mark.skipif("EQUIPOISE_FULL" not in os.environ, reason="takes minu
 
 @pytest.fixture
 def daemon(tmp_path: Path) -> Iterator[RunningDaemon]:
-    if os.geteuid() != 0:
-        pytest.skip("needs root to make cgroups and load eBPF programs")
-    running = RunningDaemon(tmp_path)
-    try:
-        running.start()
-        if not running.status().probe_backend.startswith("libbpf"):
-            pytest.skip(f"no probes here: {running.status().probe_backend}")
+    with with_probes(tmp_path) as running:
         yield running
-    finally:
-        running.close()
 
 
 def restart(daemon: RunningDaemon, how: str = "kill", *arguments: str) -> None:

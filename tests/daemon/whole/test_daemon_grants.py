@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 from equipoise.policies.model import MIB
-from equipoise.tests.fixtures.running_daemon import RunningDaemon, eventually
+from equipoise.tests.fixtures.running_daemon import RunningDaemon, eventually, with_probes
 
 pytestmark = pytest.mark.kernel
 
@@ -37,14 +37,8 @@ time.sleep(0.3)
 
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory) -> Iterator[RunningDaemon]:
-    running = RunningDaemon(tmp_path_factory.mktemp("grants"), POLICY)
-    try:
-        running.start()
-        if not running.status().probe_backend.startswith("libbpf"):
-            pytest.skip(f"no probes here: {running.status().probe_backend}")
+    with with_probes(tmp_path_factory.mktemp("grants"), policy=POLICY) as running:
         yield running
-    finally:
-        running.close()
 
 
 def serial_s(peaks_mib: list[int]) -> float:

@@ -12,7 +12,15 @@ import psutil
 import pytest
 from equipoise.daemon.api.v1 import sandbox_pb2
 from equipoise.daemon.sandboxes.cgroups import CgroupDriver, Limit
-from equipoise.tests.fixtures.running_daemon import CLI, Agent, RunningDaemon, eventually, grow, process_state
+from equipoise.tests.fixtures.running_daemon import (
+    CLI,
+    Agent,
+    RunningDaemon,
+    eventually,
+    grow,
+    process_state,
+    with_probes,
+)
 
 pytestmark = [pytest.mark.kernel, pytest.mark.slow]
 POLICY = """
@@ -32,16 +40,8 @@ spec:
 
 @pytest.fixture
 def daemon(tmp_path: Path) -> Iterator[RunningDaemon]:
-    if os.geteuid() != 0:
-        pytest.skip("needs root to make cgroups and load eBPF programs")
-    running = RunningDaemon(tmp_path, POLICY)
-    try:
-        running.start()
-        if not running.status().probe_backend.startswith("libbpf"):
-            pytest.skip(f"no probes here: {running.status().probe_backend}")
+    with with_probes(tmp_path, policy=POLICY) as running:
         yield running
-    finally:
-        running.close()
 
 
 class Squeeze:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 import time
@@ -18,7 +17,7 @@ from equipoise.daemon.sandboxes.tool_calls import ToolCallKeeper
 from equipoise.policies.events import Event, ProcessesGone, SandboxRegistered, ToolCallEnded, ToolCallStarted
 from equipoise.policies.model import CgroupId, Sandbox, SessionId, TenantId, ToolCallId, ToolCallSource
 from equipoise.policies.state import State
-from equipoise.tests.fixtures.running_daemon import CLI, MIB, RunningDaemon, eventually
+from equipoise.tests.fixtures.running_daemon import CLI, MIB, RunningDaemon, eventually, with_probes
 
 TOOL = (*CLI, "tool", "--")
 real = [pytest.mark.kernel, pytest.mark.slow]
@@ -26,16 +25,8 @@ real = [pytest.mark.kernel, pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningDaemon]:
-    if os.geteuid() != 0:
-        pytest.skip("needs root to make cgroups and load eBPF programs")
-    running = RunningDaemon(tmp_path_factory.mktemp("daemon"))
-    try:
-        running.start("--metrics-listen", "127.0.0.1:0")
-        if not running.status().probe_backend.startswith("libbpf"):
-            pytest.skip(f"no probes here: {running.status().probe_backend}")
+    with with_probes(tmp_path_factory.mktemp("daemon"), "--metrics-listen", "127.0.0.1:0") as running:
         yield running
-    finally:
-        running.close()
 
 
 def begun(daemon: RunningDaemon, name: str, external_id: str):

@@ -12,7 +12,16 @@ from pathlib import Path
 
 import pytest
 from equipoise.daemon.api.v1 import sandbox_pb2
-from equipoise.tests.fixtures.running_daemon import CLI, MIB, RunningDaemon, end, eventually, grow, process_state
+from equipoise.tests.fixtures.running_daemon import (
+    CLI,
+    MIB,
+    RunningDaemon,
+    end,
+    eventually,
+    grow,
+    process_state,
+    with_probes,
+)
 
 pytestmark = [pytest.mark.kernel, pytest.mark.slow]
 TOOL = (*CLI, "tool", "--")
@@ -20,16 +29,8 @@ TOOL = (*CLI, "tool", "--")
 
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningDaemon]:
-    if os.geteuid() != 0:
-        pytest.skip("needs root to make cgroups and load eBPF programs")
-    running = RunningDaemon(tmp_path_factory.mktemp("daemon"))
-    try:
-        running.start()
-        if not running.status().probe_backend.startswith("libbpf"):
-            pytest.skip(f"no probes here: {running.status().probe_backend}")
+    with with_probes(tmp_path_factory.mktemp("daemon")) as running:
         yield running
-    finally:
-        running.close()
 
 
 def only(daemon: RunningDaemon, containing: str):

@@ -14,7 +14,7 @@ import pytest
 from equipoise.daemon.api.v1 import sandbox_pb2
 from equipoise.daemon.sandboxes.cgroups import CgroupDriver
 from equipoise.policies.shown import printable
-from equipoise.tests.fixtures.running_daemon import CLI, RunningDaemon, eventually
+from equipoise.tests.fixtures.running_daemon import CLI, RunningDaemon, eventually, with_probes
 from equipoise.tests.fixtures.scripted_agent import AGENT, Model
 
 pytestmark = [pytest.mark.kernel, pytest.mark.slow]
@@ -33,16 +33,8 @@ ODD = {
 
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningDaemon]:
-    if os.geteuid() != 0:
-        pytest.skip("needs root to make cgroups and load eBPF programs")
-    running = RunningDaemon(tmp_path_factory.mktemp("odd"))
-    try:
-        running.start()
-        if not running.status().probe_backend.startswith("libbpf"):
-            pytest.skip(f"no probes here: {running.status().probe_backend}")
+    with with_probes(tmp_path_factory.mktemp("odd")) as running:
         yield running
-    finally:
-        running.close()
 
 
 def test_a_command_of_any_characters_is_one_call_and_is_shown_without_acting_on_the_terminal(daemon):
