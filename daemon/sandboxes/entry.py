@@ -11,7 +11,6 @@ from ...policies.memory.grants import entry_budget
 from ...policies.model import ToolCallId
 from ...policies.policy import Budget
 from ...policies.state import State
-from .kept import Book
 
 NOTHING = (0, 0)
 
@@ -19,8 +18,7 @@ NOTHING = (0, 0)
 class EntryBudgets:
     """Amounts are (soft, hard) in bytes; 0: none."""
 
-    def __init__(self, book: Book, probes: ToolMemory | None, state: State) -> None:
-        self._book = book
+    def __init__(self, probes: ToolMemory | None, state: State) -> None:
         self._probes = probes
         self._state = state
         self._parents: set[ToolCallId] = set()
@@ -52,6 +50,10 @@ class EntryBudgets:
         """What it starts from now on has none. Safe where it has gone."""
         self._parents.discard(parent)
         self._set(parent, NOTHING)
+
+    def forget(self, parent: ToolCallId) -> None:
+        """It is followed no more."""
+        self._parents.discard(parent)
 
     def keep_up(self) -> bool:
         """At each turn: tell the kernel where it has changed. Whether it has."""

@@ -40,7 +40,7 @@ class SandboxKeeper:
     ) -> None:
         """`settle` takes in everything that waits, the kernel's events too; never called as a sink."""
         self.book: Book = {}
-        self.entry = EntryBudgets(self.book, probes, state)
+        self.entry = EntryBudgets(probes, state)
         self._driver = driver
         self._probes = probes
         self._state = state
@@ -191,10 +191,12 @@ class SandboxKeeper:
         if processes.look(agent) is None:  # its pid may be another's by now
             if tag is not None and self._probes is not None:
                 self._probes.forget(tag)
+                self.entry.forget(tag)
             raise ProcessLookupError(f"no process {agent.pid}")
         if self._probes is not None:
             for old in kept.tags():
                 self._probes.forget(old)
+                self.entry.forget(old)
         kept.runtimes = {tag: agent.pid} if kept.direct and tag is not None else {}
         kept.shells, kept.profile = {}, None
         unwatch(kept.pidfd)
@@ -231,6 +233,7 @@ class SandboxKeeper:
         if self._probes is not None:
             for tag in kept.tags():
                 self._probes.forget(tag)
+                self.entry.forget(tag)
         self._emit(SandboxRemoved(self._now_ns(), cgroup_id, kept.cgroup.path))
         if self._driver is None:
             return ""

@@ -219,6 +219,7 @@ class RoleKeeper:
 
     def _parent_gone(self, tag: ToolCallId, fact: ProcessRole) -> Iterator[Event]:
         self._helpers.drop(tag)
+        self._records.forget_budgets(tag)
         yield from self._lines.shell_gone(tag)
         if (kept := self._book.get(fact.sandbox)) is not None:
             self._sub_agents.ended(tag, kept)

@@ -105,9 +105,9 @@ UNASKED_LEAST_BYTES = 16 * MIB
 
 
 def entry_budget(budget: Budget, pool: int, sharers: int) -> Budget:
-    """What a call begins with: the policy's budget, or less where so many share a pool so small.
+    """What a call begins with: the policy's budget, or less where so many share a pool so small, in bytes.
 
-    `sharers`: those that may begin with it at a time, agents or calls. `pool` 0: not known, and nobody has less.
+    `sharers`: calls that may begin with it at a time. `pool` 0: not known, and nobody has less.
     A budget above a third of the pool stays: whoever wrote that wants few calls and no asking.
     """
     fair_bytes = max(UNASKED_LEAST_BYTES, int(UNASKED_RATIO * pool) // max(1, sharers))

@@ -32,6 +32,10 @@ class Records:
         """What it starts from now on begins with a budget."""
         self._entry.give(agent)
 
+    def forget_budgets(self, agent: ToolCallId) -> None:
+        """It has gone: nothing is told to it any more."""
+        self._entry.forget(agent)
+
     def parts_ways(self, record: ToolCallId) -> None:
         """What its processes exec has a record of its own from now on."""
         try:

@@ -39,7 +39,7 @@ def test_a_call_whose_processes_are_gone_has_ended_though_nobody_said_how():
     """Its root became another sandbox's agent, say: the kernel tells of no exit then."""
     state = State()
     waiting: list[Event] = []
-    entry = EntryBudgets({}, None, state)
+    entry = EntryBudgets(None, state)
     keeper = ToolCallKeeper({}, entry, None, None, state, waiting.append, lambda: 9, lambda pid: None)
     box = Sandbox(CgroupId(7), TenantId("gold"), "ada", "", SessionId("s"), None, 1)
     call = ToolCallId(5)

@@ -217,8 +217,10 @@ spec:
         assert not any(c.end_ns for c in daemon.tool_calls("came-second")), "it stands until the first has ended"
         enough.touch()
         assert first.result().returncode == 0 and second.result().returncode == 0
-        told = [d.action for d in daemon.decisions(only(daemon, "came-second").tool_call_id)]
-        assert any(action.startswith("grant ") for action in told), told
+        call = only(daemon, "came-second")
+        actions = [d.action for d in reversed(daemon.decisions(call.tool_call_id))]
+        assert actions == ["wait for memory", "grant 128 MiB"], "it stood until the first had ended"
+        assert call.stalled_ns > 500_000_000
     finally:
         daemon.close()
 
