@@ -26,7 +26,7 @@ _SELECTS = {"x86_64": (7, 23, 232, 270, 271, 281), "aarch64": (22, 72, 73)}
 
 def command_line(pid: int, proc_root: Path = PROC) -> str:
     """argv joined by blanks, as the kernel's events tell it; "" where it cannot be read."""
-    return " ".join(_words(proc_root / str(pid) / "cmdline"))
+    return " ".join(_words(proc_root / str(pid) / "cmdline")).strip()
 
 
 def environment(pid: int, proc_root: Path = PROC) -> dict[str, str]:

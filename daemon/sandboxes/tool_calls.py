@@ -199,9 +199,13 @@ class ToolCallKeeper:
         return call
 
     def end(self, call: ToolCallId, exit_code: int | None = None, signal: int | None = None) -> None:
-        """A wrapper or a hook says that a tool call has ended. One that has ended already stays as it is."""
+        """A wrapper or a hook says that a tool call has ended. Of one that has, only what nobody knew is taken: how."""
         known = self._state.tool_calls.get(self.resolve(call))
-        if known is None or not known.running:
+        if known is None:
+            return
+        if not known.running:
+            if exit_code is not None or signal is not None:
+                self._emit(ToolCallEnded(self._now_ns(), known.id, exit_code, signal))
             return
         peak = self._charged_peak(known.id)
         left = len(self.processes(known.id))

@@ -216,7 +216,11 @@ def _ended(picture: Picture, event: ToolCallEnded) -> None:
     if event.id in picture._wrappers:
         return
     call = picture._known(event.id)
-    if call is None or not call.running:
+    if call is None:
+        return
+    if not call.running:
+        if call.exit_code is None and call.signal is None:  # somebody saw it gone; how it ended is told now
+            picture._put(replace(call, exit_code=event.exit_code, signal=event.signal))
         return
     accrue(picture, call, event.at_ns)
     picture._accrued_ns.pop(call.id, None)

@@ -128,6 +128,15 @@ def test_memory_told_after_the_last_process_has_gone_is_not_counted() -> None:
     assert state.snapshot(ns(3)).tool_used_bytes() == 0
 
 
+def test_how_a_call_ended_is_taken_from_whoever_says_it_first_though_it_was_seen_gone_before() -> None:
+    state = state_with_a_call(used_mib=80).apply(ended(2.0, exit_code=None))
+    assert (the_call(state).exit_code, the_call(state).end_ns) == (None, ns(2))
+    for told in (6, 7):
+        state.apply(ended(2.6, exit_code=told))
+        assert (the_call(state).exit_code, the_call(state).end_ns) == (6, ns(2))
+    assert state.estimates.durations["pytest"].total == 1.0
+
+
 def test_estimates_learn_from_a_call_that_ended() -> None:
     state = state_with_a_call(used_mib=80).apply(ended(4.0))
     assert state.estimates.durations["pytest"].total == 1.0

@@ -82,9 +82,9 @@ class Peer:
         return cast("tuple[int, int]", await self.do(count))
 
     async def until_it_holds(self, sessions: int) -> int:
-        """Wait for so many sessions; the tokens held then."""
+        """Wait for so many sessions, and for none until nothing is set aside either; the tokens held then."""
         async with asyncio.timeout(TIMEOUT_S):
-            while (held := await self.holds())[0] != sessions:
+            while (held := await self.holds())[0] != sessions or (not sessions and held[1]):
                 await asyncio.sleep(0.01)
         return held[1]
 
