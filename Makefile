@@ -20,7 +20,7 @@ demo: setup model ## run the demo: daemon, engine, six agents, report
 	$(PY) -m equipoise.daemon.cli demo
 
 test: setup model lint types ## everything CI runs
-	$(PYTEST) -q
+	$(PY) -m equipoise.tests
 
 check: venv proto ebpf lint types ## checks and fast tests
 	$(PYTEST) -q -m "not kernel and not engine and not vm and not slow"

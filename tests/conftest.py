@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from pathlib import PurePosixPath
+from typing import Any
 
 import pytest
 
@@ -21,18 +22,29 @@ class TierSummary:
     def __init__(self) -> None:
         self._ran: Counter[str] = Counter()
         self._not_run: dict[str, Counter[str]] = defaultdict(Counter)
+        self._deselected: dict[str, Counter[str]] = defaultdict(Counter)
         self._tiers: dict[str, set[str]] = {}
-        """By node id. A report's keywords would not do: they hold the names of its folders as well."""
+        """By node id, until a report takes them along: a worker's are counted where there are no items."""
 
-    def pytest_collection_finish(self, session: pytest.Session) -> None:
-        self._tiers = {item.nodeid: _tiers({mark.name for mark in item.iter_markers()}) for item in session.items}
+    def pytest_itemcollected(self, item: pytest.Item) -> None:
+        self._tiers[item.nodeid] = _tiers({mark.name for mark in item.iter_markers()})
 
     def pytest_deselected(self, items: list[pytest.Item]) -> None:
         for item in items:
             marks = {mark.name for mark in item.iter_markers()}
             why = "deselected on the command line" + (" (slow)" if "slow" in marks else "")
             for tier in _tiers(marks):
-                self._not_run[tier][why] += 1
+                self._deselected[tier][why] += 1
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """A worker tells the process that prints: all have deselected the same, and reports alone go over by themselves."""
+        if (told := getattr(session.config, "workeroutput", None)) is not None:
+            told["deselected"] = {tier: dict(whys) for tier, whys in self._deselected.items()}
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        told = getattr(node, "workeroutput", {}).get("deselected", {})
+        self._deselected.update({tier: Counter(whys) for tier, whys in told.items()})
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.skipped:
@@ -40,8 +52,10 @@ class TierSummary:
             for tier in _tiers(folders):
                 self._not_run[tier][f"whole file: {_reason(report)}"] += 1
 
+    @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        tiers = self._tiers.get(report.nodeid, {TIERS[0]})
+        tiers: list[str] = getattr(report, "tiers", None) or sorted(self._tiers.get(report.nodeid, {TIERS[0]}))
+        report.tiers = tiers  # type: ignore[attr-defined]  # pytest carries what it does not know across processes
         if report.skipped and not hasattr(report, "wasxfail"):
             for tier in tiers:
                 self._not_run[tier][_reason(report)] += 1
@@ -52,7 +66,7 @@ class TierSummary:
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("tiers")
         for tier in TIERS:
-            skipped = self._not_run[tier]
+            skipped = self._not_run[tier] + self._deselected[tier]
             if not self._ran[tier] and not skipped:
                 terminalreporter.write_line(f"{tier}: none collected")
                 continue

@@ -33,8 +33,8 @@ def test_known_failure(): assert False
 """
 
 
-@pytest.fixture(scope="module")
-def output(tmp_path_factory: pytest.TempPathFactory) -> str:
+@pytest.fixture(scope="module", params=[(), ("-n", "2")], ids=["one process", "side by side"])
+def output(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> str:
     root = tmp_path_factory.mktemp("suite")
     for folder in ("vm", "engine"):
         (root / folder).mkdir()
@@ -45,7 +45,18 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> str:
     (root / "vm" / "test_boot.py").write_text(
         "import pytest\npytest.skip('no qemu', allow_module_level=True)\ndef test_boot(): pass\n"
     )
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", str(root)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "not slow",
+        *request.param,
+        str(root),
+    ]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
