@@ -37,7 +37,7 @@ class TierSummary:
                 self._deselected[tier][why] += 1
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """A worker tells the process that prints, to which only reports go by themselves. All have deselected the same."""
+        """A worker tells the process that prints: only reports go there by themselves. All have deselected the same."""
         if (told := getattr(session.config, "workeroutput", None)) is not None:
             told["deselected"] = {tier: dict(whys) for tier, whys in self._deselected.items()}
 
