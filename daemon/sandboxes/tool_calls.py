@@ -213,9 +213,9 @@ class ToolCallKeeper:
         if kept := self._book.get(known.sandbox):
             kept.announced = [c for c in kept.announced if c not in (call, known.id)]
 
-    def external_call(self, external: str) -> ToolCallId | None:
-        """The newest call that was announced under that id."""
-        return next((call for (_, name), call in reversed(self._external.items()) if name == external), None)
+    def external_calls(self, external: str) -> dict[CgroupId, ToolCallId]:
+        """By sandbox: the calls that were announced under that id."""
+        return {sandbox: call for (sandbox, name), call in self._external.items() if name == external}
 
     def processes(self, call: ToolCallId) -> tuple[int, ...]:
         """Living processes of a tool call, escapees included."""
