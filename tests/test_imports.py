@@ -29,6 +29,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 }
 WINGS: dict[str, tuple[str, ...]] = {
     "policies.state": ("policies",),
+    "policies.document": ("policies",),
     "policies.kv": ("policies",),
     "policies.memory": ("policies",),
     "policies.world.engine": ("policies", "policies.world"),

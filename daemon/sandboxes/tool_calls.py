@@ -330,13 +330,13 @@ class ToolCallKeeper:
 
     def budget_of(self, call: ToolCall) -> tuple[int, int]:
         """Soft and hard: what the policy says for its kind, at least what was announced, and what it was granted."""
-        memory = self._state.policy.memory
-        usual = memory.budget_for(call.kind)
+        policy = self._state.policy
+        usual = policy.budget_for(call)
         budget = self._entry.of(usual)
         if call.granted_ns is not None and call.hard_bytes > budget.hard_bytes:
             return call.soft_bytes, self._hard(call.hard_bytes)
         # In a pool too small for all it has to ask like the others: what was announced is then known for its claim.
-        announced = min(call.expected_bytes or 0, memory.max_bytes) if budget == usual else 0
+        announced = min(call.expected_bytes or 0, policy.memory.max_bytes) if budget == usual else 0
         return budget.soft_bytes, self._hard(max(budget.hard_bytes, announced))
 
     def _on_ended(self, call: ToolCallId, state: State) -> None:
