@@ -58,18 +58,19 @@ WINGS: dict[str, tuple[str, ...]] = {
     "daemon.enforce": (
         "daemon.observe.journal", "daemon.sandboxes", "daemon.sandboxes.cgroups", "daemon.errors", "daemon.log",
     ),
-    "daemon.rpc": ("daemon.observe", "daemon.sandboxes", "daemon.loop", "daemon.errors", "daemon.api"),
+    "daemon.policy": ("daemon.errors", "daemon.log"),
+    "daemon.rpc": ("daemon.policy", "daemon.observe", "daemon.sandboxes", "daemon.loop", "daemon.errors", "daemon.api"),
     "daemon.demo.agents": ("daemon.api",),
     "daemon.demo": (
         "daemon.demo.agents", "daemon.rpc", "daemon.sandboxes", "daemon.sandboxes.cgroups", "daemon.errors",
         "daemon.api",
     ),
     "daemon.cli": (
-        "daemon", "daemon.rpc", "daemon.enforce", "daemon.demo", "daemon.sandboxes", "daemon.sandboxes.cgroups",
-        "daemon.api",
+        "daemon", "daemon.policy", "daemon.rpc", "daemon.enforce", "daemon.demo", "daemon.sandboxes",
+        "daemon.sandboxes.cgroups", "daemon.api",
     ),
     "daemon": (
-        "daemon.rpc", "daemon.enforce", "daemon.observe", "daemon.observe.journal", "daemon.sandboxes",
+        "daemon.policy", "daemon.rpc", "daemon.enforce", "daemon.observe", "daemon.observe.journal", "daemon.sandboxes",
         "daemon.sandboxes.cgroups", "daemon.api",
     ),
 }  # fmt: skip

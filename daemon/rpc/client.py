@@ -118,6 +118,25 @@ def explain(
         return list(policy_pb2_grpc.PolicyServiceStub(opened).Explain(request, timeout=TIMEOUT_S).decisions)
 
 
+def get_policy(socket: str) -> policy_pb2.GetPolicyResponse:
+    """What the daemon has in force. Raises CommandError."""
+    with channel(socket) as opened:
+        stub = policy_pb2_grpc.PolicyServiceStub(opened)
+        answered: policy_pb2.GetPolicyResponse = stub.GetPolicy(policy_pb2.GetPolicyRequest(), timeout=TIMEOUT_S)
+        return answered
+
+
+def apply_policy(socket: str, texts: list[tuple[str, str]], *, only_check: bool) -> policy_pb2.ApplyPolicyResponse:
+    """`texts`: name and text of each layer; none: the daemon's own files. Raises CommandError: a line a problem."""
+    with channel(socket) as opened:
+        request = policy_pb2.ApplyPolicyRequest(
+            texts=[policy_pb2.PolicyText(name=name, text=text) for name, text in texts], only_check=only_check
+        )
+        stub = policy_pb2_grpc.PolicyServiceStub(opened)
+        answered: policy_pb2.ApplyPolicyResponse = stub.ApplyPolicy(request, timeout=TIMEOUT_S)
+        return answered
+
+
 def release(opened: grpc.Channel) -> list[str]:
     """Ask a living daemon to undo everything; what it undid, one line each."""
     answered = policy_pb2_grpc.PolicyServiceStub(opened).Release(policy_pb2.ReleaseRequest(), timeout=TIMEOUT_S)

@@ -14,6 +14,7 @@ from ..api.v1 import policy_pb2 as pb
 from ..api.v1 import policy_pb2_grpc
 from ..loop import Loop
 from ..observe.history import History
+from ..policy import PolicyError, PolicyKeeper, Text, dump
 from . import views, words
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"  # generic in the stubs only
@@ -29,6 +30,9 @@ class Effects:
     status: Callable[[], pb.GetStatusResponse]
     release: Callable[[], list[str]]
     """Undo everything that holds something back; answers what was undone."""
+    policy: PolicyKeeper
+    settle: Callable[[], None]
+    """Take in what waits: what was put in force is, then."""
 
 
 class PolicyServer(policy_pb2_grpc.PolicyServiceServicer):
@@ -42,7 +46,7 @@ class PolicyServer(policy_pb2_grpc.PolicyServiceServicer):
         if not 100 <= interval_ms <= 60_000:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"interval_ms {interval_ms}: use 100 to 60000")
         while True:
-            yield views.watch_response(self._loop.snapshot, self._loop.state.policy, self._history)
+            yield views.watch_response(self._loop.snapshot, self._loop.state.policy, self._history, self._loop.would_be)
             if request.once:
                 return
             await asyncio.sleep(interval_ms / 1000)
@@ -78,11 +82,29 @@ class PolicyServer(policy_pb2_grpc.PolicyServiceServicer):
         names = {s.cgroup_id: s.name for s in state.sandboxes.values()} | self._history.sandbox_names
         limit = max(1, min(request.limit or 1000, MOST))
         return pb.ListToolCallsResponse(
-            tool_calls=[views.tool_call_view(c, names, self._history) for c in chosen[-limit:]]
+            tool_calls=[views.tool_call_view(c, names, self._history, self._loop.would_be(c)) for c in chosen[-limit:]]
         )
 
     async def GetStatus(self, request: pb.GetStatusRequest, context: Context) -> pb.GetStatusResponse:
         return self._effects.status()
+
+    async def GetPolicy(self, request: pb.GetPolicyRequest, context: Context) -> pb.GetPolicyResponse:
+        now = self._effects.policy.in_force
+        return pb.GetPolicyResponse(
+            document=dump(now.policy), layers=now.layers, applied_ns=now.applied_ns, refused=now.refused
+        )
+
+    async def ApplyPolicy(self, request: pb.ApplyPolicyRequest, context: Context) -> pb.ApplyPolicyResponse:
+        keeper, texts = self._effects.policy, [Text(each.name, each.text) for each in request.texts]
+        if request.only_check and not texts:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "only_check without texts: nothing to check")
+        try:
+            changed = keeper.apply(texts, only_check=request.only_check) if texts else keeper.reload("asked for by rpc")
+        except PolicyError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            raise
+        self._effects.settle()
+        return pb.ApplyPolicyResponse(changes=changed, policy_name=keeper.in_force.policy.name)
 
     async def Release(self, request: pb.ReleaseRequest, context: Context) -> pb.ReleaseResponse:
         return pb.ReleaseResponse(released=self._effects.release())

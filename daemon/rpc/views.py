@@ -6,6 +6,8 @@ are spelled out.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ...gpuctl.translation import Translation, check_parts
 from ...policies.actions import Candidate
 from ...policies.correlate import held_bytes
@@ -37,7 +39,9 @@ check_parts(pb.EngineView, (_ENGINE, _TOTALS))
 _CANDIDATE = Translation(Candidate, pb.CandidateView)
 
 
-def watch_response(snapshot: Snapshot, policy: Policy, history: History) -> pb.WatchResponse:
+def watch_response(
+    snapshot: Snapshot, policy: Policy, history: History, would_be: Callable[[ToolCall], str] = lambda call: ""
+) -> pb.WatchResponse:
     names = {s.cgroup_id: s.name for s in snapshot.sandboxes}
     calls = sorted(snapshot.tool_calls, key=lambda c: c.start_ns, reverse=True)
     return pb.WatchResponse(
@@ -45,7 +49,7 @@ def watch_response(snapshot: Snapshot, policy: Policy, history: History) -> pb.W
         host=host_view(snapshot, policy),
         tenants=tenant_views(snapshot, policy),
         sandboxes=[sandbox_view(s) for s in snapshot.sandboxes],
-        tool_calls=[tool_call_view(c, names, history) for c in calls],
+        tool_calls=[tool_call_view(c, names, history, would_be(c)) for c in calls],
         sessions=[session_view(s, snapshot) for s in snapshot.sessions],
         engines=[engine_view(e) for e in snapshot.engines],
         decisions=[decision_view(t) for t in history.newest(DECISIONS_SHOWN)],
@@ -85,7 +89,7 @@ def sandbox_view(sandbox: Sandbox) -> pb.SandboxView:
     return _SANDBOX.encode(sandbox)
 
 
-def tool_call_view(call: ToolCall, names: dict[CgroupId, str], history: History) -> pb.ToolCallView:
+def tool_call_view(call: ToolCall, names: dict[CgroupId, str], history: History, would_be: str = "") -> pb.ToolCallView:
     return pb.ToolCallView(
         tool_call_id=words.tool_call_hex(call.id),
         tenant_id=call.tenant,
@@ -116,6 +120,7 @@ def tool_call_view(call: ToolCall, names: dict[CgroupId, str], history: History)
         agent_call_id=call.call_id or "",
         exempt=call.exempt,
         facts=[fact.words for fact in call.facts],
+        would_be=would_be,
     )
 
 
