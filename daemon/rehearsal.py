@@ -131,7 +131,7 @@ class Rehearsal:
             return
         policy = self.state.policy
         pool = policy.memory.pool_bytes(self.state.host.memory_total_bytes)
-        sharers = 1 + sum(c.running and not c.exempt for c in self.state.tool_calls.values())
+        sharers = sum(c.running and not c.exempt for c in self.state.tool_calls.values())  # itself among them
         budget = first_budget(call, policy, pool, sharers)
         self.state.apply(BudgetChanged(at_ns, call.id, budget.soft_bytes, budget.hard_bytes))
 

@@ -41,7 +41,10 @@ def _one_line(text: str) -> str:
 
 
 def tool_calls(calls: list[pb.ToolCallView], console: Console | None = None) -> None:
-    """One row a tool call; a line where there are none. "left behind": it has ended, and not all of its processes."""
+    """One row a tool call; a line where there are none. "left behind": it has ended, and not all of its processes.
+
+    "would be": in a dry run.
+    """
     console = console or _console()
     if not calls:
         console.print("no tool calls")
@@ -59,7 +62,7 @@ def tool_calls(calls: list[pb.ToolCallView], console: Console | None = None) -> 
             escape(f"{call.tenant_id}/{call.sandbox}"),
             escape(_one_line(call.command)),
             f"{call.source} {call.confidence:.2f}",
-            "left behind" if call.end_ns and call.used_bytes else call.phase,
+            _state(call),
             seconds,
             f"{call.used_bytes / MIB:.0f}",
             f"{call.peak_bytes / MIB:.0f}",
@@ -68,6 +71,12 @@ def tool_calls(calls: list[pb.ToolCallView], console: Console | None = None) -> 
             call.verdict or "-",
         )
     console.print(table)
+
+
+def _state(call: pb.ToolCallView) -> str:
+    if call.end_ns and call.used_bytes:
+        return "left behind"
+    return f"{call.phase} (would be {call.would_be})" if call.would_be else call.phase
 
 
 def processes(found: list[pb.ProcessView], console: Console | None = None) -> None:

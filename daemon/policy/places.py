@@ -112,7 +112,8 @@ class _Walk:
     def _scalar(self, node: yaml.Node, path: Path) -> Any:
         try:
             return self._scalars.construct_object(node)
-        except (yaml.YAMLError, ValueError, OverflowError):
+        except (yaml.YAMLError, ValueError, ArithmeticError, LookupError, AttributeError, TypeError):
+            # PyYAML looks into what it is told to be an int, a date or a truth without asking whether it is one.
             return self._say(node, path, f"is no value of the kind {node.tag.rpartition(':')[2]}")
 
     def _say(self, node: yaml.Node, path: Path, text: str, *, about_key: bool = False) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from .problems import DocumentError, Problem, kind, near
+from .problems import DocumentError, Problem, kind, near, shown
 
 _BYTES = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 _BYTES |= {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -105,7 +105,9 @@ def _amount(value: object, units: dict[str, int], example: str) -> int:
     number, unit = _split(value, example)
     if unit not in units:
         hint = near(unit, units)
-        raise Wrong(f"unknown unit `{unit}`; " + (hint if hint.startswith("did") else f"use one of {', '.join(units)}"))
+        raise Wrong(
+            f"unknown unit `{shown(unit)}`; " + (hint if hint.startswith("did") else f"use one of {', '.join(units)}")
+        )
     return int(number * units[unit])
 
 

@@ -9,7 +9,7 @@ import re
 from typing import Any
 
 from ..policy import LadderRule, Measure, Rung
-from .problems import kind, near
+from .problems import kind, near, shown
 from .quantities import Wrong, life_of, ns_of, ratio_of, share_of, written_ns, written_ratio
 
 _WHEN = re.compile(r"(?:the )?(\S+(?: \S+)??) above (\S+) for (\S+)")
@@ -25,7 +25,7 @@ def when_of(value: object) -> dict[str, Any]:
     what, above, lasting = _groups(_WHEN, value, WHEN_LIKE)
     known = {measure.value: measure for measure in Measure}
     if what not in known:
-        raise Wrong(f"`{what}` is not measured; {near(what, known)}")
+        raise Wrong(f"`{shown(what)}` is not measured; {near(what, known)}")
     return {"measure": known[what], "above_ratio": share_of(_number(above)), "for_ns": ns_of(lasting)}
 
 
@@ -39,10 +39,10 @@ def do_of(value: object) -> dict[str, Any]:
     what, cpu, lasting = _groups(_DO, value, DO_LIKE)
     known = {rung.value: rung for rung in Rung}
     if what not in known:
-        raise Wrong(f"`{what}` is no rung; {near(what, known)}")
+        raise Wrong(f"`{shown(what)}` is no rung; {near(what, known)}")
     made: dict[str, Any] = {"rung": known[what], "lasting_ns": life_of(lasting)}
     if cpu and known[what] is not Rung.THROTTLE:
-        raise Wrong(f"`{what}` leaves no CPU: write `{what} for {lasting}`")
+        raise Wrong(f"`{what}` leaves no CPU: write `{what} for {shown(lasting)}`")
     return made | ({"cpu_ratio": ratio_of(_number(cpu))} if cpu else {})
 
 

@@ -7,6 +7,7 @@ exist, and a key that does nothing is not here. How a policy is written down aga
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -64,8 +65,10 @@ def _expression(value: object) -> str:
     if not isinstance(value, str) or not value:
         raise Wrong(f"expected a regular expression for the command line, found {kind(value)}")
     try:
-        re.compile(value)
-    except (re.error, OverflowError, RecursionError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", FutureWarning)  # "[[": what it means is about to change
+            re.compile(value)
+    except (re.error, OverflowError, RecursionError, FutureWarning) as error:
         raise Wrong(f"no regular expression: {error}") from None
     return value
 
