@@ -268,7 +268,11 @@ class Core:
         emit, holds, actuator = self.loop.emit, self.holds, self.actuator
         sandboxes = SandboxServer(self.sandboxes, self.calls, self.state, self.history, emit, self.settle, now_ns)
         effects = Effects(
-            status.answer, lambda: release_on_request(holds, actuator, emit, now_ns), self.policy, self.settle
+            status.answer,
+            lambda: release_on_request(holds, actuator, emit, now_ns),
+            self.policy,
+            self._config.journal,
+            self.settle,
         )
         policy = PolicyServer(self.loop, self.history, effects)
         await serve(self._config.socket, sandboxes, policy, self.hook, parts)

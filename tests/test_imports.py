@@ -59,7 +59,10 @@ WINGS: dict[str, tuple[str, ...]] = {
         "daemon.observe.journal", "daemon.sandboxes", "daemon.sandboxes.cgroups", "daemon.errors", "daemon.log",
     ),
     "daemon.policy": ("daemon.errors", "daemon.log"),
-    "daemon.rpc": ("daemon.policy", "daemon.observe", "daemon.sandboxes", "daemon.loop", "daemon.errors", "daemon.api"),
+    "daemon.rpc": (
+        "daemon.policy", "daemon.observe", "daemon.sandboxes", "daemon.loop", "daemon.errors", "daemon.log",
+        "daemon.api",
+    ),
     "daemon.demo.agents": ("daemon.api",),
     "daemon.demo": (
         "daemon.demo.agents", "daemon.rpc", "daemon.sandboxes", "daemon.sandboxes.cgroups", "daemon.errors",

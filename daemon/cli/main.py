@@ -39,8 +39,10 @@ Command = Callable[[argparse.Namespace], int]
 # `equipoise version` does not pay for the dashboard.
 _ELSEWHERE = {
     "doctor": ("equipoise.daemon.cli.doctor", ""),
+    "explain": ("equipoise.daemon.cli.explain", ""),
     "policy": ("equipoise.daemon.cli.policy", ""),
     "replay": ("equipoise.daemon.cli.replay", ""),
+    "why-not": ("equipoise.daemon.cli.why_not", ""),
     "top": ("equipoise.tui.app", ""),
     "hooks": ("equipoise.integrations.claude_code.command", ""),
     "demo": ("equipoise.daemon.demo.command", "equipoise[demo]"),
@@ -82,7 +84,6 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     _add_run(commands)
     _add_tool(commands)
     _add_ps(commands)
-    _add_explain(commands)
     _add_release(commands)
     _add_version(commands)
     asked = next((word for word in argv if not word.startswith("-")), None)
@@ -298,36 +299,6 @@ def _ps(arguments: argparse.Namespace) -> int:
         print(json.dumps([printing.as_dict(c) for c in shown], indent=1))
     else:
         printing.tool_calls(shown)
-    return 0
-
-
-def _add_explain(commands: Commands) -> None:
-    parser = _add(
-        commands,
-        "explain",
-        _explain,
-        "say what was decided, why, and what came of it",
-        "equipoise explain                     the newest decisions",
-        "equipoise explain 8000000a            one tool call (ids from `equipoise ps`; the end will do)",
-        "equipoise explain --session gold/ada",
-    )
-    parser.add_argument("tool_call", nargs="?", default="", help="a tool call's id, or its end")
-    parser.add_argument("--session", default="")
-    parser.add_argument("--tenant", default="")
-    parser.add_argument("--limit", type=int, default=20)
-    parser.add_argument("--json", action="store_true", help="one JSON array")
-
-
-def _explain(arguments: argparse.Namespace) -> int:
-    from . import printing
-
-    decisions = client.explain(
-        arguments.socket, arguments.tool_call, arguments.session, arguments.tenant, arguments.limit
-    )
-    if arguments.json:
-        print(json.dumps([printing.as_dict(d) for d in decisions], indent=1))
-    else:
-        printing.decisions(decisions)
     return 0
 
 

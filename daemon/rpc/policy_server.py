@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from pathlib import Path
+from typing import Any, TypeAlias, TypeVar
 
 import grpc
 
 from ...policies.model import DecisionId, SessionId, TenantId, ToolCall, ToolCallId
+from ...policies.whynot import why_not_call, why_not_session
+from .. import log
 from ..api.v1 import policy_pb2 as pb
 from ..api.v1 import policy_pb2_grpc
+from ..errors import JournalError
 from ..loop import Loop
-from ..observe.history import History
+from ..observe import archive
+from ..observe.history import History, Told
 from ..policy import PolicyError, PolicyKeeper, Text, dump
 from . import views, words
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"  # generic in the stubs only
+T = TypeVar("T")
 INTERVAL_MS = 1000
 LIMIT = 50
 MOST = 10_000
@@ -31,15 +38,26 @@ class Effects:
     release: Callable[[], list[str]]
     """Undo everything that holds something back; answers what was undone."""
     policy: PolicyKeeper
+    journal: Path | None
+    """Where what is no longer remembered is looked for."""
     settle: Callable[[], None]
     """Take in what waits: what was put in force is, then."""
 
 
 class PolicyServer(policy_pb2_grpc.PolicyServiceServicer):
-    def __init__(self, loop: Loop, history: History, effects: Effects) -> None:
+    def __init__(
+        self,
+        loop: Loop,
+        history: History,
+        effects: Effects,
+        now_ns: Callable[[], int] = time.monotonic_ns,
+        unix_ns: Callable[[], int] = time.time_ns,
+    ) -> None:
         self._loop = loop
         self._history = history
         self._effects = effects
+        self._now_ns = now_ns
+        self._unix_ns = unix_ns
 
     async def Watch(self, request: pb.WatchRequest, context: Context) -> AsyncIterator[pb.WatchResponse]:
         interval_ms = request.interval_ms or INTERVAL_MS
@@ -52,27 +70,84 @@ class PolicyServer(policy_pb2_grpc.PolicyServiceServicer):
             await asyncio.sleep(interval_ms / 1000)
 
     async def Explain(self, request: pb.ExplainRequest, context: Context) -> pb.ExplainResponse:
-        call = None
-        if request.tool_call_id:
-            meant = self._meant(request.tool_call_id)
-            if not meant:
-                await context.abort(
-                    grpc.StatusCode.NOT_FOUND, f"no tool call {request.tool_call_id}: `equipoise ps --all` lists them"
-                )
-            if len(meant) > 1:
-                await context.abort(
-                    grpc.StatusCode.INVALID_ARGUMENT,
-                    f"{len(meant)} tool calls are called {request.tool_call_id}...: give more of the id, or its end",
-                )
-            call = meant[0]
-        found = self._history.find(
-            max(1, min(request.limit or LIMIT, MOST)),
-            decision=DecisionId(request.decision_id) if request.decision_id else None,
+        """From memory first; where that has fewer than asked for, from the journal too."""
+        limit = max(1, min(request.limit or LIMIT, MOST))
+        call, call_id = await self._asked_call(request.tool_call_id, context)
+        found = []
+        if call is not None or not request.tool_call_id:
+            found = self._history.find(
+                limit,
+                decision=DecisionId(request.decision_id) if request.decision_id else None,
+                tool_call=call,
+                session=SessionId(request.session_id) if request.session_id else None,
+                tenant=TenantId(request.tenant_id) if request.tenant_id else None,
+            )
+        offset_ns = self._unix_ns() - self._now_ns()
+        made = [views.decision_view(told, offset_ns) for told in found]
+        if len(made) < limit:
+            made += await self._from_journal(request, call_id, limit, {view.decision_id for view in made})
+        return pb.ExplainResponse(decisions=made[:limit])
+
+    async def _asked_call(self, text: str, context: Context) -> tuple[ToolCall | None, ToolCallId | None]:
+        """The call that is meant, where it is remembered, and its id, where anybody knows it."""
+        if not text:
+            return None, None
+        meant = self._meant(text)
+        ids = [call.id for call in meant] or await self._ask_journal(archive.calls_ending, text)
+        if not ids:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"no tool call {text}: `equipoise ps --all` lists them")
+        if len(ids) > 1:
+            await context.abort(
+                grpc.StatusCode.INVALID_ARGUMENT,
+                f"{len(ids)} tool calls are called {text}...: give more of the id, or its end",
+            )
+        return next(iter(meant), None), ids[0]
+
+    async def _from_journal(
+        self, request: pb.ExplainRequest, call: ToolCallId | None, limit: int, known: set[str]
+    ) -> list[pb.DecisionView]:
+        past = await self._ask_journal(
+            archive.find,
+            limit + len(known),
+            decision=request.decision_id,
             tool_call=call,
-            session=SessionId(request.session_id) if request.session_id else None,
-            tenant=TenantId(request.tenant_id) if request.tenant_id else None,
+            session=request.session_id,
+            tenant=request.tenant_id,
         )
-        return pb.ExplainResponse(decisions=[views.decision_view(told) for told in found])
+        return [
+            views.decision_view(Told(each.decision, each.outcome), each.at_unix_ns - each.decision.at_ns)
+            for each in past
+            if each.decision.id not in known
+        ]
+
+    async def _ask_journal(self, ask: Callable[..., list[T]], *what: object, **narrow: object) -> list[T]:
+        """Beside the loop, since a disk may take its time; nothing where the journal can not be read."""
+        if self._effects.journal is None:
+            return []
+        try:
+            return await asyncio.to_thread(ask, self._effects.journal, *what, **narrow)
+        except JournalError as error:
+            log.warning("journal_not_read", error=error)
+            return []
+
+    async def WhyNot(self, request: pb.WhyNotRequest, context: Context) -> pb.WhyNotResponse:
+        snapshot, policy = self._loop.snapshot, self._loop.state.policy
+        session = next((s for s in snapshot.sessions if s.id == request.id), None)
+        if session is not None:
+            subject = f"session {session.id}, {session.phase.value}, KV {session.tier.value}"
+            return views.why_not_response(subject, why_not_session(snapshot, policy, session))
+        call, call_id = await self._asked_call(request.id, context)
+        if call is None:
+            await context.abort(
+                grpc.StatusCode.NOT_FOUND,
+                f"{call_id:016x} is of an earlier run: `equipoise explain` has what was decided",
+            )
+            raise AssertionError  # abort() does not come back
+        looks = why_not_call(snapshot, policy, call)
+        session = next((s for s in snapshot.sessions if s.id == call.session), None)
+        if session is not None and call.running:
+            looks += why_not_session(snapshot, policy, session)
+        return views.why_not_response(views.call_words(call, snapshot), looks)
 
     async def ListToolCalls(self, request: pb.ListToolCallsRequest, context: Context) -> pb.ListToolCallsResponse:
         state = self._loop.state
