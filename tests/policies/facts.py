@@ -10,6 +10,7 @@ from typing import Any
 
 from equipoise.policies.accounting import TurnCost
 from equipoise.policies.actions import Action, Decision, Outcome, OutcomeStatus
+from equipoise.policies.estimate import Estimates
 from equipoise.policies.events import (
     BudgetLevel,
     BudgetReached,
@@ -59,6 +60,14 @@ EVERY_DIRECTIVE = frozenset(
 ENGINE = EngineId("e1")
 ADA = SessionId("gold/ada")
 BYTES_PER_TOKEN = 1 << 10
+
+
+def learned(peak_mib: int, kind: str = "pytest", count: int = 20) -> Estimates:
+    """After so many calls of that kind and that peak."""
+    known = Estimates()
+    for _ in range(count):
+        known = known.observe(kind, NS_PER_S, peak_mib * MIB)
+    return known
 
 
 def ns(seconds: float) -> int:

@@ -9,7 +9,7 @@ from equipoise.policies.actions import Freeze, Grant, Kill, Thaw, Throttle, Wait
 from equipoise.policies.memory.ladder import Step, climb, subject
 from equipoise.policies.model import MIB, NS_PER_S, Host, KvTier, ToolCall, ToolCallId, ToolCallPhase
 from equipoise.policies.policy import Budget, CallClass, LadderRule, Measure, Policy, Rung
-from equipoise.tests.policies.facts import call, engine, host, ns, policy, sandbox, session, snapshot, stopped
+from equipoise.tests.policies.facts import call, engine, host, learned, ns, policy, sandbox, session, snapshot, stopped
 from equipoise.tests.policies.laws import decide_lawfully
 
 
@@ -96,7 +96,9 @@ def test_a_fresh_grant_counts_as_used() -> None:
     lately = call(2, used_mib=300, hard_mib=600, granted_ns=ns(0.5))
     assert done(1.0, stopped(used_mib=400), lately) == {1: "Wait"}
     assert done(1.0, stopped(used_mib=300), lately) == {1: "Wait"}, "300 + 600 are spoken for, 124 of 256 are free"
-    assert done(1.5, stopped(used_mib=400), lately) == {1: "Grant"}, "it has had its second"
+    known = learned(400)
+    assert done(1.0, stopped(used_mib=400), lately, estimates=known) == {1: "Wait"}
+    assert done(1.5, stopped(used_mib=400), lately, estimates=known) == {1: "Grant"}, "it has had its second"
 
 
 def test_a_fresh_grant_is_not_held_for_a_call_that_is_over_or_stands_again() -> None:
