@@ -7,8 +7,10 @@ the last decision about a session has them.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from .actions import Decision
 from .fairness import Share, shares
 from .memory.ladder import THROTTLE_AT_LEAST_RATIO
 from .model import MIB, NS_PER_S, KvTier, Session, SessionPhase, TenantId, ToolCall, ToolCallPhase
@@ -35,6 +37,29 @@ def why_not_call(snapshot: Snapshot, policy: Policy, call: ToolCall) -> tuple[Lo
         return (*looks, Look("the ladder", "all of its processes are gone: nothing is left to hold back"))
     by_tenant = shares(snapshot, policy)
     return (*looks, *(_ladder(rule, snapshot, policy, call, by_tenant) for rule in policy.memory.ladder))
+
+
+def budget_looks(policy: Policy, call: ToolCall) -> tuple[Look, ...]:
+    """Of a call whose time is long over: how near it came to its budget."""
+    return (_budget(policy, call),)
+
+
+def passed_over(call: ToolCall, decisions: Iterable[Decision]) -> tuple[Look, ...]:
+    """Decisions about others in which this call was a runner-up, or may have been: they know calls by kind and tenant.
+
+    One look a rule, the newest; `decisions` newest first, all of the call's time.
+    """
+    name = f"{call.kind} of {call.tenant}"
+    found: dict[str, Look] = {}
+    for decision in decisions:
+        if getattr(decision.action, "tool_call", call.id) == call.id or decision.rule in found:
+            continue
+        behind = next((c for c in decision.candidates[1:] if c.name.endswith(name)), None)
+        if behind is not None:
+            chosen = decision.candidates[0]
+            why = f"{decision.subject} was chosen: {chosen.name} {chosen.cost:.4g}, {behind.name} {behind.cost:.4g}"
+            found[decision.rule] = Look(decision.rule, why, decision.measurement, decision.threshold, decision.unit)
+    return tuple(found.values())
 
 
 def why_not_session(snapshot: Snapshot, policy: Policy, session: Session) -> tuple[Look, ...]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...policies.actions import Decision, Outcome
-from ...policies.model import ToolCallId
+from ...policies.model import ToolCall, ToolCallId
 from .journal import JournalReader, Run
 
 
@@ -41,6 +41,18 @@ def find(
         runs = {run.id: run for run in reader.runs()}
         found = reader.find_decisions(limit, decision=decision, tool_call=tool_call, session=session, tenant=tenant)
         return [Past(made, came, runs[run]) for run, made, came in found if run in runs]
+
+
+def call_and_time(journal: Path, call: ToolCallId) -> list[tuple[ToolCall, list[Decision]]]:
+    """A call as it was last written down, and all that its run decided while it ran, newest first. Raises JournalError.
+
+    One pair, or none where no run knows it.
+    """
+    with JournalReader(journal) as reader:
+        known = reader.tool_call(call)
+        if known is None:
+            return []
+        return [(known, reader.decisions_while(known))]
 
 
 def calls_ending(journal: Path, text: str) -> list[ToolCallId]:

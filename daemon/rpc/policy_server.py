@@ -12,7 +12,7 @@ from typing import Any, TypeAlias, TypeVar
 import grpc
 
 from ...policies.model import DecisionId, SessionId, TenantId, ToolCall, ToolCallId
-from ...policies.whynot import why_not_call, why_not_session
+from ...policies.whynot import budget_looks, passed_over, why_not_call, why_not_session
 from .. import log
 from ..api.v1 import policy_pb2 as pb
 from ..api.v1 import policy_pb2_grpc
@@ -56,8 +56,8 @@ class PolicyServer(policy_pb2_grpc.PolicyServiceServicer):
         self._loop = loop
         self._history = history
         self._effects = effects
-        self._now_ns = now_ns
-        self._unix_ns = unix_ns
+        self._unix_offset_ns = unix_ns() - now_ns()
+        """Of this boot. Taken once, so that a decision was always made at the same time of day."""
 
     async def Watch(self, request: pb.WatchRequest, context: Context) -> AsyncIterator[pb.WatchResponse]:
         interval_ms = request.interval_ms or INTERVAL_MS
@@ -82,8 +82,7 @@ class PolicyServer(policy_pb2_grpc.PolicyServiceServicer):
                 session=SessionId(request.session_id) if request.session_id else None,
                 tenant=TenantId(request.tenant_id) if request.tenant_id else None,
             )
-        offset_ns = self._unix_ns() - self._now_ns()
-        made = [views.decision_view(told, offset_ns) for told in found]
+        made = [views.decision_view(told, self._unix_offset_ns) for told in found]
         if len(made) < limit:
             made += await self._from_journal(request, call_id, limit, {view.decision_id for view in made})
         return pb.ExplainResponse(decisions=made[:limit])
@@ -138,16 +137,22 @@ class PolicyServer(policy_pb2_grpc.PolicyServiceServicer):
             return views.why_not_response(subject, why_not_session(snapshot, policy, session))
         call, call_id = await self._asked_call(request.id, context)
         if call is None:
-            await context.abort(
-                grpc.StatusCode.NOT_FOUND,
-                f"{call_id:016x} is of an earlier run: `equipoise explain` has what was decided",
-            )
-            raise AssertionError  # abort() does not come back
-        looks = why_not_call(snapshot, policy, call)
+            return await self._why_not_then(call_id, context)
+        looks = why_not_call(snapshot, policy, call) + passed_over(call, self._history.while_ran(call))
         session = next((s for s in snapshot.sessions if s.id == call.session), None)
         if session is not None and call.running:
             looks += why_not_session(snapshot, policy, session)
         return views.why_not_response(views.call_words(call, snapshot), looks)
+
+    async def _why_not_then(self, call_id: ToolCallId | None, context: Context) -> pb.WhyNotResponse:
+        """Of a call that only the journal knows: what its run passed over."""
+        found = await self._ask_journal(archive.call_and_time, call_id)
+        if not found:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "the journal knows its id and no more of it")
+        (call, decisions) = found[0]
+        snapshot = self._loop.snapshot
+        looks = (*budget_looks(self._loop.state.policy, call), *passed_over(call, decisions))
+        return views.why_not_response(f"{views.call_words(call, snapshot)}, of an earlier run", looks)
 
     async def ListToolCalls(self, request: pb.ListToolCallsRequest, context: Context) -> pb.ListToolCallsResponse:
         state = self._loop.state

@@ -7,7 +7,7 @@ has ended is answered like the call itself: its phase says ENDED, `stopped_ns` t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..actions import Action, Candidate, Freeze, Grant, Kill, Thaw, Throttle, Wait
 from ..fairness import Share, serve_order, shares
@@ -88,9 +88,16 @@ def _answer_stopped(snapshot: Snapshot, policy: Policy, by_tenant: dict[TenantId
         standing = [c for c in standing if c.id != payer.id]
     used = snapshot.tool_used_bytes() - freed
     for call, hard in granted:
-        steps.append(_grant(call, hard, used, pool, policy))
+        steps.append(_in_line(_grant(call, hard, used, pool, policy), standing))
         used += max(0, hard - call.used_bytes)
-    return steps + [_wait(c, first, left, snapshot, policy) for c in unmet if c.waiting_until_ns is None]
+    asked = [c for c in unmet if c.waiting_until_ns is None]
+    return steps + [_in_line(_wait(c, first, left, snapshot, policy), standing) for c in asked]
+
+
+def _in_line(step: Step, standing: list[ToolCall]) -> Step:
+    """With whom it was weighed against: all that stand, at their places in the order in which they are served."""
+    line = [(c.id != step.call.id, Candidate(f"serve {c.kind} of {c.tenant}", n)) for n, c in enumerate(standing, 1)]
+    return replace(step, candidates=tuple(each for _, each in sorted(line, key=lambda placed: placed[0])))
 
 
 def _room_bytes(snapshot: Snapshot, pool: int) -> int:

@@ -208,6 +208,12 @@ def test_a_budget_given_in_part_is_completed_sensibly() -> None:
     assert large.max_bytes == 8 << 30, "the largest is never below the first"
 
 
+def test_the_documents_that_the_readme_shows_are_read() -> None:
+    readme = (Path(policies.__file__).parent / "README.md").read_text()
+    shown = re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL)
+    assert [parse_policy(yaml.safe_load(text)).name for text in shown] == ["site"]
+
+
 # -- what is refused
 
 

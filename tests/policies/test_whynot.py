@@ -8,7 +8,7 @@ from typing import Any
 from equipoise.policies.decide import decide
 from equipoise.policies.model import KvTier, Session, SessionPhase, ToolCall, ToolCallPhase, Verdict
 from equipoise.policies.policy import LadderRule, Measure, Mode, Policy
-from equipoise.policies.whynot import Look, why_not_call, why_not_session
+from equipoise.policies.whynot import Look, passed_over, why_not_call, why_not_session
 from equipoise.tests.policies.facts import ADA, call, engine, ns, policy, session, snapshot
 
 RULE = "tool pool above 0.90 for 2s: throttle"
@@ -63,6 +63,17 @@ def test_what_is_next_by_its_look_is_what_is_decided() -> None:
     assert made.action.tool_call == other.id  # type: ignore[union-attr]  # a throttle
     assert {look.rule: look.why for look in why_not_call(seen, policy(), other)}[RULE] == "it is next"
     assert "goes before it" in looks(of, other, pressure_since_ns=0)[RULE].why
+
+
+def test_whoever_was_passed_over_is_told_who_was_chosen_and_at_what_cost() -> None:
+    of, other = call(1, "gold", used_mib=300), call(2, "silver", used_mib=650)
+    made = decide(snapshot(5.0, policy(), tool_calls=(of, other), pressure_since_ns=0), policy())
+    (look,) = passed_over(of, made)
+    assert (look.rule, look.threshold) == ("tool pool above 0.90 for 2s", 0.9)
+    assert look.why.startswith("silver pytest was chosen: throttle pytest of silver -0.6")
+    assert ", throttle pytest of gold -0.2" in look.why
+    assert passed_over(other, made) == ()
+    assert passed_over(call(3, "gold", kind="cc"), made) == ()
 
 
 def test_a_budget_says_how_near_it_came() -> None:

@@ -176,6 +176,19 @@ class JournalReader:
         made = [(run, self._decode(Decision, body)) for run, body in rows]
         return [(run, each, self._newest_outcome(run, each.id)) for run, each in made]
 
+    def decisions_while(self, call: ToolCall, limit: int = 1000) -> list[Decision]:
+        """What the runs of its boot decided from its start to its end, newest first."""
+        boot = "SELECT boot_id FROM runs WHERE id = (SELECT max(run) FROM tool_calls WHERE id = ?)"
+        rows = self._rows(
+            f"SELECT body FROM decisions WHERE run IN (SELECT id FROM runs WHERE boot_id = ({boot})) AND at_ns >= ? "
+            "AND at_ns <= ? ORDER BY at_ns DESC LIMIT ?",
+            f"{call.id:016x}",
+            call.start_ns,
+            call.end_ns if call.end_ns is not None else 2**62,
+            limit,
+        )
+        return [self._decode(Decision, body) for (body,) in rows]
+
     def tool_call_ids(self, text: str) -> list[ToolCallId]:
         """Those that begin or end with these hex digits."""
         if not text or text.strip("0123456789abcdefABCDEF"):

@@ -54,8 +54,9 @@ def test_what_was_decided_before_a_reboot_is_read_from_the_journal(daemon: Runni
     after = said(daemon, "explain", call[-8:]).splitlines()
     assert after[1:] == before[1:]
     assert after[0].rpartition(", ")[0] == before[0].rpartition(", ")[0], "by the wall clock of then"
-    refused = daemon.cli("why-not", call, "--socket", str(daemon.socket))
-    assert refused.returncode == 1 and "is of an earlier run: `equipoise explain`" in refused.stderr
+    subject, budget = said(daemon, "why-not", call).splitlines()
+    assert subject.endswith("of 128 MiB, of an earlier run")
+    assert "tool call at its budget" in budget and "against 128 MiB" in budget
 
 
 def test_a_call_that_was_left_alone_says_what_stopped_each_rule(daemon: RunningDaemon) -> None:

@@ -244,6 +244,15 @@ def test_memory_of_a_call_that_ends_at_the_largest_budget_serves_the_others() ->
     assert done(1.0, runaway, modest, of=policy(pool_mib=1524)) == {1: "Kill", 2: "Grant"}
 
 
+def test_an_answer_names_all_that_stand_in_the_order_in_which_they_are_served() -> None:
+    calls = (stopped(1, "gold", used_mib=300), stopped(2, "silver", used_mib=400), call(3, "silver", used_mib=200))
+    made = {int(step.call.id): [(c.name, c.cost) for c in step.candidates] for step in steps(0.0, *calls)}
+    assert made == {
+        1: [("serve pytest of gold", 1), ("serve pytest of silver", 2)],
+        2: [("serve pytest of silver", 2), ("serve pytest of gold", 1)],
+    }
+
+
 # -- lasting pressure
 
 
