@@ -38,7 +38,7 @@ from ..policies.model import ToolCall, ToolCallId, ToolCallPhase
 from ..policies.snapshot import Snapshot
 from ..policies.state import State
 
-TIER = "none: dry run"
+TIER = "none"
 
 
 class Rehearsal:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import time
 from collections.abc import Callable, Coroutine
@@ -92,16 +93,36 @@ def run(config: Config) -> int:
 
 async def _run(config: Config) -> int:
     stop = asyncio.Event()
+    running, began_at_a_terminal = asyncio.get_running_loop(), _has_terminal()
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        running.add_signal_handler(number, stop.set)
+    running.add_signal_handler(signal.SIGHUP, lambda: None)  # what it would have us read is read at the start
     async with contextlib.AsyncExitStack() as parts:
         status = await start(config, parts)
+
+        def on_hangup() -> None:
+            """Read the policy again; but where it means that the terminal we run in has been closed, end with it."""
+            if began_at_a_terminal and not _has_terminal():
+                stop.set()
+            else:
+                status.policy.on_hangup()
+
+        running.add_signal_handler(signal.SIGHUP, on_hangup)
         notify.ready(status.summary())
         host = status.host
         log.event("ready", socket=str(config.socket), probes=host.probe_backend, cgroups=host.cgroup_layout)
         await stop.wait()
         notify.stopping()
     return 0
+
+
+def _has_terminal() -> bool:
+    """Whether our session has a controlling terminal, see tty(4)."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
 
 
 async def start(config: Config, parts: contextlib.AsyncExitStack) -> Status:
@@ -156,7 +177,6 @@ async def start(config: Config, parts: contextlib.AsyncExitStack) -> Status:
         work.append(status.engine.run())
     for each in work:
         _task(each, parts)
-    _on_hangup(policy.on_hangup, parts)
     return status
 
 
@@ -405,12 +425,6 @@ def _gpu_memory(host: Host, parts: contextlib.AsyncExitStack) -> Callable[[], tu
         return (sum(g.total_bytes for g in gpus), sum(g.used_bytes for g in gpus)) if gpus else None
 
     return memory
-
-
-def _on_hangup(reload: Callable[[], None], parts: contextlib.AsyncExitStack) -> None:
-    running = asyncio.get_running_loop()
-    running.add_signal_handler(signal.SIGHUP, reload)
-    parts.callback(running.remove_signal_handler, signal.SIGHUP)
 
 
 def _task(work: Coroutine[None, None, None], parts: contextlib.AsyncExitStack) -> None:

@@ -80,7 +80,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     apply.add_argument("policy", nargs="*", metavar="POLICY")
     apply.add_argument("--check", action="store_true", help="change nothing")
     apply.add_argument("--json", action="store_true", help="one JSON object")
-    _add(actions, "schema", _schema, "print the JSON Schema of a policy document", "equipoise policy schema > s.json")
+    _add(
+        actions,
+        "schema",
+        _schema,
+        "print the JSON Schema of a policy document",
+        "equipoise policy schema > equipoise.schema.json    then, in the first line of a policy:",
+        "# yaml-language-server: $schema=equipoise.schema.json",
+    )
     for each in (show, diff, apply):
         client.add_socket_argument(each)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,6 +42,7 @@ def test_an_edited_file_is_in_force_by_itself_and_a_broken_one_is_not(daemon: Ru
     (said,) = daemon.status().policy_refused
     assert said == f"{daemon.policy}:7:99: spec.memory.maxWait: a bare number has no unit; write it as `10s`"
     assert "policy_refused" in daemon.said() and said in daemon.said()
+    assert "the policy's files" in daemon.cli("doctor").stdout
     shown = daemon.cli("policy", "show", "--running", "--socket", str(daemon.socket))
     assert shown.stderr == f"equipoise: not in force: {said}\n" and "{name: second}" in shown.stdout
     assert shown.stdout.startswith(f"# from {daemon.policy}\n")
@@ -58,6 +60,31 @@ def test_sighup_has_the_files_read_at_once(daemon: RunningDaemon) -> None:
     eventually(lambda: named(daemon, "second"))
     assert "why=SIGHUP" in daemon.said() or 'why="its files have changed"' in daemon.said()
     assert daemon.process.poll() is None
+
+
+def test_a_daemon_in_a_terminal_reads_on_sighup_and_ends_with_its_terminal(tmp_path: Path) -> None:
+    master, slave = os.openpty()
+    name = os.ttyname(slave)
+    os.close(slave)
+
+    def take_terminal() -> None:
+        os.setsid()
+        os.close(os.open(name, os.O_RDWR))  # the first one that a session's leader opens is its terminal
+
+    daemon = RunningDaemon(tmp_path)
+    try:
+        daemon.start(preexec_fn=take_terminal)
+        assert daemon.process is not None
+        daemon.policy.write_text(daemon.policy.read_text().replace("name: test", "name: second"))
+        daemon.process.send_signal(signal.SIGHUP)
+        eventually(lambda: named(daemon, "second"))
+        os.close(master)
+        master = -1
+        assert daemon.process.wait(20) == 0
+    finally:
+        if master != -1:
+            os.close(master)
+        daemon.close()
 
 
 def test_a_policy_is_applied_by_command_whole_or_not_at_all(daemon: RunningDaemon, tmp_path: Path) -> None:
