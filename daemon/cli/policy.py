@@ -178,6 +178,8 @@ def _apply(arguments: argparse.Namespace) -> int:
     if arguments.check and not arguments.policy:
         raise CommandError("check what? equipoise policy apply --check POLICY")
     texts = Sources(arguments.policy).texts() if arguments.policy else ()
+    if texts:
+        policy_of(texts)  # here: everything that is wrong, where an answer of the daemon has room for the first lines
     answered = client.apply_policy(
         arguments.socket, [(text.name, text.text) for text in texts], only_check=arguments.check
     )

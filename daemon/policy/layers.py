@@ -18,6 +18,9 @@ from ...policies.policy import Policy
 from ..errors import PolicyError, PolicyProblem
 from .places import Path, Place, Read, read
 
+MOST_CHARACTERS = 1 << 18
+"""Of all layers: read in a fraction of a second, in which nobody else is answered."""
+
 
 @dataclass(frozen=True, slots=True)
 class Text:
@@ -30,6 +33,9 @@ class Text:
 
 def policy_of(layers: Sequence[Text]) -> Policy:
     """The policy of these texts, the last over the others. Raises PolicyError with all that is wrong, a line each."""
+    if (size := sum(len(layer.text) for layer in layers)) > MOST_CHARACTERS:
+        problem = f"{size} characters of policy are more than {MOST_CHARACTERS}: leave out what no policy needs"
+        raise PolicyError(PolicyProblem(layers[0].name, problem))
     reads = [read(layer.text, layer.name) for layer in layers]
     wrong = [_said(where, problem) for each in reads for where, problem in each.wrong]
     if any(isinstance(problem, str) for each in reads for _, problem in each.wrong):

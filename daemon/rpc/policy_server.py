@@ -181,7 +181,7 @@ class PolicyServer(policy_pb2_grpc.PolicyServiceServicer):
         try:
             changed = keeper.apply(texts, only_check=request.only_check) if texts else keeper.reload("asked for by rpc")
         except PolicyError as error:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, _shortened(error.lines))
             raise
         self._effects.settle()
         return pb.ApplyPolicyResponse(changes=changed, policy_name=keeper.in_force.policy.name)
@@ -201,3 +201,17 @@ class PolicyServer(policy_pb2_grpc.PolicyServiceServicer):
         return [c for c in calls.values() if words.tool_call_hex(c.id).startswith(text.lower())] or [
             c for c in calls.values() if words.tool_call_hex(c.id).endswith(text.lower())
         ]
+
+
+_DETAILS_CHARACTERS = 4000
+"""gRPC carries an error's words in a header, of which a client takes 8 KiB."""
+
+
+def _shortened(lines: list[str]) -> str:
+    """As many lines as fit, and how many more there are."""
+    kept: list[str] = []
+    for line in lines:
+        if sum(map(len, kept)) + len(line) > _DETAILS_CHARACTERS:
+            return "\n".join([*kept, f"and {len(lines) - len(kept)} more: `equipoise policy check` has them all"])
+        kept.append(line)
+    return "\n".join(kept)

@@ -19,6 +19,8 @@ from equipoise.policies.model import MIB, NS_PER_S, ToolCallId, ToolCallPhase
 from equipoise.policies.policy import Budget, CallClass, Mode, Policy
 from equipoise.policies.state import State
 from equipoise.tests.policies.facts import ended, host_sampled, ns, policy, sandbox, started, stepped
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 
 class Bench:
@@ -144,3 +146,44 @@ def test_a_policy_that_enforces_ends_the_dry_run_and_one_that_does_not_begins_it
     bench.go(PolicyApplied(ns(3.0), policy()), at_s=3.0)
     bench.go(stepped(3.1, 640), at_s=3.1)
     assert bench.kinds() == ["Grant"] and not bench.would_be()
+
+
+@st.composite
+def happenings(draw: st.DrawFn) -> list[tuple[float, Event | str]]:
+    """What up to four calls do in a minute, with changes of the policy in between, in the order of time."""
+    found: list[tuple[float, Event | str]] = []
+    for id in range(1, draw(st.integers(1, 4)) + 1):
+        begin_s = draw(st.floats(1, 20))
+        found.append((begin_s, started(begin_s, id=id, exempt=draw(st.booleans()))))
+        for after_s in sorted(draw(st.lists(st.floats(0.1, 30), max_size=8))):
+            found.append((begin_s + after_s, stepped(begin_s + after_s, draw(st.integers(0, 2000)), id=id)))
+        if draw(st.booleans()):
+            found += [(52.0, ended(52.0, id=id)), (53.0, ProcessesGone(ns(53.0), ToolCallId(id)))]
+    found += [
+        (at_s, draw(st.sampled_from(("enforce", "observe", "dry-run"))))
+        for at_s in draw(st.lists(st.floats(5, 50), max_size=2))
+    ]
+    return sorted(found, key=lambda each: each[0])
+
+
+@settings(max_examples=150, deadline=None)
+@given(happenings(), st.integers(1, 10))
+def test_whatever_happens_a_dry_run_does_nothing_and_its_books_hold(
+    story: list[tuple[float, Event | str]], wait_s: int
+) -> None:
+    bench = Bench(dry(wait_ns=wait_s * NS_PER_S))
+    for at_s, what in story:
+        mode = bench.state.policy.mode
+        acted = len(bench.acted)
+        if isinstance(what, str):
+            bench.go(PolicyApplied(ns(at_s), replace(bench.state.policy, mode=Mode(what))), at_s=at_s)
+            continue
+        bench.go(what, at_s=at_s)
+        assert mode is Mode.ENFORCE or len(bench.acted) == acted
+        bench.state.check_integrity()
+        if rehearsal := bench.loop._rehearsal:
+            rehearsal.state.check_integrity()
+            for call in rehearsal.state.tool_calls.values():
+                assert call.stopped_ns is None or not call.exempt
+        if not bench.acted:
+            assert all(c.phase in (ToolCallPhase.RUNNING, ToolCallPhase.ENDED) for c in bench.state.tool_calls.values())

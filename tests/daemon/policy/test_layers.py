@@ -86,6 +86,11 @@ def test_deep_and_swollen_texts_are_refused_and_do_no_harm() -> None:
     assert any(f"more than {MOST_VALUES} values" in line for line in lines(bomb))
 
 
+def test_a_policy_larger_than_any_is_refused_before_it_is_read() -> None:
+    (line,) = lines(HEAD, "#" * (1 << 18))
+    assert line.startswith(f"a.yaml: {len(HEAD) + (1 << 18)} characters of policy are more than 262144")
+
+
 def test_aliases_and_merges_mean_what_they_mean_elsewhere() -> None:
     text = "x: &x {a: 1, b: [1, 2]}\ny: {<<: *x, a: 3}\nz: {<<: [{a: 5}, *x]}\nw: *x\n"
     assert read(text, "a.yaml").value == yaml.safe_load(text)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import pytest
+from equipoise.daemon.api.v1 import policy_pb2
 from equipoise.tests.fixtures.running_daemon import MIB, RunningDaemon, eventually, grow, with_probes
 
 pytestmark = [pytest.mark.kernel, pytest.mark.slow]
@@ -105,6 +108,12 @@ def test_a_policy_is_applied_by_command_whole_or_not_at_all(daemon: RunningDaemo
         f"equipoise: {over}:1:33: spec.tenants.gold.weight: must be a number above 0 and at most 1000, found 0\n"
     )
     assert daemon.watch().tenants[0].weight == 8
+    request = policy_pb2.ApplyPolicyRequest()
+    request.texts.add(name="huge", text="spec:\n" + "".join(f"  key{n}: 1\n" for n in range(5000)))
+    with pytest.raises(grpc.RpcError) as caught:
+        daemon.policies.ApplyPolicy(request, timeout=10)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert re.search(r"\nand 4\d\d\d more: `equipoise policy check`", caught.value.details() or "")
     assert daemon.cli("policy", "apply", "--socket", str(daemon.socket)).returncode == 0
     assert daemon.watch().tenants[0].weight == 2, "its own files again"
 
