@@ -64,12 +64,12 @@ def _events_lost(picture: Picture, event: EventsLost) -> None:
 
 def watch_pressure(picture: Picture, now_ns: int) -> None:
     """A rule of the ladder presses from above its upper mark until its measure is below the lower one."""
-    pool = picture.policy.memory.pool_bytes(picture.host.memory_total_bytes)
+    pool, used = picture.policy.memory.pool_bytes(picture.host.memory_total_bytes), _tool_used_bytes(picture)
     pressed = {}
     for rule in picture.policy.memory.ladder:
         since_ns = picture._pressed.get(rule)
         mark = rule.above_ratio if since_ns is None else rule.below_ratio
-        measured = rule.measure.of(_tool_used_bytes(picture), pool, picture.host)
+        measured = rule.measure.of(used, pool, picture.host)
         if measured is not None and measured >= mark:
             pressed[rule] = now_ns if since_ns is None else since_ns
     picture._pressed = pressed
