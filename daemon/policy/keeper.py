@@ -19,7 +19,7 @@ from ..errors import PolicyError
 from .layers import Text, policy_of
 from .sources import Sources, Stamp
 
-LOOK_S = 0.5
+LOOK_S = 0.3
 """Between two looks at the files. A file must look the same twice: it may be in the middle of being written."""
 
 

@@ -130,6 +130,10 @@ class PolicyServer(policy_pb2_grpc.PolicyServiceServicer):
             return []
 
     async def WhyNot(self, request: pb.WhyNotRequest, context: Context) -> pb.WhyNotResponse:
+        if not request.id:
+            await context.abort(
+                grpc.StatusCode.INVALID_ARGUMENT, "why not what? give the id of a tool call or a session"
+            )
         snapshot, policy = self._loop.snapshot, self._loop.state.policy
         session = next((s for s in snapshot.sessions if s.id == request.id), None)
         if session is not None:

@@ -87,8 +87,8 @@ def test_deep_and_swollen_texts_are_refused_and_do_no_harm() -> None:
 
 
 def test_a_policy_larger_than_any_is_refused_before_it_is_read() -> None:
-    (line,) = lines(HEAD, "#" * (1 << 18))
-    assert line.startswith(f"a.yaml: {len(HEAD) + (1 << 18)} characters of policy are more than 262144")
+    (line,) = lines(HEAD, "#" * (1 << 17))
+    assert line.startswith(f"a.yaml: {len(HEAD) + (1 << 17)} characters of policy are more than 131072")
 
 
 def test_aliases_and_merges_mean_what_they_mean_elsewhere() -> None:
