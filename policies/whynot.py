@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from .actions import Decision
 from .fairness import Share, shares
-from .memory.ladder import THROTTLE_AT_LEAST_RATIO
+from .memory.ladder import THROTTLE_AT_LEAST_RATIO, has_run_for_it
 from .model import MIB, NS_PER_S, KvTier, Session, SessionPhase, TenantId, ToolCall, ToolCallPhase
 from .policy import LadderRule, Mode, Policy
 from .snapshot import Snapshot
@@ -124,6 +124,9 @@ def _ladder(
         return Look(name, why, *figures)
     if (own := _spared(call, pool)) is not None:
         return Look(name, own, *figures)
+    if not has_run_for_it(rule, call, snapshot):
+        ran_s, lasting_s = (snapshot.now_ns - call.phase_since_ns) / NS_PER_S, rule.lasting_ns / NS_PER_S
+        return Look(name, "it must first run for as long as a freeze lasts", ran_s, lasting_s, "s")
     others = [c for c in snapshot.tool_calls if c.id != call.id and c.gone_ns is None and _spared(c, pool) is None]
     share = by_tenant[call.tenant].weighted
     ahead = [c for c in others if (by_tenant[c.tenant].weighted, c.used_bytes) > (share, call.used_bytes)]

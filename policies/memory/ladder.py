@@ -304,7 +304,9 @@ def _relieve(snapshot: Snapshot, policy: Policy, by_tenant: dict[TenantId, Share
     steps = [step for rung in Rung for step in _let_go(rung, snapshot, policy, pool)]
     for rule, since_ns in snapshot.pressed:
         about = {step.call.id for step in steps}
-        candidates = [c for c in _can_be_held_back(snapshot, pool) if c.id not in about]
+        candidates = [
+            c for c in _can_be_held_back(snapshot, pool) if c.id not in about and has_run_for_it(rule, c, snapshot)
+        ]
         candidates.sort(key=lambda c: _pays_first(c, by_tenant))
         if candidates and _is_due(rule, since_ns, snapshot):
             steps.append(_hold_back(rule, candidates, by_tenant, snapshot, pool))
@@ -349,6 +351,11 @@ def _can_be_held_back(snapshot: Snapshot, pool: int) -> list[ToolCall]:
         and not c.exempt
         and c.used_bytes >= THROTTLE_AT_LEAST_RATIO * pool
     ]
+
+
+def has_run_for_it(rule: LadderRule, call: ToolCall, snapshot: Snapshot) -> bool:
+    """What is frozen gets nowhere: it must have run as long before, or it would never end while the pressure lasts."""
+    return rule.rung is not Rung.FREEZE or snapshot.now_ns - call.phase_since_ns >= rule.lasting_ns
 
 
 def _hold_back(

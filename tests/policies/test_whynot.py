@@ -7,7 +7,7 @@ from typing import Any
 
 from equipoise.policies.decide import decide
 from equipoise.policies.model import KvTier, Session, SessionPhase, ToolCall, ToolCallPhase, Verdict
-from equipoise.policies.policy import LadderRule, Measure, Mode, Policy
+from equipoise.policies.policy import LadderRule, Measure, Mode, Policy, Rung
 from equipoise.policies.whynot import Look, passed_over, why_not_call, why_not_session
 from equipoise.tests.policies.facts import ADA, call, engine, ns, policy, session, snapshot
 
@@ -54,6 +54,14 @@ def test_each_thing_that_spares_a_call_is_named() -> None:
     waits = policy(ladder=(LadderRule(Measure.MEMORY_PRESSURE),))
     (_, look) = looks(call(1), by=waits).values()
     assert look.why == "memory pressure is not measured on this host"
+
+
+def test_a_call_that_has_just_been_frozen_must_run_first() -> None:
+    by = policy(ladder=(LadderRule(rung=Rung.FREEZE),))
+    look = looks(call(1, used_mib=950, phase_since_ns=ns(3)), by=by, pressure_since_ns=0)[
+        f"{by.memory.ladder[0].words}: freeze"
+    ]
+    assert look == Look(look.rule, "it must first run for as long as a freeze lasts", 2, 5, "s")
 
 
 def test_what_is_next_by_its_look_is_what_is_decided() -> None:

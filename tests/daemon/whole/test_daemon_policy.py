@@ -12,7 +12,7 @@ from pathlib import Path
 import grpc
 import pytest
 from equipoise.daemon.api.v1 import policy_pb2
-from equipoise.tests.fixtures.running_daemon import MIB, RunningDaemon, eventually, grow, with_probes
+from equipoise.tests.fixtures.running_daemon import CLI, MIB, RunningDaemon, eventually, grow, with_probes
 
 pytestmark = [pytest.mark.kernel, pytest.mark.slow]
 DOCUMENT = """apiVersion: equipoise/v1
@@ -140,6 +140,22 @@ def test_what_stands_at_its_budget_goes_on_when_the_policy_only_observes(daemon:
     daemon.policy.write_text(NARROW.replace("mode: enforce", "mode: observe"))
     assert second.result().returncode == 0
     assert daemon.status().policy_mode == "observe"
+
+
+def test_a_rule_that_freezes_does_so_in_turns_and_the_agent_is_told(daemon: RunningDaemon) -> None:
+    rule = "{when: tool pool above 40% for 0s, until: below 10%, do: freeze for 500ms}"
+    narrow = DOCUMENT.replace("toolPool: 1GiB", f"ladder: [{rule}], toolPool: 128MiB")
+    daemon.policy.write_text(narrow)
+    eventually(lambda: daemon.watch().host.tool_pool_bytes == 128 * MIB)
+    agent = daemon.agent("gold", "frozen")
+    code = "end = time.monotonic() + 3\nwhile time.monotonic() < end: time.sleep(0.01)\nprint('through')  # frozen"
+    done = agent.call(*CLI, "tool", "--", *grow(56, code))
+    assert done.returncode == 0 and "through" in done.stdout
+    assert "was frozen for a while because memory was short" in done.stderr
+    call = daemon.tool_calls("# frozen")[0]
+    frozen = [d for d in daemon.decisions(call.tool_call_id) if d.action == "freeze"]
+    assert frozen and frozen[0].rule == "tool pool above 0.40 for 0s"
+    assert 0 < call.stalled_ns < 0.7 * (call.end_ns - call.start_ns), "it runs as long as it stands"
 
 
 def test_a_dry_run_is_marked_in_ps_explain_and_journal(daemon: RunningDaemon) -> None:

@@ -299,12 +299,20 @@ def test_throttled_calls_stay_slow_between_the_marks() -> None:
 def test_a_rule_may_freeze_and_holds_back_another_call_than_the_rules_before_it() -> None:
     rules = (LadderRule(), LadderRule(Measure.HOST_MEMORY, rung=Rung.FREEZE, lasting_ns=3 * NS_PER_S))
     of = policy(ladder=rules)
-    made = steps(2.0, call(1, used_mib=500), call(2, used_mib=450), of=of, pressure_since_ns=0)
+    made = steps(4.0, call(1, used_mib=500), call(2, used_mib=450), of=of, pressure_since_ns=0)
     assert [step.action for step in made] == [
-        Throttle(ToolCallId(1), 500 * MIB, 0.2, ns(7)),
-        Freeze(ToolCallId(2), ns(5)),
+        Throttle(ToolCallId(1), 500 * MIB, 0.2, ns(9)),
+        Freeze(ToolCallId(2), ns(7)),
     ]
     assert [step.rule for step in made] == ["tool pool above 0.90 for 2s", "host memory above 0.90 for 2s"]
+
+
+def test_a_call_is_frozen_again_only_after_it_has_run_as_long_as_it_stood() -> None:
+    of = policy(ladder=(LadderRule(for_ns=0, rung=Rung.FREEZE, lasting_ns=3 * NS_PER_S),))
+    went_on = call(1, used_mib=950, phase_since_ns=ns(10))
+    assert pressed(12.9, went_on, of=of) == {}
+    assert pressed(13.0, went_on, of=of) == {1: "Freeze"}
+    assert pressed(12.9, went_on, call(2, used_mib=50), of=of) == {2: "Freeze"}, "meanwhile it is another's turn"
 
 
 def test_what_is_frozen_goes_on_when_no_rule_that_freezes_presses() -> None:
