@@ -70,6 +70,8 @@ class Rehearsal:
             self.state.apply(event)
             if isinstance(event, PolicyApplied):
                 self._give_budgets(event.at_ns)
+            elif isinstance(event, ProcessesGone):
+                self._held.pop(self.state.resolve(event.id), None)
 
     def snapshot(self, now_ns: int) -> Snapshot:
         """What is to be decided on."""

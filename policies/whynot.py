@@ -39,6 +39,16 @@ def why_not_call(snapshot: Snapshot, policy: Policy, call: ToolCall) -> tuple[Lo
     return (*looks, *(_ladder(rule, snapshot, policy, call, by_tenant) for rule in policy.memory.ladder))
 
 
+def last_weighed(decisions: Iterable[Decision], now_ns: int) -> tuple[Look, ...]:
+    """The newest decision about a session in which places were weighed: what each would have cost. Newest first."""
+    made = next((decision for decision in decisions if decision.candidates), None)
+    if made is None:
+        return ()
+    costs = ", ".join(f"{c.name} {c.cost:.4g}" for c in made.candidates)
+    why = f"{(now_ns - made.at_ns) / NS_PER_S:.1f} s ago {made.rule}: {costs}"
+    return (Look("what it was last weighed at", why, made.measurement, made.threshold, made.unit),)
+
+
 def budget_looks(policy: Policy, call: ToolCall) -> tuple[Look, ...]:
     """Of a call whose time is long over: how near it came to its budget."""
     return (_budget(policy, call),)

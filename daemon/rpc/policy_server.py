@@ -11,8 +11,8 @@ from typing import Any, TypeAlias, TypeVar
 
 import grpc
 
-from ...policies.model import DecisionId, SessionId, TenantId, ToolCall, ToolCallId
-from ...policies.whynot import budget_looks, passed_over, why_not_call, why_not_session
+from ...policies.model import DecisionId, Session, SessionId, TenantId, ToolCall, ToolCallId
+from ...policies.whynot import Look, budget_looks, last_weighed, passed_over, why_not_call, why_not_session
 from .. import log
 from ..api.v1 import policy_pb2 as pb
 from ..api.v1 import policy_pb2_grpc
@@ -138,15 +138,20 @@ class PolicyServer(policy_pb2_grpc.PolicyServiceServicer):
         session = next((s for s in snapshot.sessions if s.id == request.id), None)
         if session is not None:
             subject = f"session {session.id}, {session.phase.value}, KV {session.tier.value}"
-            return views.why_not_response(subject, why_not_session(snapshot, policy, session))
+            return views.why_not_response(subject, self._why_not_session(session))
         call, call_id = await self._asked_call(request.id, context)
         if call is None:
             return await self._why_not_then(call_id, context)
         looks = why_not_call(snapshot, policy, call) + passed_over(call, self._history.while_ran(call))
         session = next((s for s in snapshot.sessions if s.id == call.session), None)
         if session is not None and call.running:
-            looks += why_not_session(snapshot, policy, session)
+            looks += self._why_not_session(session)
         return views.why_not_response(views.call_words(call, snapshot), looks)
+
+    def _why_not_session(self, session: Session) -> tuple[Look, ...]:
+        snapshot, about = self._loop.snapshot, self._history.find(LIMIT, session=session.id)
+        looks = why_not_session(snapshot, self._loop.state.policy, session)
+        return looks + last_weighed((told.decision for told in about), snapshot.now_ns)
 
     async def _why_not_then(self, call_id: ToolCallId | None, context: Context) -> pb.WhyNotResponse:
         """Of a call that only the journal knows: what its run passed over."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from equipoise.policies.actions import Candidate, Release, Retain
 from equipoise.policies.decide import decide
 from equipoise.policies.model import KvTier, Session, SessionPhase, ToolCall, ToolCallPhase, Verdict
 from equipoise.policies.policy import LadderRule, Measure, Mode, Policy, Rung
-from equipoise.policies.whynot import Look, passed_over, why_not_call, why_not_session
-from equipoise.tests.policies.facts import ADA, call, engine, ns, policy, session, snapshot
+from equipoise.policies.whynot import Look, last_weighed, passed_over, why_not_call, why_not_session
+from equipoise.tests.policies.facts import ADA, ENGINE, call, decision, engine, ns, policy, session, snapshot
 
 RULE = "tool pool above 0.90 for 2s: throttle"
 
@@ -110,6 +111,14 @@ def test_kv_that_stays_says_what_stopped_the_verdict() -> None:
     assert why_kv(young, running) == "the last verdict is younger than kv.dwell"
     old = replace(idle, verdict=Verdict.KEEP, verdict_ns=ns(1.0))
     assert why_kv(old, running) == "keep stands: nothing else is cheaper by kv.hysteresis, 20%"
+
+
+def test_the_last_costs_are_those_of_the_newest_decision_that_weighed_any() -> None:
+    weighed = (Candidate("keep", 0.5), Candidate("swap", 2.0))
+    bare, kept = decision(Release(ENGINE, ADA, 1), 4.0), decision(Retain(ENGINE, ADA, 1, 2), 3.0)
+    found = last_weighed((bare, replace(kept, candidates=weighed), kept), ns(5.0))
+    assert found == (Look("what it was last weighed at", "2.0 s ago a rule: keep 0.5, swap 2", 1.0, 0.5, "MiB"),)
+    assert last_weighed((bare,), ns(5.0)) == ()
 
 
 def test_what_was_moved_out_says_why_it_is_not_back_and_the_door_why_it_holds_nobody() -> None:
