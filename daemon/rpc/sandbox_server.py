@@ -8,7 +8,7 @@ from typing import Any, NoReturn, TypeAlias
 import grpc
 
 from ...ebpf.errors import EbpfError
-from ...policies.actions import Grant, Kill, OutcomeStatus, Throttle, Wait
+from ...policies.actions import Freeze, Grant, Kill, OutcomeStatus, Throttle, Wait
 from ...policies.events import Event, IntentDeclared
 from ...policies.model import MIB, NS_PER_S, Sandbox, SessionId, TenantId, ToolCall, ToolCallId, tenants_session
 from ...policies.state import State
@@ -210,6 +210,7 @@ def notice(call: ToolCall, history: History) -> str:
     parts = []
     for told in history.about(call):
         done = told.outcome is not None and told.outcome.status is OutcomeStatus.COMPLETED
+        expired = told.outcome is not None and told.outcome.status is OutcomeStatus.EXPIRED  # it was done, and is over
         match told.decision.action:
             case Kill(message=message) if done:
                 return message
@@ -217,8 +218,10 @@ def notice(call: ToolCall, history: History) -> str:
                 parts.append("waited for memory at its budget")
             case Grant(hard_bytes=hard) if done:
                 parts.append(f"was granted up to {hard / MIB:.0f} MiB")
-            case Throttle() if done:
+            case Throttle() if done or expired:
                 parts.append("was slowed down because memory was short")
+            case Freeze() if done or expired:
+                parts.append("was frozen for a while because memory was short")
             case _:
                 pass
     if not parts:

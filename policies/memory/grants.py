@@ -104,6 +104,15 @@ class Books:
         return {**self._holdings, call.id: Holding(hard_bytes, claim - hard_bytes)}
 
 
+def first_budget(call: ToolCall, policy: Policy, pool: int, sharers: int) -> Budget:
+    """What a call begins with by class, kind and tenant: at least what was announced, where that many fit the pool."""
+    usual = policy.budget_for(call)
+    budget = entry_budget(usual, pool, sharers)
+    # In a pool too small for all it has to ask like the others: what was announced is then known for its claim.
+    announced = min(call.expected_bytes or 0, policy.memory.max_bytes) if budget == usual else 0
+    return Budget(budget.soft_bytes, max(budget.hard_bytes, announced))
+
+
 UNASKED_RATIO = 0.25
 """Of the pool: what all calls together may take before they ask. The rest is for those that ask, one after another."""
 UNASKED_LEAST_BYTES = 16 * MIB

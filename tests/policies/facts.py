@@ -169,7 +169,12 @@ def host(total_mib: int = 16_384, available_mib: int = 16_384, **more: Any) -> H
 
 
 def snapshot(now_s: float = 0.0, of: Policy | None = None, **more: Any) -> Snapshot:
-    more.setdefault("tenants", (of or policy()).tenants)
+    """`pressure_since_ns`: every rule of the ladder presses since then; None: none does."""
+    of = of or policy()
+    more.setdefault("tenants", of.tenants)
+    since_ns = more.pop("pressure_since_ns", None)
+    if since_ns is not None:
+        more["pressed"] = tuple((rule, since_ns) for rule in of.memory.ladder)
     return Snapshot(now_ns=ns(now_s), host=more.pop("host", host()), **more)
 
 
