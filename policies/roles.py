@@ -141,6 +141,8 @@ class Asked:
     """When it was asked for."""
     answered_ns: int | None = None
     """When the conversation went on, its result in; None: it has not."""
+    pid: int | None = None
+    """The process whose connection the conversation came by; None: not known."""
 
     def waits_at(self, at_ns: int) -> bool:
         """Whether what began then can be it."""

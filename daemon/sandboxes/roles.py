@@ -273,8 +273,8 @@ class RoleKeeper:
             yield as_call(event, ruling)
         if not is_call:
             yield from self._no_call(event, fact_of(event, seen, ruling), kept)
-        elif ruling.session is None and profile is not None and profile.session_key:
-            yield from self._of_conversation(event.at_ns, event, ruling.conversation, kept)
+        elif ruling.session is None:
+            yield from self._of_conversation(event.at_ns, event, ruling.conversation, kept, profile)
 
     def _no_call(self, event: ToolCallStarted, fact: ProcessRole, kept: Kept) -> Iterator[Event]:
         if fact.role is Role.SHELL:
@@ -290,16 +290,30 @@ class RoleKeeper:
                 return
         yield self._helpers.observe(event.id, fact, event.agent)
 
-    def _of_conversation(self, at_ns: int, call: ToolCallStarted, name: str | None, kept: Kept) -> Iterator[Event]:
+    def _of_conversation(
+        self, at_ns: int, call: ToolCallStarted, name: str | None, kept: Kept, profile: Profile | None
+    ) -> Iterator[Event]:
         sandbox = self._state.sandboxes.get(kept.cgroup.cgroup_id)
-        if sandbox is not None and call.agent is not None:
+        if sandbox is None or call.agent is None:
+            return
+        if profile is not None and profile.session_key:
             yield from kept.conversations.heard(at_ns, call.id, call.agent, name, sandbox, self._state)
+        elif (pid := self._runtime_of(call)) is not None and not self._witness.hears(call.sandbox):
+            session = kept.conversations.of_process(pid, sandbox, self._state)
+            if session is not None:
+                yield ToolCallAttributed(at_ns, call.id, call.source, 0.0, session=session)
+
+    def _runtime_of(self, event: ToolCallStarted) -> int | None:
+        kept = self._book.get(event.sandbox)
+        if kept is None or event.agent is None:
+            return None
+        return self._runtimes.above(self._state.resolve(event.agent), kept)
 
     def _rule(
         self, event: ToolCallStarted, seen: Exec, profile: Profile | None, runtime: str, *, witnessed: bool
     ) -> Ruling:
-        asked, rules = self._witness.asked(event.sandbox, event.at_ns), self._state.policy.roles
-        return roles.rule(seen, profile, runtime, asked, rules, witnessed=witnessed)
+        asked = self._witness.asked(event.sandbox, event.at_ns, self._runtime_of(event))
+        return roles.rule(seen, profile, runtime, asked, self._state.policy.roles, witnessed=witnessed)
 
     def _ruled_anew(self, sandbox: CgroupId, asked_ns: int) -> Iterator[Event]:
         """The conversation's word of `asked_ns` came after execs that followed it."""
@@ -418,4 +432,4 @@ class RoleKeeper:
             told = text if text != command else None
             yield ToolCallAttributed(event.at_ns, call.id, call.source, call.confidence, told, call_id=named)
         if profile.session_key and (conversation := environment.get(profile.session_key)):
-            yield from self._of_conversation(event.at_ns, call, conversation, kept)
+            yield from self._of_conversation(event.at_ns, call, conversation, kept, profile)
