@@ -40,7 +40,7 @@ from .kept import Book, Kept
 from .who.helpers import Helpers
 from .who.lines import Line, Lines
 from .who.records import Records
-from .who.rulings import Ruled, Unwitnessed, as_call, fact_of
+from .who.rulings import LATER_COUNT, Later, Ruled, Unwitnessed, as_call, fact_of
 from .who.runtimes import Runtimes
 from .who.sub_agents import SubAgents
 from .witness import Witness
@@ -322,6 +322,8 @@ class RoleKeeper:
             if event.at_ns < asked_ns or self._is_held(event.id):
                 continue
             ruling = self._rule(event, ruled.seen, ruled.profile, ruled.runtime, witnessed=True)
+            if ruling.call_id is None:
+                ruling = next(filter(None, (self._told_since(ruled, later) for later in ruled.later)), ruling)
             stays = ruling.role is ruled.ruling.role
             of_line = ruled.seen.in_shell and ruling.role is Role.HOUSEKEEPING  # the word on it may still be on its way
             if ruling.call_id is not None or not (stays or of_line):
@@ -412,8 +414,29 @@ class RoleKeeper:
             self._records.exempt(event.id)
         yield from ()
 
+    def _command(self, event: ProcessExeced) -> str:
+        cut = event.command.endswith(roles.CUT)
+        return (evidence.command_line(event.pid) if cut else "") or event.command
+
+    def _told_since(self, ruled: Ruled, later: Later) -> Ruling | None:
+        """What a call is of which the first exec was cut short before it told, and a later one does; None: neither."""
+        event = ruled.event
+        asked = self._witness.asked(event.sandbox, event.at_ns, self._runtime_of(event))
+        wanted = roles.by_its_id(later.environment, ruled.profile, asked) or roles.matching(later.command, asked)
+        if wanted is None or ruled.seen.in_shell:
+            return None
+        why = "a later exec of it tells what the conversation asked for"
+        return Ruling(Role.TOOL_CALL, 0.99, why, wanted.command, wanted.id, wanted.session, budgeted=True)
+
     def _execed(self, event: ProcessExeced) -> Iterator[Event]:
         """A call's first process became another program: some agents say only then what was asked for."""
+        ruled = self._unwitnessed.get(event.id)
+        if ruled is not None and ruled.cut and ruled.event.pid == event.pid:
+            later = Later(self._command(event), evidence.environment(event.pid))
+            if (ruling := self._told_since(ruled, later)) is not None:
+                yield from self._becomes(ruled, ruling)
+                return
+            ruled.later = [*ruled.later[1 - LATER_COUNT :], later]
         call = self._calls.get(event.id)
         kept = self._book.get(call.sandbox) if call is not None else None
         if call is None or kept is None or call.pid != event.pid:
@@ -422,11 +445,8 @@ class RoleKeeper:
         profile = sub_agent.profile if sub_agent is not None else kept.profile
         if profile is None:
             return
-        command = event.command
-        if event.command.endswith("…"):
-            command = evidence.command_line(event.pid) or command
+        command, environment = self._command(event), evidence.environment(event.pid)
         text = roles.asked_text(command, profile)
-        environment = evidence.environment(event.pid)
         named = environment.get(profile.call_key) if profile.call_key else None
         if text != command or named:
             told = text if text != command else None
