@@ -53,4 +53,4 @@ def test_two_conversations_of_one_agent_at_once_stay_apart(name, daemon, tmp_pat
         pytest.skip(str(error))
     two = run_two(daemon, client, tmp_path / "run", SIDE_BY_SIDE)
     assert two.score.perfect, (two.score.confusion(), two.score.wrong, two.ended.output[-2000:])
-    assert two.apart, (two.sessions, two.wire)
+    assert two.apart, (two.sessions, two.expected)
