@@ -225,7 +225,7 @@ class RoleKeeper:
             self._sub_agents.ended(tag, kept)
             kept.runtimes.pop(tag, None)
             kept.shells.pop(tag, None)
-            kept.conversations.forget(tag)
+            kept.conversations.forget(fact.pid)
         yield RoleObserved(self._now_ns(), replace(fact, gone=True))
 
     def look_again(self) -> None:
@@ -294,11 +294,12 @@ class RoleKeeper:
         self, at_ns: int, call: ToolCallStarted, name: str | None, kept: Kept, profile: Profile | None
     ) -> Iterator[Event]:
         sandbox = self._state.sandboxes.get(kept.cgroup.cgroup_id)
-        if sandbox is None or call.agent is None:
+        pid = self._runtime_of(call)
+        if sandbox is None or pid is None:
             return
         if profile is not None and profile.session_key:
-            yield from kept.conversations.heard(at_ns, call.id, call.agent, name, sandbox, self._state)
-        elif (pid := self._runtime_of(call)) is not None and not self._witness.hears(call.sandbox):
+            yield from kept.conversations.heard(at_ns, call.id, pid, name, sandbox, self._state)
+        elif not self._witness.hears(call.sandbox):
             session = kept.conversations.of_process(pid, sandbox, self._state)
             if session is not None:
                 yield ToolCallAttributed(at_ns, call.id, call.source, 0.0, session=session)

@@ -8,8 +8,8 @@ from equipoise.policies.model import SessionId, ToolCallId
 from equipoise.policies.state import State
 from equipoise.tests.policies.facts import ENGINE, engine, observed, policy, sandbox, session
 
-ONE, OTHER = ToolCallId(1), ToolCallId(2)
-"""Runtimes."""
+ONE, OTHER = 41, 42
+"""Processes of runtimes."""
 
 
 class Bench:
@@ -18,7 +18,7 @@ class Bench:
         self.box = sandbox()
         self.conversations = Conversations()
 
-    def heard(self, call: int, runtime: ToolCallId, name: str | None) -> dict[int, str | None]:
+    def heard(self, call: int, runtime: int, name: str | None) -> dict[int, str | None]:
         found = self.conversations.heard(5, ToolCallId(call), runtime, name, self.box, self.state)
         return {event.id: event.session for event in found}
 
