@@ -69,15 +69,16 @@ def main() -> int:
     return 0 if perfect else 1
 
 
-HEADING = f"{'agent':24} {'survived':>8} {'shown':>6} {'right':>6} {'precision':>9} {'recall':>7}   took"
+HEADING = f"{'agent':24} {'survived':>8} {'shown':>6} {'right':>6} {'precision':>9} {'recall':>7} {'ids':>6}   took"
 
 
 def line(trial: Trial | Apart) -> str:
     score = trial.score
     right = sum(row.truth is Truth.CALL for row in score.rows)
+    ids = sum(bool(row.said.call_id) for row in score.rows)
     return (
         f"{trial.name:24} {'yes' if score.survived else 'NO':>8} {len(score.rows):6} {right:3}/{score.asked_count:<2} "
-        f"{score.precision:9.2f} {score.recall:7.2f} {trial.ended.took_s:5.1f} s"
+        f"{score.precision:9.2f} {score.recall:7.2f} {ids:6} {trial.ended.took_s:5.1f} s"
     )
 
 

@@ -47,10 +47,8 @@ class Client:
     """It asks its user: what it prints, as a regular expression, and what is typed then. () asks nobody."""
     screen: bool = False
     """It draws a screen and stays until its terminal is closed."""
-    names_calls: bool = False
-    """It puts the call's id into the environment of its tool calls ..."""
     names_session: bool = False
-    """... and its conversation's."""
+    """It puts its conversation's id into the environment of its tool calls."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +152,6 @@ CODEX = Client(
     lambda prompt: ["codex", "exec", "--dangerously-bypass-approvals-and-sandbox", prompt],
     lambda url: {"SCRIPTED_KEY": "none"},
     _codex_settings,
-    names_calls=True,
     names_session=True,
 )
 OPENCODE = Client("opencode", lambda prompt: ["opencode", "run", prompt], lambda url: {}, _opencode_settings)

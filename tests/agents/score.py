@@ -50,9 +50,11 @@ class Asked:
     """The least it held; 0: no claim."""
     leaves_behind: bool = False
     call_id: str = ""
-    """By which the conversation knows it; "": no claim, nobody can tell."""
+    """By which the conversation knows it; "": no claim."""
+    id_known: bool = False
+    """The daemon must have it; else it may be without one, but not have another's."""
     session: str = ""
-    """Of its conversation, likewise."""
+    """Of its conversation; "": no claim."""
     pid: int | None = None
     """Its process, where its result tells; None: not known."""
 
@@ -184,7 +186,7 @@ def _wrong(call: Asked, said: Said) -> Iterable[str]:
         yield f"call {call.number}: peak {said.peak_bytes // MIB} MiB, not {call.peak_bytes // MIB}"
     if call.leaves_behind and not said.escaped_count:
         yield f"call {call.number}: nothing left behind"
-    if call.call_id and said.call_id != call.call_id:
+    if call.call_id and said.call_id != call.call_id and (said.call_id or call.id_known):
         yield f"call {call.number}: id {said.call_id!r}, not {call.call_id!r}"
     if call.session and said.session != call.session:
         yield f"call {call.number}: session {said.session!r}, not {call.session!r}"

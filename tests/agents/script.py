@@ -81,4 +81,7 @@ TEN = Script(tuple((c,) for c in (ECHO, PIPELINE, ALLOCATE, BACKGROUND, FAILING,
 SIDE_BY_SIDE = Script(((ECHO,), (SLOW, ALLOCATE, GIT_STATUS), (PYTHON,)))
 """Three of its five in one answer."""
 
-SCRIPTS = {"ten": TEN, "side-by-side": SIDE_BY_SIDE}
+FEW = Script(((ECHO,), (ALLOCATE,), (GIT_STATUS,)))
+"""The least that shows whether a launcher is looked through: a call, one above its budget, one that follows it."""
+
+SCRIPTS = {"few": FEW, "ten": TEN, "side-by-side": SIDE_BY_SIDE}

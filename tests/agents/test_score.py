@@ -51,9 +51,11 @@ def test_other_rows_are_told_apart(row, truth):
 
 
 def test_ids_count_where_somebody_can_tell_them():
-    calls = tuple(replace(call, call_id=f"c{call.number}", session="gold/s") for call in CALLS)
+    calls = tuple(replace(c, call_id=f"c{c.number}", id_known=not c.number, session="gold/s") for c in CALLS)
     rows = tuple(replace(row, call_id=f"c{number}", session="gold/s") for number, row in enumerate(RIGHT))
     assert score(calls, rows, (), survived=True).perfect
+    assert score(calls, (rows[0], replace(rows[1], call_id="")), (), survived=True).perfect
+    assert score(calls, (replace(rows[0], call_id=""), rows[1]), (), survived=True).wrong == ["call 0: id '', not 'c0'"]
     wrong = (replace(rows[0], call_id="c1"), replace(rows[1], session="gold/other"))
     assert score(calls, wrong, (), survived=True).wrong == [
         "call 0: id 'c1', not 'c0'",

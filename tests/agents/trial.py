@@ -20,7 +20,7 @@ from equipoise.daemon.api.v1 import policy_pb2
 from equipoise.policies.model import AskedToolCall, SessionId
 from equipoise.tests.agents.clients import Client, prepare
 from equipoise.tests.agents.dialects import Answer
-from equipoise.tests.agents.drive import Ended, drive
+from equipoise.tests.agents.drive import Ended, drive, end_what_is_left
 from equipoise.tests.agents.mix.witness import Heard
 from equipoise.tests.agents.model import AskedCall, Conversation, ScriptedModel
 from equipoise.tests.agents.score import Asked, Said, Score, score
@@ -70,11 +70,8 @@ def run(
     rows = [said_of(view) for view in daemon.tool_calls() if view.sandbox == name]
     pids = {pid for c in conversations for call in c.calls for pid in call.peer_pids} | {ended.pid}
     survived = ended.returncode == 0 and any(conversation.complete for conversation in conversations)
-    asked = asked_in(
-        conversations,
-        ids=client.names_calls or (heard and not client.in_words),
-        sessions=client.names_session or (heard and not client.in_words),
-    )
+    told = heard and not client.in_words
+    asked = asked_in(conversations, ids=told, sessions=told or client.names_session)
     return Trial(name, score(asked, rows, pids - {os.getpid()}, survived), ended)
 
 
@@ -133,11 +130,15 @@ def run_two(daemon: RunningDaemon, client: Client, folder: Path, script: Script,
         parts = []
         for launch in launches:
             model.book.expect(launch.label, client.fit(script), in_words=client.in_words)
-            parts.append(f"(cd {launch.workspace} && exec {shlex.join(launch.argv)})")
+            # A home for each: opencode's first two starts in one would make its database twice.
+            home = shlex.quote(launch.environment["HOME"])
+            parts.append(f"(cd {launch.workspace} && exec env HOME={home} {shlex.join(launch.argv)})")
         both = replace(launches[0], argv=("sh", "-c", f"{parts[0]} & one=$!; {parts[1]} & wait $one && wait $!"))
         ended = drive(both, under(name), {"EQUIPOISE_SOCKET": str(daemon.socket)}, model.all_said)
+        end_what_is_left(launches[1].environment["HOME"])
         time.sleep(SETTLE_S)
-        told = [next(c for c in model.conversations if launch.label in c.opening) for launch in launches]
+        told = [c for launch in launches for c in model.conversations if launch.label in c.opening]
+        assert len(told) == len(launches), f"{len(told)} conversations: {ended.output[-2000:]}"
     views = [view for view in daemon.tool_calls() if view.sandbox == name]
     agents = {pid for c in told for call in c.calls for pid in call.peer_pids} | {ended.pid}
     survived = ended.returncode == 0 and all(conversation.complete for conversation in told)
@@ -173,7 +174,7 @@ def _wrong_ids(conversation: Conversation, views: list[policy_pb2.ToolCallView],
 
 
 def asked_in(conversations: Iterable[Conversation], *, ids: bool = False, sessions: bool = False) -> list[Asked]:
-    """`ids`, `sessions`: the daemon can know the calls' ids, their conversations' sessions."""
+    """`ids`, `sessions`: the daemon must know the calls' ids, their conversations' sessions."""
     calls = [(conversation, call) for conversation in conversations for call in conversation.calls]
     return [
         Asked(
@@ -184,7 +185,8 @@ def asked_in(conversations: Iterable[Conversation], *, ids: bool = False, sessio
             exit_code=call.command.exit_code,
             peak_bytes=call.command.peak_bytes,
             leaves_behind=call.command.leaves_behind,
-            call_id=call.call_id if ids else "",
+            call_id=call.call_id,
+            id_known=ids,
             session=session_of(conversation) if sessions else "",
             pid=_shell_of(call),
         )

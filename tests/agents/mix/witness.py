@@ -92,7 +92,6 @@ class Heard(Reporter):
     def _run(self) -> None:
         with contextlib.suppress(asyncio.CancelledError):
             self._loop.run_until_complete(self._attaching)
-        self._loop.close()
 
 
 class Witness(Reporter):
