@@ -8,12 +8,14 @@ DaemonError
 ├── GuardianError     the guardian process did not start
 ├── RegistrationRefused   a sandbox or call was asked for that must not be; nothing was touched
 └── CommandError      a command of the CLI cannot be carried out; the message is all that is printed
+    └── PolicyError   a policy that cannot be read: one line for each thing that is wrong
 
 That a cgroup, process or session is gone is never one of these: it is an outcome (see `cgroups.files.Effect`).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import Enum
 
 
@@ -48,6 +50,32 @@ class GuardianError(DaemonError):
 
 class CommandError(DaemonError):
     """What the user asked for cannot be done."""
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyProblem:
+    """One thing that is wrong with a policy. `str()` is its line: "policy.yaml:7:11: spec.mode: must be ..."."""
+
+    file: str
+    problem: str
+    line: int | None = None
+    """From 1; None: it is about the file as a whole."""
+    column: int | None = None
+    path: str = ""
+    """Of the field; empty: the text is no YAML, or there is none."""
+
+    def __str__(self) -> str:
+        at = f":{self.line}:{self.column}" if self.line is not None else ""
+        return f"{self.file}{at}: " + (f"{self.path}: " if self.path else "") + self.problem
+
+
+class PolicyError(CommandError):
+    """A policy is none: everything that is wrong with it, one line each."""
+
+    def __init__(self, *problems: PolicyProblem) -> None:
+        self.problems = tuple(dict.fromkeys(problems))
+        self.lines = [str(problem) for problem in self.problems]
+        super().__init__("\n".join(self.lines))
 
 
 class Refusal(Enum):

@@ -1,8 +1,8 @@
 """The one loop: events in, state forward, decisions out, outcomes back in as events.
 
 Owns State and the order of things. Sources only `emit`; the loop wakes, takes in all that waits, asks the policy once,
-has each decision carried out and takes in what came of it. Cool-down after a failure and observe-only live here, once,
-and in no policy.
+has each decision carried out and takes in what came of it. Cool-down after a failure and the mode of a policy (observe,
+dry-run, enforce) live here, once, and in no decision.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from collections.abc import Callable, Sequence
 from ..policies.actions import Action, Decision, Outcome, OutcomeStatus
 from ..policies.decide import decide
 from ..policies.events import DecisionMade, Event, OutcomeObserved
-from ..policies.model import NS_PER_S
-from ..policies.policy import Policy
+from ..policies.model import NS_PER_S, ToolCall
+from ..policies.policy import Mode, Policy
 from ..policies.snapshot import Snapshot
 from ..policies.state import State
 from . import log
+from .rehearsal import TIER, Rehearsal
 
 COOL_DOWN_NS = NS_PER_S
-"""After a failure, a refusal or a dry run, the same action on the same subject is not tried again for this long."""
+"""After a failure or a refusal, the same action on the same subject is not tried again for this long."""
 QUEUE_LENGTH = 100_000
 """Events that may wait; beyond it the oldest are counted as lost rather than memory growing without bound."""
 
@@ -30,7 +31,7 @@ Act = Callable[[Decision], Outcome | None]
 Sink = Callable[[Event, State], None]
 """Sees every event after the state has taken it in: the journal, the metrics, the cgroup keeper."""
 
-_COOLING = (OutcomeStatus.FAILED, OutcomeStatus.REJECTED, OutcomeStatus.DRY_RUN)
+_COOLING = (OutcomeStatus.FAILED, OutcomeStatus.REJECTED)
 
 
 def tick(state: State, events: Sequence[Event], now_ns: int, policy: Policy) -> tuple[Snapshot, tuple[Decision, ...]]:
@@ -63,6 +64,8 @@ class Loop:
         self._cooling: dict[tuple[type[Action], str], int] = {}
         self._turn_hooks: list[Callable[[Snapshot], None]] = []
         self._stopping = False
+        self._rehearsal: Rehearsal | None = None
+        """While the policy is a dry run."""
 
     def emit(self, event: Event) -> None:
         """Take in an event at the next turn, which begins at once."""
@@ -101,7 +104,8 @@ class Loop:
         self._take_in()
         now_ns = self._now_ns()
         self.snapshot = self.state.snapshot(now_ns)
-        for decision in decide(self.snapshot, self.state.policy):
+        self._rehearse()
+        for decision in self._decide(now_ns):
             self._carry_out(decision, now_ns)
         if self._queue:
             self._take_in()
@@ -115,19 +119,42 @@ class Loop:
         while self._queue:
             event = self._queue.popleft()
             self.state.apply(event)
-            for sink in self._sinks:
-                sink(event, self.state)
+            if self._rehearsal is not None:
+                self._rehearsal.take_in(event)
+            self._tell(event)
+
+    def _tell(self, event: Event) -> None:
+        for sink in self._sinks:
+            sink(event, self.state)
+
+    def _rehearse(self) -> None:
+        """Begin or end the dry run, as the policy says."""
+        dry = self.state.policy.mode is Mode.DRY_RUN
+        if dry != (self._rehearsal is not None):
+            self._rehearsal = Rehearsal(self.state) if dry else None
+
+    def _decide(self, now_ns: int) -> tuple[Decision, ...]:
+        if self.state.policy.mode is Mode.OBSERVE:
+            return ()
+        seen = self._rehearsal.snapshot(now_ns) if self._rehearsal is not None else self.snapshot
+        return decide(seen, self.state.policy)
+
+    def would_be(self, call: ToolCall) -> str:
+        """In a dry run: what a call would be, where that is something else than it is; else empty."""
+        return self._rehearsal.would_be(call) if self._rehearsal is not None else ""
 
     def _carry_out(self, decision: Decision, now_ns: int) -> None:
         key = (type(decision.action), decision.subject)
         if self._cooling.get(key, 0) > now_ns:
             return
-        self._queue.append(DecisionMade(decision.at_ns, decision))
-        self._take_in()  # the journal holds the decision before anything is done
-        if self.state.policy.enforce:
-            outcome = self._act(decision)
+        if self._rehearsal is not None:
+            outcome: Outcome | None = self._only_say(decision, self._rehearsal, now_ns)
         else:
-            outcome = Outcome(decision.id, OutcomeStatus.DRY_RUN, self._now_ns(), "none", "policy mode is observe")
+            self._queue.append(DecisionMade(decision.at_ns, decision))
+            self._take_in()  # the journal holds the decision before anything is done
+            outcome = self._act(decision)
+            if outcome is not None:
+                self._queue.append(OutcomeObserved(outcome.at_ns, outcome))
         log.event(
             "decision",
             rule=decision.rule,
@@ -139,9 +166,17 @@ class Loop:
             outcome=outcome.status.value if outcome else "sent",
             runners_up=",".join(f"{c.name}={c.cost:.3g}" for c in decision.candidates[1:]),
         )
-        if outcome is not None:
-            self._queue.append(OutcomeObserved(outcome.at_ns, outcome))
-            if outcome.status in _COOLING:
-                self._cooling[key] = now_ns + COOL_DOWN_NS
+        if outcome is not None and outcome.status in _COOLING:
+            self._cooling[key] = now_ns + COOL_DOWN_NS
         for old in [k for k, until_ns in self._cooling.items() if until_ns <= now_ns]:
             del self._cooling[old]
+
+    def _only_say(self, decision: Decision, rehearsal: Rehearsal, now_ns: int) -> Outcome:
+        """A dry run: who writes down decisions is told; what is known of the host does not change."""
+        made = DecisionMade(decision.at_ns, decision)
+        outcome = Outcome(decision.id, OutcomeStatus.DRY_RUN, now_ns, TIER, "the policy's mode is dry-run")
+        rehearsal.state.apply(made)
+        rehearsal.carry_out(decision, now_ns)
+        self._tell(made)
+        self._tell(OutcomeObserved(now_ns, outcome))
+        return outcome

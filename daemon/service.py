@@ -2,12 +2,14 @@
 
 Owns the order in which parts start and stop, and what is done without when a part is missing. Parts are made here and
 handed to each other; none looks another up. What a host lacks is said once, in `Host.lacks`, and the rest runs on.
+Long for being the whole of it: one place from which every part can be found.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import time
 from collections.abc import Callable, Coroutine
@@ -20,11 +22,10 @@ from ..ebpf.tool_memory import ToolMemory
 from ..gpuctl import nvml
 from ..gpuctl.hook import EngineHook
 from ..policies.actions import Decision, EngineAction, Outcome
-from ..policies.events import ConnectionOpened, Event, OutcomeObserved, TurnStarted
-from ..policies.policy import Policy
+from ..policies.events import ConnectionOpened, Event, OutcomeObserved, PolicyApplied, TurnStarted
 from ..policies.snapshot import Snapshot
 from ..policies.state import State
-from . import log, notify, policy_file
+from . import log, notify
 from .alone import claim_base, claim_folder
 from .enforce import fallback_budget
 from .enforce.actuator import Actuator
@@ -45,6 +46,7 @@ from .observe.metrics import MetricsServer
 from .observe.recording import Recorder
 from .observe.sources import HostSampler, SandboxSampler
 from .observe.tallies import Tallies
+from .policy import PolicyKeeper, Sources
 from .rpc.policy_server import Effects, PolicyServer
 from .rpc.sandbox_server import SandboxServer
 from .rpc.server import claim_socket, serve
@@ -68,7 +70,8 @@ class Config:
 
     socket: Path
     journal: Path
-    policy: Path | None = None
+    policy: tuple[str, ...] = ()
+    """Built-in names, files and folders, the last over the others; none: the default policy."""
     metrics_listen: str = ""
     """HOST:PORT of the Prometheus endpoint; empty: none."""
     cgroup_base: str | None = None
@@ -90,16 +93,36 @@ def run(config: Config) -> int:
 
 async def _run(config: Config) -> int:
     stop = asyncio.Event()
+    running, began_at_a_terminal = asyncio.get_running_loop(), _has_terminal()
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        running.add_signal_handler(number, stop.set)
+    running.add_signal_handler(signal.SIGHUP, lambda: None)  # what it would have us read is read at the start
     async with contextlib.AsyncExitStack() as parts:
         status = await start(config, parts)
+
+        def on_hangup() -> None:
+            """Read the policy again; but where it means that the terminal we run in has been closed, end with it."""
+            if began_at_a_terminal and not _has_terminal():
+                stop.set()
+            else:
+                status.policy.on_hangup()
+
+        running.add_signal_handler(signal.SIGHUP, on_hangup)
         notify.ready(status.summary())
         host = status.host
         log.event("ready", socket=str(config.socket), probes=host.probe_backend, cgroups=host.cgroup_layout)
         await stop.wait()
         notify.stopping()
     return 0
+
+
+def _has_terminal() -> bool:
+    """Whether our session has a controlling terminal, see tty(4)."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
 
 
 async def start(config: Config, parts: contextlib.AsyncExitStack) -> Status:
@@ -109,7 +132,7 @@ async def start(config: Config, parts: contextlib.AsyncExitStack) -> Status:
     """
     started_ns = now_ns()
     host = Host()
-    policy = policy_file.load(config.policy or policy_file.BUILTIN)
+    policy = PolicyKeeper(Sources(config.policy), now_ns)
     driver = _find_cgroups(config, host, parts)
     claim_folder(config.journal.parent, driver.base if driver is not None else "none", parts)
     if driver is not None:
@@ -145,6 +168,7 @@ async def start(config: Config, parts: contextlib.AsyncExitStack) -> Status:
     work += [
         core.adoption.look_again(),
         core.recorder.run(),
+        policy.run(),
         guarding.run(),
         notify.watchdog(lambda: core.loop.turn_count, status.summary),
     ]
@@ -166,7 +190,7 @@ class Core:
     def __init__(
         self,
         config: Config,
-        policy: Policy,
+        policy: PolicyKeeper,
         host: Host,
         journal: Journal,
         driver: CgroupDriver | None,
@@ -175,10 +199,12 @@ class Core:
         self._config = config
         self._host = host
         self._journal = journal
-        self.state = State(policy)
+        self.policy = policy
+        self.state = State(policy.in_force.policy)
         sinks: list[Sink] = []
         self.loop = Loop(self.state, self._act, sinks, now_ns)
         emit = self.loop.emit
+        policy.told_to(emit)
         self.history = History()
         self.tallies = Tallies()
         self.recorder = Recorder(journal, self.state, lambda: self.loop.snapshot)
@@ -207,7 +233,7 @@ class Core:
             own_cgroups=driver is not None,
         )
         sinks += [self.history, self.tallies, self.recorder, self.roles, self.calls, self.sandboxes, following]
-        sinks.append(self.joins)
+        sinks += [self.joins, self._follow_policy]
         self.loop.every_turn(self._at_turn)
         self.loop.every_turn(self.recorder.turned)
         self.adoption = Adoption(
@@ -254,13 +280,20 @@ class Core:
             journal=self._journal,
             journal_path=self._config.journal,
             hook=self.hook,
+            policy=self.policy,
             started_ns=started_ns,
         )
 
     async def serve(self, status: Status, parts: contextlib.AsyncExitStack) -> None:
         emit, holds, actuator = self.loop.emit, self.holds, self.actuator
         sandboxes = SandboxServer(self.sandboxes, self.calls, self.state, self.history, emit, self.settle, now_ns)
-        effects = Effects(status.answer, lambda: release_on_request(holds, actuator, emit, now_ns))
+        effects = Effects(
+            status.answer,
+            lambda: release_on_request(holds, actuator, emit, now_ns),
+            self.policy,
+            self._config.journal,
+            self.settle,
+        )
         policy = PolicyServer(self.loop, self.history, effects)
         await serve(self._config.socket, sandboxes, policy, self.hook, parts)
 
@@ -296,6 +329,13 @@ class Core:
             return self.hook.send(decision, action)
         self.kernel.read_usage(action.tool_call)
         return self.actuator.execute(decision)
+
+    def _follow_policy(self, event: Event, state: State) -> None:
+        """Calls get the budgets of a new policy; where it does nothing, what the one before held back is let go."""
+        if isinstance(event, PolicyApplied):
+            if not event.policy.enforce:
+                release_on_request(self.holds, self.actuator, self.loop.emit, now_ns)
+            self.calls.policy_applied()
 
     def _at_turn(self, snapshot: Snapshot) -> None:
         self.kernel.beat()

@@ -17,6 +17,7 @@ from .observe.kernel import KernelEvents
 from .observe.metrics import MetricsFacts
 from .observe.sources import Source
 from .observe.tallies import Tallies
+from .policy import PolicyKeeper
 
 
 @dataclass(slots=True)
@@ -45,6 +46,7 @@ class Status:
     journal: Journal
     journal_path: Path
     hook: EngineHook
+    policy: PolicyKeeper
     started_ns: int
     sources: list[Source] = field(default_factory=list)
     engine: EngineProcess | None = None
@@ -67,6 +69,8 @@ class Status:
             started_ns=self.started_ns,
             journal_path=str(self.journal_path),
             adopted=self.host.adopted,
+            policy_mode=self.state.policy.mode.value,
+            policy_refused=self.policy.in_force.refused,
         )
 
     def metrics(self) -> MetricsFacts:
@@ -74,6 +78,9 @@ class Status:
             snapshot=self.loop.snapshot,
             counts=self.tallies.read(),
             version=__version__,
+            policy=self.state.policy.name,
+            mode=self.state.policy.mode.value,
+            policy_refused=bool(self.policy.in_force.refused),
             ring_drop_count=self.kernel.lost_count,
             unrecorded_call_count=self.kernel.unrecorded_count,
             late_event_count=self.late_count,
@@ -86,8 +93,14 @@ class Status:
         """One line for systemctl status."""
         engine = self.engine.url if self.engine and self.engine.url else f"{len(self.hook.attached)} engines"
         return (
-            f"policy {self.state.policy.name}; {len(self.state.sandboxes)} sandboxes; engine {engine}; probes "
-            f"{self.host.probe_backend.split(':', 1)[0]}; cgroups {self.host.cgroup_layout}"
+            f"policy {self.state.policy.name} ({self._policy_words()}); {len(self.state.sandboxes)} sandboxes; engine "
+            f"{engine}; probes {self.host.probe_backend.split(':', 1)[0]}; cgroups {self.host.cgroup_layout}"
+        )
+
+    def _policy_words(self) -> str:
+        refused = self.policy.in_force.refused
+        return self.state.policy.mode.value + (
+            ", its files are refused: see `equipoise policy show`" if refused else ""
         )
 
     @property

@@ -19,8 +19,8 @@ from ..policies.world.score import Score, Tally, score
 from ..policies.world.script import Script
 from ..policies.world.traces import random_scripts, room_for, sample
 from ..policies.world.world import World
-from . import policy_file
 from .errors import CommandError
+from .policy import BUILTINS, Sources
 
 DISK_BYTES = 1 << 40
 RANDOM_TURNS = 24
@@ -88,8 +88,8 @@ def plans(names: Sequence[str]) -> list[tuple[Plan, Policy | None]]:
     """
     made: list[tuple[Plan, Policy | None]] = []
     for name in names:
-        if name.endswith((".yaml", ".yml")):
-            made.append((replace(plan("decide"), name=Path(name).stem), policy_file.load(Path(name))))
+        if name in BUILTINS or name.endswith((".yaml", ".yml")):
+            made.append((replace(plan("decide"), name=Path(name).stem), Sources((name,)).load()))
             continue
         try:
             made.append((plan(name), None))

@@ -158,7 +158,8 @@ def _judge(snapshot: Snapshot, policy: Policy, engine: Engine, in_call: list[_In
 
     def options_for(each: _InCall) -> list[Weighed]:
         held = each.session.held_tokens * engine.bytes_per_token
-        host, disk = books.host_free_bytes >= held, books.disk_free_bytes >= held
+        host = KvTier.HOST in policy.kv.tiers and books.host_free_bytes >= held
+        disk = KvTier.DISK in policy.kv.tiers and books.disk_free_bytes >= held
         return weigh(each.session, engine, each.wait_s, price, busy, host, disk, copies)
 
     def saving(each: _InCall) -> float:

@@ -239,6 +239,10 @@ class Estimates:
         beyond = known.mean_beyond(float(elapsed_ns))
         return (beyond if beyond is not None else float(elapsed_ns)) / NS_PER_S
 
+    def ended_count(self, kind: str) -> float:
+        """How many calls of this kind it has learned from."""
+        return self.peaks[kind].total if kind in self.peaks else 0.0
+
     def peak_quantile_bytes(self, kind: str, q: float) -> int:
         return int(self._known_peaks(kind).quantile(q) or 0)
 

@@ -1,11 +1,22 @@
-"""The policy in force, as typed values with their defaults. `document.py` makes one from a YAML mapping."""
+"""The policy in force, as typed values with their defaults. `document/` makes one from a YAML mapping."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from enum import Enum
 
-from .model import MIB, NS_PER_S, RoleRule, Tenant, TenantId
+from .model import MIB, NS_PER_S, Host, KvTier, RoleRule, Tenant, TenantId, ToolCall, ToolCallSource
+
+
+class Mode(Enum):
+    """How far a policy goes."""
+
+    OBSERVE = "observe"
+    """What happens is measured; nothing is decided."""
+    DRY_RUN = "dry-run"
+    """Everything is decided and listed, budgets' stops included; nothing is carried out."""
+    ENFORCE = "enforce"
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,8 +30,86 @@ class Budget:
 
 
 @dataclass(frozen=True, slots=True)
+class CallClass:
+    """Tool calls that something holds for, whoever makes them. Of what it matches by, None matches every call."""
+
+    name: str
+    command: str | None = None
+    """A regular expression, looked for in the command line."""
+    tool: str | None = None
+    """The program that does the work: `pytest`, `cc`."""
+    source: ToolCallSource | None = None
+    tenant: TenantId | None = None
+    budget: Budget | None = None
+    """None: what others have."""
+    wait_ns: int | None = None
+    """How long it waits for memory when stopped; None: as long as others."""
+
+    def matches(self, call: ToolCall) -> bool:
+        return (
+            (self.tool is None or self.tool == call.kind)
+            and (self.source is None or self.source is call.source)
+            and (self.tenant is None or self.tenant == call.tenant)
+            and (self.command is None or re.search(self.command, call.command) is not None)
+        )
+
+
+class Measure(Enum):
+    """What a rule of the ladder looks at; each is a ratio."""
+
+    TOOL_POOL = "tool pool"
+    """What tool calls use of the pool that they share."""
+    HOST_MEMORY = "host memory"
+    """What is used of the host's RAM, by whomever."""
+    MEMORY_PRESSURE = "memory pressure"
+    """Share of the last 10 s in which some task of the host waited for memory (PSI some)."""
+
+    @property
+    def unit(self) -> str:
+        return {"tool pool": "of the pool", "host memory": "of the host's RAM"}.get(self.value, "of the time")
+
+    def of(self, tool_used_bytes: int, pool_bytes: int, host: Host) -> float | None:
+        """None: not known."""
+        match self:
+            case Measure.TOOL_POOL:
+                return tool_used_bytes / pool_bytes if pool_bytes else None
+            case Measure.HOST_MEMORY:
+                return host.used_ratio if host.memory_total_bytes else None
+            case Measure.MEMORY_PRESSURE:
+                return host.psi_some_ratio
+
+
+class Rung(Enum):
+    """What a rule of the ladder does to one call at a time."""
+
+    THROTTLE = "throttle"
+    FREEZE = "freeze"
+
+
+@dataclass(frozen=True, slots=True)
+class LadderRule:
+    """When calls are held back. Invariant: 0 < above <= 1, below <= above."""
+
+    measure: Measure = Measure.TOOL_POOL
+    above_ratio: float = 0.9
+    for_ns: int = 2 * NS_PER_S
+    """So long it must have lasted."""
+    below_ratio: float = 0.8
+    """It lasts until below this: then calls are let go before their time."""
+    rung: Rung = Rung.THROTTLE
+    cpu_ratio: float = 0.2
+    """Of a throttle: of one CPU, where memory.high does not exist."""
+    lasting_ns: int = 5 * NS_PER_S
+    """It undoes itself after this."""
+
+    @property
+    def words(self) -> str:
+        return f"{self.measure.value} above {self.above_ratio:.2f} for {self.for_ns / NS_PER_S:g}s"
+
+
+@dataclass(frozen=True, slots=True)
 class MemoryPolicy:
-    """How host RAM is shared among tool calls. Invariant: 0 < pressure_above <= 1, pressure_below <= pressure_above."""
+    """How host RAM is shared among tool calls."""
 
     tool_pool_bytes: int | None = None
     """RAM all tool calls may use together; None: tool_pool_ratio of the host's RAM."""
@@ -34,15 +123,8 @@ class MemoryPolicy:
     """What one grant adds."""
     wait_ns: int = 20 * NS_PER_S
     """How long a stopped call waits for memory before it is ended."""
-    pressure_above_ratio: float = 0.9
-    """Of the pool: above this for `pressure_for_ns`, calls are throttled."""
-    pressure_below_ratio: float = 0.8
-    """Below this, throttled calls are let go before their time."""
-    pressure_for_ns: int = 2 * NS_PER_S
-    throttle_cpu_ratio: float = 0.2
-    """Of one CPU, where memory.high does not exist."""
-    throttle_ns: int = 5 * NS_PER_S
-    """A throttle undoes itself after this."""
+    ladder: tuple[LadderRule, ...] = (LadderRule(),)
+    """Each rule holds back one call at a time while it presses."""
 
     def budget_for(self, kind: str) -> Budget:
         return dict(self.kind_budgets).get(kind, self.budget)
@@ -83,15 +165,36 @@ class KvPolicy:
     door_longest_ns: int = 120 * NS_PER_S
     """Nobody is held at the door for longer than this after asking."""
     without: frozenset[KvPart] = frozenset()
+    tiers: frozenset[KvTier] = frozenset({KvTier.HOST, KvTier.DISK})
+    """Where KV may be moved to, of what the engine has."""
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
     name: str = "default"
-    enforce: bool = True
-    """False: decisions are made and journalled, nothing is done."""
+    mode: Mode = Mode.ENFORCE
     tenants: tuple[Tenant, ...] = (Tenant(TenantId("default")),)
+    tenant_budgets: tuple[tuple[TenantId, Budget], ...] = ()
+    """What the calls of single tenants may use, instead of `memory.budget`."""
+    classes: tuple[CallClass, ...] = ()
+    """The first that matches and says something counts."""
     memory: MemoryPolicy = field(default_factory=MemoryPolicy)
     kv: KvPolicy = field(default_factory=KvPolicy)
     roles: tuple[RoleRule, ...] = ()
     """What commands are, by the operator's own word; the first that matches counts."""
+
+    @property
+    def enforce(self) -> bool:
+        """Whether what is decided is done; else no call has a budget in the kernel: nobody would answer it."""
+        return self.mode is Mode.ENFORCE
+
+    def budget_for(self, call: ToolCall) -> Budget:
+        """By its class, else by its kind, else by its tenant."""
+        found = next((c.budget for c in self.classes if c.budget is not None and c.matches(call)), None)
+        kind, tenant = dict(self.memory.kind_budgets).get(call.kind), dict(self.tenant_budgets).get(call.tenant)
+        return found or kind or tenant or self.memory.budget
+
+    def wait_ns_for(self, call: ToolCall) -> int:
+        """How long it waits for memory when stopped, by its class."""
+        found = (c.wait_ns for c in self.classes if c.wait_ns is not None and c.matches(call))
+        return next(found, self.memory.wait_ns)

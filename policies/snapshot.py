@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from .estimate import Estimates
 from .model import Engine, EngineId, Host, ProcessRole, Sandbox, Session, SessionId, Tenant, TenantId, ToolCall
+from .policy import LadderRule
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +24,8 @@ class Snapshot:
     sessions: tuple[Session, ...] = ()
     engines: tuple[Engine, ...] = ()
     estimates: Estimates = field(default_factory=Estimates)
-    pressure_since_ns: int | None = None
-    """Since when the tool-memory pool has been above its pressure mark; None: it is not."""
+    pressed: tuple[tuple[LadderRule, int], ...] = ()
+    """The rules of the ladder that press, each with the time since when."""
     weights_told: frozenset[tuple[EngineId, TenantId, float]] = frozenset()
     """Tenant weights the engines have been asked to use."""
 

@@ -29,6 +29,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 }
 WINGS: dict[str, tuple[str, ...]] = {
     "policies.state": ("policies",),
+    "policies.document": ("policies",),
     "policies.kv": ("policies",),
     "policies.memory": ("policies",),
     "policies.world.engine": ("policies", "policies.world"),
@@ -57,18 +58,22 @@ WINGS: dict[str, tuple[str, ...]] = {
     "daemon.enforce": (
         "daemon.observe.journal", "daemon.sandboxes", "daemon.sandboxes.cgroups", "daemon.errors", "daemon.log",
     ),
-    "daemon.rpc": ("daemon.observe", "daemon.sandboxes", "daemon.loop", "daemon.errors", "daemon.api"),
+    "daemon.policy": ("daemon.errors", "daemon.log"),
+    "daemon.rpc": (
+        "daemon.policy", "daemon.observe", "daemon.sandboxes", "daemon.loop", "daemon.errors", "daemon.log",
+        "daemon.api",
+    ),
     "daemon.demo.agents": ("daemon.api",),
     "daemon.demo": (
         "daemon.demo.agents", "daemon.rpc", "daemon.sandboxes", "daemon.sandboxes.cgroups", "daemon.errors",
         "daemon.api",
     ),
     "daemon.cli": (
-        "daemon", "daemon.rpc", "daemon.enforce", "daemon.demo", "daemon.sandboxes", "daemon.sandboxes.cgroups",
-        "daemon.api",
+        "daemon", "daemon.policy", "daemon.rpc", "daemon.enforce", "daemon.demo", "daemon.sandboxes",
+        "daemon.sandboxes.cgroups", "daemon.api",
     ),
     "daemon": (
-        "daemon.rpc", "daemon.enforce", "daemon.observe", "daemon.observe.journal", "daemon.sandboxes",
+        "daemon.policy", "daemon.rpc", "daemon.enforce", "daemon.observe", "daemon.observe.journal", "daemon.sandboxes",
         "daemon.sandboxes.cgroups", "daemon.api",
     ),
 }  # fmt: skip

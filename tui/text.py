@@ -109,7 +109,8 @@ def found(call: ToolCallView) -> Text:
 def outcome(decision: DecisionView) -> Text:
     failed = decision.outcome in ("failed", "rejected", "expired")
     text = Text()
-    text.append(decision.outcome or "sent", BAD if failed else GOOD if decision.outcome else "dim")
+    nothing_done = decision.outcome in ("", "dry-run")
+    text.append(decision.outcome or "sent", BAD if failed else "dim" if nothing_done else GOOD)
     if decision.HasField("latency_ms"):
         text.append(f" {decision.latency_ms:.1f} ms", "dim")
     return text

@@ -322,8 +322,12 @@ def daemon(socket: str) -> Iterator[Row]:
         yield Row("daemon", Status.ABSENT, str(error))
         return
     engine = status.engine_url or "none"
-    detail = f"version {status.version}, policy {status.policy_name}, probes {status.probe_backend}, engine {engine}"
+    policy = f"{status.policy_name} ({status.policy_mode})"
+    detail = f"version {status.version}, policy {policy}, probes {status.probe_backend}, engine {engine}"
     yield Row("daemon", Status.DEGRADED if status.lacks else Status.OK, detail, "; ".join(status.lacks))
+    if status.policy_refused:
+        refused = "; ".join(status.policy_refused)
+        yield Row("the policy's files", Status.DEGRADED, refused, "mend them: the daemon goes on with what it had")
     if status.losses:
         lost = ", ".join(f"{count} x {source}" for source, count in sorted(status.losses.items()))
         if status.unrecorded_call_count:

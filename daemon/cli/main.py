@@ -39,7 +39,10 @@ Command = Callable[[argparse.Namespace], int]
 # `equipoise version` does not pay for the dashboard.
 _ELSEWHERE = {
     "doctor": ("equipoise.daemon.cli.doctor", ""),
+    "explain": ("equipoise.daemon.cli.explain", ""),
+    "policy": ("equipoise.daemon.cli.policy", ""),
     "replay": ("equipoise.daemon.cli.replay", ""),
+    "why-not": ("equipoise.daemon.cli.why_not", ""),
     "top": ("equipoise.tui.app", ""),
     "hooks": ("equipoise.integrations.claude_code.command", ""),
     "demo": ("equipoise.daemon.demo.command", "equipoise[demo]"),
@@ -60,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except DaemonError as error:
-        print(f"equipoise: {error}", file=sys.stderr)
+        for line in str(error).splitlines():
+            print(f"equipoise: {line}", file=sys.stderr)
         return 1
 
 
@@ -80,8 +84,6 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     _add_run(commands)
     _add_tool(commands)
     _add_ps(commands)
-    _add_explain(commands)
-    _add_policy(commands)
     _add_release(commands)
     _add_version(commands)
     asked = next((word for word in argv if not word.startswith("-")), None)
@@ -109,7 +111,7 @@ def _add(commands: Commands, name: str, run: Command, text: str, *examples: str)
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
-    if name not in ("version", "policy", "daemon"):
+    if name not in ("version", "daemon"):
         client.add_socket_argument(parser)
     return parser
 
@@ -130,7 +132,9 @@ def _add_daemon(commands: Commands) -> None:
     parser.add_argument("--state-dir", type=Path, help="socket, journal (default: /run/equipoise as root, else "
                         "$XDG_RUNTIME_DIR/equipoise)")  # fmt: skip
     parser.add_argument("--journal", type=Path, help="SQLite journal (default: STATE_DIR/journal.sqlite)")
-    parser.add_argument("--policy", type=Path, help="policy document (default: the built-in one)")
+    parser.add_argument("--policy", action="append", default=[], metavar="POLICY", help="a file (with the policies.d "
+                        "beside it), a folder, or a built-in name, see `equipoise policy --help`; again: said over the "
+                        "ones before (default: default)")  # fmt: skip
     parser.add_argument("--metrics-listen", default="127.0.0.1:9464", metavar="HOST:PORT", help="Prometheus endpoint; "
                         "port 0: any; empty: none (default: %(default)s)")  # fmt: skip
     parser.add_argument("--cgroup-base", help="cgroup under which sandboxes are made (default: equipoise, or the "
@@ -186,7 +190,7 @@ def _daemon(arguments: argparse.Namespace) -> int:
     config = service.Config(
         socket=arguments.socket or state_dir / client.SOCKET_NAME,
         journal=arguments.journal or state_dir / "journal.sqlite",
-        policy=arguments.policy,
+        policy=tuple(arguments.policy),
         metrics_listen=arguments.metrics_listen,
         cgroup_base=arguments.cgroup_base,
         ebpf=not arguments.no_ebpf,
@@ -295,65 +299,6 @@ def _ps(arguments: argparse.Namespace) -> int:
         print(json.dumps([printing.as_dict(c) for c in shown], indent=1))
     else:
         printing.tool_calls(shown)
-    return 0
-
-
-def _add_explain(commands: Commands) -> None:
-    parser = _add(
-        commands,
-        "explain",
-        _explain,
-        "say what was decided, why, and what came of it",
-        "equipoise explain                     the newest decisions",
-        "equipoise explain 8000000a            one tool call (ids from `equipoise ps`; the end will do)",
-        "equipoise explain --session gold/ada",
-    )
-    parser.add_argument("tool_call", nargs="?", default="", help="a tool call's id, or its end")
-    parser.add_argument("--session", default="")
-    parser.add_argument("--tenant", default="")
-    parser.add_argument("--limit", type=int, default=20)
-    parser.add_argument("--json", action="store_true", help="one JSON array")
-
-
-def _explain(arguments: argparse.Namespace) -> int:
-    from . import printing
-
-    decisions = client.explain(
-        arguments.socket, arguments.tool_call, arguments.session, arguments.tenant, arguments.limit
-    )
-    if arguments.json:
-        print(json.dumps([printing.as_dict(d) for d in decisions], indent=1))
-    else:
-        printing.decisions(decisions)
-    return 0
-
-
-def _add_policy(commands: Commands) -> None:
-    parser = _add(
-        commands,
-        "policy",
-        _policy,
-        "check a policy document, or show the built-in one",
-        "equipoise policy check policy.yaml",
-        "equipoise policy show > policy.yaml",
-    )
-    parser.add_argument("action", choices=("check", "show"))
-    parser.add_argument("file", nargs="?", type=Path)
-
-
-def _policy(arguments: argparse.Namespace) -> int:
-    from .. import policy_file
-
-    if arguments.action == "show":
-        path = arguments.file or policy_file.BUILTIN
-        policy_file.load(path)
-        print(path.read_text(), end="")
-        return 0
-    if arguments.file is None:
-        raise DaemonError("which document? equipoise policy check FILE")
-    policy = policy_file.load(arguments.file)
-    tenants = ", ".join(f"{t.id} (weight {t.weight:g})" for t in policy.tenants)
-    print(f"{arguments.file}: policy {policy.name} is well formed; tenants: {tenants}")
     return 0
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Sequence
 from typing import Any
 
 from google.protobuf.json_format import MessageToDict
@@ -41,7 +43,10 @@ def _one_line(text: str) -> str:
 
 
 def tool_calls(calls: list[pb.ToolCallView], console: Console | None = None) -> None:
-    """One row a tool call; a line where there are none. "left behind": it has ended, and not all of its processes."""
+    """One row a tool call; a line where there are none. "left behind": it has ended, and not all of its processes.
+
+    "would be": in a dry run.
+    """
     console = console or _console()
     if not calls:
         console.print("no tool calls")
@@ -59,7 +64,7 @@ def tool_calls(calls: list[pb.ToolCallView], console: Console | None = None) -> 
             escape(f"{call.tenant_id}/{call.sandbox}"),
             escape(_one_line(call.command)),
             f"{call.source} {call.confidence:.2f}",
-            "left behind" if call.end_ns and call.used_bytes else call.phase,
+            _state(call),
             seconds,
             f"{call.used_bytes / MIB:.0f}",
             f"{call.peak_bytes / MIB:.0f}",
@@ -68,6 +73,12 @@ def tool_calls(calls: list[pb.ToolCallView], console: Console | None = None) -> 
             call.verdict or "-",
         )
     console.print(table)
+
+
+def _state(call: pb.ToolCallView) -> str:
+    if call.end_ns and call.used_bytes:
+        return "left behind"
+    return f"{call.phase} (would be {call.would_be})" if call.would_be else call.phase
 
 
 def processes(found: list[pb.ProcessView], console: Console | None = None) -> None:
@@ -118,22 +129,100 @@ def sessions(found: list[pb.SessionView], console: Console | None = None) -> Non
     console.print(table)
 
 
-def decisions(found: list[pb.DecisionView], console: Console | None = None) -> None:
-    """A paragraph a decision, newest first."""
+def decisions(
+    found: list[pb.DecisionView], console: Console | None = None, *, now_unix_ns: int | None = None, limit: int = 1000
+) -> None:
+    """Five lines a decision, newest first: what and when, because, measured, weighed, outcome. Repeats are folded."""
     console = console or _console()
     if not found:
-        console.print("nothing was decided")
+        console.print("nothing was decided: `equipoise why-not` says what looked at a call or a session")
         return
-    newest = found[0].at_ns
+    now_ns = time.time_ns() if now_unix_ns is None else now_unix_ns
+    for alike in folded(found)[:limit]:
+        _decision(alike, now_ns, console)
+
+
+def folded(found: Sequence[pb.DecisionView]) -> list[list[pb.DecisionView]]:
+    """Decisions in the order given, each with the like ones of its subject that follow with nothing else between."""
+    groups: list[list[pb.DecisionView]] = []
+    last: dict[str, list[pb.DecisionView]] = {}
     for decision in found:
-        ago = (newest - decision.at_ns) / NS_PER_S
-        latency = f" after {decision.latency_ms:.1f} ms" if decision.HasField("latency_ms") else ""
-        console.print(f"[bold]{escape(decision.action)}[/bold]  {escape(decision.subject)}  (-{ago:.1f} s)")
-        console.print(f"  because  {decision.rule}: {decision.evidence}", markup=False)
-        if len(decision.candidates) > 1:
-            weighed = ", ".join(f"{c.name} {c.cost:.4g}" for c in decision.candidates)
-            console.print(f"  weighed  {weighed}", markup=False)
-        detail = f": {decision.detail}" if decision.detail else ""
-        console.print(
-            f"  outcome  {decision.outcome or 'none yet'}{latency} by {decision.tier or '-'}{detail}", markup=False
-        )
+        group = last.get(decision.subject)
+        if group is not None and _likeness(group[0]) == _likeness(decision):
+            group.append(decision)
+            continue
+        groups.append([decision])
+        last[decision.subject] = groups[-1]
+    return groups
+
+
+def _likeness(decision: pb.DecisionView) -> tuple[str, ...]:
+    return (decision.action, decision.rule, decision.outcome, decision.tool_call_id, decision.session_id)
+
+
+def _decision(alike: list[pb.DecisionView], now_ns: int, console: Console) -> None:
+    newest, oldest = alike[0], alike[-1]
+    at = f"at {clock(newest.at_unix_ns, now_ns)}, {ago(newest.at_unix_ns, now_ns)}"
+    repeats = f"; {len(alike)} times since {clock(oldest.at_unix_ns, now_ns)}" if len(alike) > 1 else ""
+    would = "would " if newest.outcome == "dry-run" else ""
+    console.print(
+        f"[bold]{would}{escape(newest.action)}[/bold]  {escape(newest.subject)}  {at}{repeats}", soft_wrap=True
+    )
+    unit = f" {newest.unit}" if newest.unit else ""
+    lines = (
+        ("because", f"{newest.rule}: {newest.evidence}"),
+        ("measured", f"{newest.measurement:.4g} against {newest.threshold:.4g}{unit}"),
+        ("weighed", _weighed(newest)),
+        ("outcome", _outcome(newest, now_ns)),
+    )
+    for name, text in lines:
+        console.print(f"  {name:<8} {_one_line(text)}", markup=False, soft_wrap=True)
+
+
+def _weighed(decision: pb.DecisionView) -> str:
+    if not decision.candidates:
+        return "nothing else"
+    chosen, *others = (f"{c.name} {c.cost:.4g}" for c in decision.candidates)
+    return f"{chosen} (chosen)" + "".join(f", {other}" for other in others)
+
+
+def _outcome(decision: pb.DecisionView, now_ns: int) -> str:
+    latency = f" after {decision.latency_ms:.1f} ms" if decision.HasField("latency_ms") else ""
+    detail = f": {decision.detail}" if decision.detail else ""
+    expiry = ""
+    if decision.HasField("expires_ns"):
+        expires_ns = decision.at_unix_ns + decision.expires_ns - decision.at_ns
+        expiry = f"; {'expired' if expires_ns <= now_ns else 'expires'} at {clock(expires_ns, now_ns)}"
+    outcome = decision.outcome or "none yet"
+    return f"{outcome}{latency} by {decision.tier or '-'}{detail}{expiry} [{decision.decision_id}]"
+
+
+_MINUTE_S, _HOUR_S, _DAY_S = 60, 3600, 86400
+
+
+def clock(at_unix_ns: int, now_ns: int) -> str:
+    """The local time of day, with the date where that is another day's."""
+    at, now = time.localtime(at_unix_ns / NS_PER_S), time.localtime(now_ns / NS_PER_S)
+    return time.strftime("%H:%M:%S" if at[:3] == now[:3] else "%Y-%m-%d %H:%M:%S", at)
+
+
+def ago(at_unix_ns: int, now_ns: int) -> str:
+    """ "4.2 s ago", "3 min ago", "2 days ago"."""
+    passed_s = max(0, now_ns - at_unix_ns) / NS_PER_S
+    if passed_s < _MINUTE_S:
+        return f"{passed_s:.1f} s ago"
+    if passed_s < _HOUR_S:
+        return f"{passed_s / _MINUTE_S:.0f} min ago"
+    return f"{passed_s / _HOUR_S:.1f} h ago" if passed_s < 2 * _DAY_S else f"{passed_s / _DAY_S:.0f} days ago"
+
+
+def why_not(answered: pb.WhyNotResponse, console: Console | None = None) -> None:
+    """Who it is, then one line a rule."""
+    console = console or _console()
+    console.print(f"[bold]{escape(_one_line(answered.subject))}[/bold]", soft_wrap=True)
+    width = max((len(look.rule) for look in answered.looks), default=0)
+    for look in answered.looks:
+        figures = ""
+        if look.HasField("measurement") and look.HasField("threshold"):
+            figures = f"{look.measurement:.4g} against {look.threshold:.4g} {look.unit}: "
+        console.print(f"  {look.rule:<{width}}  {figures}{look.why}", markup=False, soft_wrap=True)

@@ -28,7 +28,7 @@ _EXAMPLES = """examples:
   equipoise replay                                          random agents, four policies
   equipoise replay --policy decide --policy economy traces.jsonl.gz
   equipoise replay --policy minwaste+append+door=0.9 --disk none traces.jsonl.gz
-  equipoise replay --policy my-policy.yaml --machine this /run/equipoise/journal.sqlite
+  equipoise replay --policy laptop --policy my-policy.yaml --machine this /run/equipoise/journal.sqlite
   equipoise replay --each --policy decide --json traces.jsonl.gz
 
 policies:

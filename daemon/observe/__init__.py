@@ -2,5 +2,5 @@
 
 Owns: how often to look, and what is kept of it. Must not: change anything in the world; sources only emit events.
 
-Seen from outside: `history`, `joins`, `journal`, `kernel`, `metrics`, `recording`, `sources`, `tallies`.
+Seen from outside: `archive`, `history`, `joins`, `journal`, `kernel`, `metrics`, `recording`, `sources`, `tallies`.
 """

@@ -126,6 +126,12 @@ class History:
             )
         ]
 
+    def while_ran(self, call: ToolCall) -> list[Decision]:
+        """Everything that was decided from its start to its end, newest first."""
+        until_ns = call.end_ns if call.end_ns is not None else float("inf")
+        made = (told.decision for told in reversed(self._decisions.values()))
+        return [decision for decision in made if call.start_ns <= decision.at_ns <= until_ns]
+
     def ended(self) -> Iterator[ToolCall]:
         """Finished tool calls, in the order they ended."""
         return iter(self._ended.values())

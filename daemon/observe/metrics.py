@@ -32,12 +32,23 @@ class MetricsFacts:
     snapshot: Snapshot
     counts: Counts
     version: str = ""
+    policy: str = ""
+    mode: str = ""
+    policy_refused: bool = False
+    """Its files, as they are now, are not in force."""
     ring_drop_count: int = 0
     unrecorded_call_count: int = 0
     late_event_count: int = 0
     failed_action_count: int = 0
     source_failure_count: int = 0
     journal_lost_rows_count: int = 0
+
+
+def _policy(facts: MetricsFacts) -> Iterator[Metric]:
+    named = {"name": facts.policy, "mode": facts.mode}
+    yield InfoMetricFamily("equipoise_policy", "The policy in force.", value=named)
+    help_text = "1 where the policy's files, as they are now, are refused, and the one before them is in force."
+    yield GaugeMetricFamily("equipoise_policy_refused", help_text, value=float(facts.policy_refused))
 
 
 class MetricsCollector(Collector):
@@ -53,6 +64,7 @@ class MetricsCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         facts = self._facts()
         yield InfoMetricFamily("equipoise_build", "Version of the daemon.", value={"version": facts.version})
+        yield from _policy(facts)
         yield from _host(facts.snapshot)
         yield from _tenants(facts.snapshot)
         yield from _engines(facts.snapshot)

@@ -110,12 +110,41 @@ def list_processes(socket: str, tenant: str = "") -> list[policy_pb2.ProcessView
 
 
 def explain(
-    socket: str, tool_call: str = "", session: str = "", tenant: str = "", limit: int = 20
+    socket: str, tool_call: str = "", session: str = "", tenant: str = "", limit: int = 20, decision: str = ""
 ) -> list[policy_pb2.DecisionView]:
     """Newest first. Raises CommandError."""
     with channel(socket) as opened:
-        request = policy_pb2.ExplainRequest(tool_call_id=tool_call, session_id=session, tenant_id=tenant, limit=limit)
+        request = policy_pb2.ExplainRequest(
+            tool_call_id=tool_call, session_id=session, tenant_id=tenant, limit=limit, decision_id=decision
+        )
         return list(policy_pb2_grpc.PolicyServiceStub(opened).Explain(request, timeout=TIMEOUT_S).decisions)
+
+
+def why_not(socket: str, which: str) -> policy_pb2.WhyNotResponse:
+    """Of a tool call or a session by its id. Raises CommandError."""
+    with channel(socket) as opened:
+        stub = policy_pb2_grpc.PolicyServiceStub(opened)
+        answered: policy_pb2.WhyNotResponse = stub.WhyNot(policy_pb2.WhyNotRequest(id=which), timeout=TIMEOUT_S)
+        return answered
+
+
+def get_policy(socket: str) -> policy_pb2.GetPolicyResponse:
+    """What the daemon has in force. Raises CommandError."""
+    with channel(socket) as opened:
+        stub = policy_pb2_grpc.PolicyServiceStub(opened)
+        answered: policy_pb2.GetPolicyResponse = stub.GetPolicy(policy_pb2.GetPolicyRequest(), timeout=TIMEOUT_S)
+        return answered
+
+
+def apply_policy(socket: str, texts: list[tuple[str, str]], *, only_check: bool) -> policy_pb2.ApplyPolicyResponse:
+    """`texts`: name and text of each layer; none: the daemon's own files. Raises CommandError: a line a problem."""
+    with channel(socket) as opened:
+        request = policy_pb2.ApplyPolicyRequest(
+            texts=[policy_pb2.PolicyText(name=name, text=text) for name, text in texts], only_check=only_check
+        )
+        stub = policy_pb2_grpc.PolicyServiceStub(opened)
+        answered: policy_pb2.ApplyPolicyResponse = stub.ApplyPolicy(request, timeout=TIMEOUT_S)
+        return answered
 
 
 def release(opened: grpc.Channel) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any, NoReturn, TypeAlias
 import grpc
 
 from ...ebpf.errors import EbpfError
-from ...policies.actions import Grant, Kill, OutcomeStatus, Throttle, Wait
+from ...policies.actions import Freeze, Grant, Kill, OutcomeStatus, Throttle, Wait
 from ...policies.events import Event, IntentDeclared
 from ...policies.model import MIB, NS_PER_S, Sandbox, SessionId, TenantId, ToolCall, ToolCallId, tenants_session
 from ...policies.state import State
@@ -175,21 +175,34 @@ class SandboxServer(sandbox_pb2_grpc.SandboxServiceServicer):
         return SessionId(named) if shown and shown.tenant == sandbox.tenant else tenants_session(sandbox.tenant, named)
 
     async def _call_id(self, request: pb.EndToolCallRequest, context: Context) -> ToolCallId:
-        if request.tool_call_id:
-            try:
-                return ToolCallId(int(request.tool_call_id, 16))
-            except ValueError:
-                await _refuse(
-                    context,
-                    grpc.StatusCode.INVALID_ARGUMENT,
-                    f"tool call id {request.tool_call_id!r} is not 16 hex digits",
-                )
-        call = self._calls.external_call(request.external_id) if request.external_id else None
-        if call is None:
-            await _refuse(
-                context, grpc.StatusCode.NOT_FOUND, f"no tool call was begun as {request.external_id or 'nothing'!r}"
-            )
+        """The call that is meant: of the sandbox that the request names, where it names one."""
+        named = request.tenant_id or request.name
+        sandbox = await self._sandbox(request.tenant_id, request.name, 0, context) if named else None
+        if not request.tool_call_id:
+            return await self._external_call(request.external_id, sandbox, context)
+        try:
+            call = ToolCallId(int(request.tool_call_id, 16))
+        except ValueError:
+            what = f"tool call id {request.tool_call_id!r} is not 16 hex digits"
+            await _refuse(context, grpc.StatusCode.INVALID_ARGUMENT, what)
+        known = self._state.tool_calls.get(self._calls.resolve(call))
+        if sandbox is not None and known is not None and known.sandbox != sandbox.cgroup_id:
+            what = f"{sandbox.label} has no tool call {request.tool_call_id}"
+            await _refuse(context, grpc.StatusCode.NOT_FOUND, what)
         return call
+
+    async def _external_call(self, external: str, sandbox: Sandbox | None, context: Context) -> ToolCallId:
+        found = self._calls.external_calls(external) if external else {}
+        if sandbox is not None:
+            found = {at: call for at, call in found.items() if at == sandbox.cgroup_id}
+        if not found:
+            where = f" by {sandbox.label}" if sandbox is not None else ""
+            what = f"no tool call was begun as {external or 'nothing'!r}{where}"
+            await _refuse(context, grpc.StatusCode.NOT_FOUND, what)
+        if len(found) > 1:
+            what = f"{len(found)} sandboxes have begun a tool call as {external!r}: say which by tenant_id and name"
+            await _refuse(context, grpc.StatusCode.FAILED_PRECONDITION, what)
+        return next(iter(found.values()))
 
 
 def notice(call: ToolCall, history: History) -> str:
@@ -197,6 +210,7 @@ def notice(call: ToolCall, history: History) -> str:
     parts = []
     for told in history.about(call):
         done = told.outcome is not None and told.outcome.status is OutcomeStatus.COMPLETED
+        expired = told.outcome is not None and told.outcome.status is OutcomeStatus.EXPIRED  # it was done, and is over
         match told.decision.action:
             case Kill(message=message) if done:
                 return message
@@ -204,8 +218,10 @@ def notice(call: ToolCall, history: History) -> str:
                 parts.append("waited for memory at its budget")
             case Grant(hard_bytes=hard) if done:
                 parts.append(f"was granted up to {hard / MIB:.0f} MiB")
-            case Throttle() if done:
+            case Throttle() if done or expired:
                 parts.append("was slowed down because memory was short")
+            case Freeze() if done or expired:
+                parts.append("was frozen for a while because memory was short")
             case _:
                 pass
     if not parts:

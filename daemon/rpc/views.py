@@ -6,13 +6,17 @@ are spelled out.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 from ...gpuctl.translation import Translation, check_parts
 from ...policies.actions import Candidate
 from ...policies.correlate import held_bytes
 from ...policies.fairness import shares
-from ...policies.model import CgroupId, Engine, EngineTotals, ProcessRole, Sandbox, Session, ToolCall
+from ...policies.memory.ladder import subject
+from ...policies.model import MIB, CgroupId, Engine, EngineTotals, ProcessRole, Sandbox, Session, ToolCall
 from ...policies.policy import Policy
 from ...policies.snapshot import Snapshot
+from ...policies.whynot import Look
 from ..api.v1 import policy_pb2 as pb
 from ..observe.history import History, Told
 from . import words
@@ -35,9 +39,12 @@ _ENGINE = Translation(
 _TOTALS = Translation(EngineTotals, pb.EngineView, there=None)
 check_parts(pb.EngineView, (_ENGINE, _TOTALS))
 _CANDIDATE = Translation(Candidate, pb.CandidateView)
+_LOOK = Translation(Look, pb.LookView)
 
 
-def watch_response(snapshot: Snapshot, policy: Policy, history: History) -> pb.WatchResponse:
+def watch_response(
+    snapshot: Snapshot, policy: Policy, history: History, would_be: Callable[[ToolCall], str] = lambda call: ""
+) -> pb.WatchResponse:
     names = {s.cgroup_id: s.name for s in snapshot.sandboxes}
     calls = sorted(snapshot.tool_calls, key=lambda c: c.start_ns, reverse=True)
     return pb.WatchResponse(
@@ -45,7 +52,7 @@ def watch_response(snapshot: Snapshot, policy: Policy, history: History) -> pb.W
         host=host_view(snapshot, policy),
         tenants=tenant_views(snapshot, policy),
         sandboxes=[sandbox_view(s) for s in snapshot.sandboxes],
-        tool_calls=[tool_call_view(c, names, history) for c in calls],
+        tool_calls=[tool_call_view(c, names, history, would_be(c)) for c in calls],
         sessions=[session_view(s, snapshot) for s in snapshot.sessions],
         engines=[engine_view(e) for e in snapshot.engines],
         decisions=[decision_view(t) for t in history.newest(DECISIONS_SHOWN)],
@@ -85,7 +92,7 @@ def sandbox_view(sandbox: Sandbox) -> pb.SandboxView:
     return _SANDBOX.encode(sandbox)
 
 
-def tool_call_view(call: ToolCall, names: dict[CgroupId, str], history: History) -> pb.ToolCallView:
+def tool_call_view(call: ToolCall, names: dict[CgroupId, str], history: History, would_be: str = "") -> pb.ToolCallView:
     return pb.ToolCallView(
         tool_call_id=words.tool_call_hex(call.id),
         tenant_id=call.tenant,
@@ -116,6 +123,7 @@ def tool_call_view(call: ToolCall, names: dict[CgroupId, str], history: History)
         agent_call_id=call.call_id or "",
         exempt=call.exempt,
         facts=[fact.words for fact in call.facts],
+        would_be=would_be,
     )
 
 
@@ -157,13 +165,24 @@ def session_view(session: Session, snapshot: Snapshot) -> pb.SessionView:
     )
 
 
+def call_words(call: ToolCall, snapshot: Snapshot) -> str:
+    """ "gold/ada pytest, running, 120 MiB of 512 MiB"."""
+    budget = f" of {call.hard_bytes / MIB:.0f} MiB" if call.hard_bytes else ", no budget"
+    return f"{subject(call, snapshot.sandboxes)}, {call.phase.value}, peak {call.peak_bytes / MIB:.0f} MiB{budget}"
+
+
+def why_not_response(subject: str, looks: Iterable[Look]) -> pb.WhyNotResponse:
+    return pb.WhyNotResponse(subject=subject, looks=[_LOOK.encode(look) for look in looks])
+
+
 def engine_view(engine: Engine) -> pb.EngineView:
     view = _ENGINE.encode(engine)
     view.MergeFrom(_TOTALS.encode(engine.totals))
     return view
 
 
-def decision_view(told: Told) -> pb.DecisionView:
+def decision_view(told: Told, unix_offset_ns: int = 0) -> pb.DecisionView:
+    """`unix_offset_ns`: between the clock of its boot and that on the wall."""
     decision, outcome = told.decision, told.outcome
     latency_ns = outcome.latency_ns if outcome else None
     return pb.DecisionView(
@@ -181,4 +200,9 @@ def decision_view(told: Told) -> pb.DecisionView:
         tool_call_id=words.tool_call_hex(told.tool_call) if told.tool_call is not None else "",
         session_id=told.session or "",
         candidates=[_CANDIDATE.encode(c) for c in decision.candidates],
+        measurement=decision.measurement,
+        threshold=decision.threshold,
+        unit=decision.unit,
+        expires_ns=getattr(decision.action, "expires_ns", None),
+        at_unix_ns=decision.at_ns + unix_offset_ns,
     )

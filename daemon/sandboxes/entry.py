@@ -7,8 +7,8 @@ together begin with less (policies/memory/grants.py says how much). Stops nobody
 from __future__ import annotations
 
 from ...ebpf.tool_memory import ToolMemory
-from ...policies.memory.grants import entry_budget
-from ...policies.model import ToolCallId
+from ...policies.memory.grants import entry_budget, first_budget
+from ...policies.model import ToolCall, ToolCallId
 from ...policies.policy import Budget
 from ...policies.state import State
 
@@ -27,8 +27,14 @@ class EntryBudgets:
 
     def of(self, budget: Budget) -> Budget:
         """What a call with this budget by the policy begins with now."""
-        pool = self._state.policy.memory.pool_bytes(self._state.host.memory_total_bytes)
-        return entry_budget(budget, pool, self._sharers)
+        return entry_budget(budget, self._pool(), self._sharers)
+
+    def of_call(self, call: ToolCall) -> Budget:
+        """What this call begins with now."""
+        return first_budget(call, self._state.policy, self._pool(), self._sharers)
+
+    def _pool(self) -> int:
+        return self._state.policy.memory.pool_bytes(self._state.host.memory_total_bytes)
 
     def now(self) -> tuple[int, int]:
         """For the children of any agent; nothing where the policy only observes, since nobody would answer a call."""

@@ -213,9 +213,9 @@ class ToolCallKeeper:
         if kept := self._book.get(known.sandbox):
             kept.announced = [c for c in kept.announced if c not in (call, known.id)]
 
-    def external_call(self, external: str) -> ToolCallId | None:
-        """The newest call that was announced under that id."""
-        return next((call for (_, name), call in reversed(self._external.items()) if name == external), None)
+    def external_calls(self, external: str) -> dict[CgroupId, ToolCallId]:
+        """By sandbox: the calls that were announced under that id."""
+        return {sandbox: call for (sandbox, name), call in self._external.items() if name == external}
 
     def processes(self, call: ToolCallId) -> tuple[int, ...]:
         """Living processes of a tool call, escapees included."""
@@ -328,16 +328,19 @@ class ToolCallKeeper:
             if call.stopped_ns is None and call.used_bytes < self.budget_of(call)[1] // 2:
                 self._set_kind_budget(call)
 
+    def policy_applied(self) -> None:
+        """Budgets of calls that run: the new ones, but none below what a call has come to unasked under the old."""
+        for call in [c for c in self._state.tool_calls.values() if c.running and c.stopped_ns is None]:
+            _, hard = self.budget_of(call)
+            if not hard or hard >= call.hard_bytes or call.used_bytes < hard // 2:
+                self._set_kind_budget(call)
+
     def budget_of(self, call: ToolCall) -> tuple[int, int]:
-        """Soft and hard: what the policy says for its kind, at least what was announced, and what it was granted."""
-        memory = self._state.policy.memory
-        usual = memory.budget_for(call.kind)
-        budget = self._entry.of(usual)
+        """Soft and hard: what it begins with by the policy, and what it was granted."""
+        budget = self._entry.of_call(call)
         if call.granted_ns is not None and call.hard_bytes > budget.hard_bytes:
             return call.soft_bytes, self._hard(call.hard_bytes)
-        # In a pool too small for all it has to ask like the others: what was announced is then known for its claim.
-        announced = min(call.expected_bytes or 0, memory.max_bytes) if budget == usual else 0
-        return budget.soft_bytes, self._hard(max(budget.hard_bytes, announced))
+        return budget.soft_bytes, self._hard(budget.hard_bytes)
 
     def _on_ended(self, call: ToolCallId, state: State) -> None:
         known = state.tool_calls.get(call)

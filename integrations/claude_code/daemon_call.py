@@ -46,7 +46,7 @@ def tell(event: dict[str, object], socket: str, tenant: str, agent_pid: int | No
                 case "PreToolUse":
                     _begin(stub, event, tenant)
                 case "PostToolUse" | "PostToolUseFailure":
-                    notice = "\n".join(line for line in (_take_late(session), _end(stub, event)) if line)
+                    notice = "\n".join(line for line in (_take_late(session), _end(stub, event, tenant)) if line)
     except grpc.RpcError:
         return
     if not notice:
@@ -99,8 +99,9 @@ def _begin(stub: sandbox_pb2_grpc.SandboxServiceStub, event: dict[str, object], 
     stub.BeginToolCall(request, timeout=_CALL_TIMEOUT_S)
 
 
-def _end(stub: sandbox_pb2_grpc.SandboxServiceStub, event: dict[str, object]) -> str:
-    request = sandbox_pb2.EndToolCallRequest(external_id=external_id(event))
+def _end(stub: sandbox_pb2_grpc.SandboxServiceStub, event: dict[str, object], tenant: str) -> str:
+    owner, name = sandbox_of(str(event.get("session_id", "")), tenant)
+    request = sandbox_pb2.EndToolCallRequest(external_id=external_id(event), tenant_id=owner, name=name)
     if (code := exit_code_of(event)) is not None:
         request.exit_code = code
     give_up = time.monotonic() + _BEGIN_MAY_TAKE_S

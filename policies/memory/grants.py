@@ -18,6 +18,8 @@ PROMISE_NS = NS_PER_S
 """How long a grant counts as used. Longer would keep memory free that a call may never ask for."""
 CLAIM_QUANTILE = 0.99
 """Of the peaks of its kind that lie beyond what a call uses: that much it is predicted to reach."""
+WELL_KNOWN_COUNT = 20
+"""Ended calls of a kind before its peaks are believed: the next one passes the largest of n in one case of n + 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +45,17 @@ def holds_memory(call: ToolCall) -> bool:
 
 
 def claim_bytes(call: ToolCall, snapshot: Snapshot, policy: Policy, pool: int) -> int:
-    """The peak that is predicted of it: what was announced, else by its kind; never past what it could be granted."""
+    """The peak to be ready for: what was announced, else by its kind; of a kind that is not well known, the most that
+    a call can be granted, as in Dijkstra's rule."""
     held = call.used_bytes + promised_bytes(call, snapshot.now_ns)
+    most = min(policy.memory.max_bytes, pool)
     if call.expected_bytes is not None and call.expected_bytes > held:
         predicted = call.expected_bytes
+    elif snapshot.estimates.ended_count(call.kind) < WELL_KNOWN_COUNT:
+        predicted = most
     else:
         predicted = snapshot.estimates.peak_beyond_bytes(call.kind, held, CLAIM_QUANTILE)
-    return max(held, min(predicted, policy.memory.max_bytes, pool))
+    return max(held, min(predicted, most))
 
 
 def service_order(call: ToolCall, rank: Mapping[TenantId, int]) -> tuple[int, int, int, int]:
@@ -96,6 +102,15 @@ class Books:
         known = self._holdings[call.id]
         claim = max(hard_bytes, known.held + known.need)
         return {**self._holdings, call.id: Holding(hard_bytes, claim - hard_bytes)}
+
+
+def first_budget(call: ToolCall, policy: Policy, pool: int, sharers: int) -> Budget:
+    """What a call begins with by class, kind and tenant: at least what was announced, where that many fit the pool."""
+    usual = policy.budget_for(call)
+    budget = entry_budget(usual, pool, sharers)
+    # In a pool too small for all it has to ask like the others: what was announced is then known for its claim.
+    announced = min(call.expected_bytes or 0, policy.memory.max_bytes) if budget == usual else 0
+    return Budget(budget.soft_bytes, max(budget.hard_bytes, announced))
 
 
 UNASKED_RATIO = 0.25

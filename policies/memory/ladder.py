@@ -7,12 +7,12 @@ has ended is answered like the call itself: its phase says ENDED, `stopped_ns` t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from ..actions import Action, Candidate, Grant, Kill, Thaw, Throttle, Wait
+from ..actions import Action, Candidate, Freeze, Grant, Kill, Thaw, Throttle, Wait
 from ..fairness import Share, serve_order, shares
 from ..model import MIB, NS_PER_S, Sandbox, TenantId, ToolCall, ToolCallId, ToolCallPhase
-from ..policy import Policy
+from ..policy import LadderRule, Policy, Rung
 from ..snapshot import Snapshot
 from .grants import Books, holds_memory, leader, promised_bytes, service_order
 
@@ -88,9 +88,16 @@ def _answer_stopped(snapshot: Snapshot, policy: Policy, by_tenant: dict[TenantId
         standing = [c for c in standing if c.id != payer.id]
     used = snapshot.tool_used_bytes() - freed
     for call, hard in granted:
-        steps.append(_grant(call, hard, used, pool, policy))
+        steps.append(_in_line(_grant(call, hard, used, pool, policy), standing))
         used += max(0, hard - call.used_bytes)
-    return steps + [_wait(c, first, left, snapshot, policy) for c in unmet if c.waiting_until_ns is None]
+    asked = [c for c in unmet if c.waiting_until_ns is None]
+    return steps + [_in_line(_wait(c, first, left, snapshot, policy), standing) for c in asked]
+
+
+def _in_line(step: Step, standing: list[ToolCall]) -> Step:
+    """With whom it was weighed against: all that stand, at their places in the order in which they are served."""
+    line = [(c.id != step.call.id, Candidate(f"serve {c.kind} of {c.tenant}", n)) for n, c in enumerate(standing, 1)]
+    return replace(step, candidates=tuple(each for _, each in sorted(line, key=lambda placed: placed[0])))
 
 
 def _room_bytes(snapshot: Snapshot, pool: int) -> int:
@@ -145,7 +152,7 @@ def _fill(
     unmet = []
     for call in standing:
         hard = _next_hard_bytes(call, policy)
-        waited = _waited_ns(call, snapshot) >= policy.memory.wait_ns // 2
+        waited = _waited_ns(call, snapshot) >= policy.wait_ns_for(call) // 2
         last_hope = not (granted or others_go_on)
         served = call is first or waited or last_hope
         if last_hope and call.used_bytes + room >= _held(call) + policy.memory.step_bytes * LEAST_STEP_RATIO:
@@ -173,7 +180,7 @@ def _payer(
     Out of all that stand where no call is left that could go on and free memory. `going` are those that this same
     moment ends or grants.
     """
-    over = [c for c in unmet if _waited_ns(c, snapshot) >= policy.memory.wait_ns]
+    over = [c for c in unmet if _waited_ns(c, snapshot) >= policy.wait_ns_for(c)]
     alive = [c for c in snapshot.tool_calls if c.gone_ns is None]
     if over:
         payers = over + [c for c in alive if c.id not in going and c not in over and _holds_a_grant(c, policy)]
@@ -186,7 +193,7 @@ def _payer(
 
 
 def _holds_a_grant(call: ToolCall, policy: Policy) -> bool:
-    return holds_memory(call) and not call.exempt and call.used_bytes > policy.memory.budget_for(call.kind).hard_bytes
+    return holds_memory(call) and not call.exempt and call.used_bytes > policy.budget_for(call).hard_bytes
 
 
 def _pays_first(call: ToolCall, by_tenant: dict[TenantId, Share]) -> tuple[float, int, int]:
@@ -244,13 +251,13 @@ def _wait(call: ToolCall, first: ToolCall | None, left: int, snapshot: Snapshot,
         why = f"{_mib(left)} of it can be had, but then {first.kind} of {first.tenant} might not get through"
     return Step(
         call,
-        Wait(call.id, needed, _stopped_ns(call) + memory.wait_ns),
+        Wait(call.id, needed, _stopped_ns(call) + policy.wait_ns_for(call)),
         f"tool call at its budget, {rule}",
         (used + needed) / MIB,
         pool / MIB,
         "MiB",
         f"stopped at {_mib(call.used_bytes)} and needs {_mib(needed)}; the pool holds {_mib(used)} of "
-        f"{_mib(pool)}, {why}: waits at most {memory.wait_ns / NS_PER_S:g} s",
+        f"{_mib(pool)}, {why}: waits at most {policy.wait_ns_for(call) / NS_PER_S:g} s",
         trigger_ns=_stopped_ns(call),
     )
 
@@ -261,11 +268,11 @@ def _kill_payer(
     """End a call for want of memory. `unmet`: the stopped calls for which there is none."""
     memory = policy.memory
     pool, used = memory.pool_bytes(snapshot.host.memory_total_bytes), snapshot.tool_used_bytes()
-    waiter = max(unmet, key=lambda c: _waited_ns(c, snapshot))
+    waiter = max(unmet, key=lambda c: _waited_ns(c, snapshot) - policy.wait_ns_for(c))  # the most overdue
     waited = f"{_waited_ns(waiter, snapshot) / NS_PER_S:.1f} s"
-    if _waited_ns(waiter, snapshot) < memory.wait_ns:
+    if _waited_ns(waiter, snapshot) < policy.wait_ns_for(waiter):
         rule, why = "every tool call waits for memory", "no call can go on and free some"
-    elif _waited_ns(call, snapshot) >= memory.wait_ns and call in unmet:
+    elif _waited_ns(call, snapshot) >= policy.wait_ns_for(call) and call in unmet:
         rule, why = "no memory for a stopped call within its wait", f"it waited {waited}"
     else:
         rule = "no memory for a stopped call within its wait"
@@ -289,29 +296,54 @@ def _kill_payer(
     )
 
 
+_HELD = {Rung.THROTTLE: ToolCallPhase.THROTTLED, Rung.FREEZE: ToolCallPhase.FROZEN}
+
+
 def _relieve(snapshot: Snapshot, policy: Policy, by_tenant: dict[TenantId, Share], pool: int) -> list[Step]:
-    """Under lasting pressure slow down one call of whoever is furthest above its share; let go when it has passed."""
-    memory = policy.memory
-    used = snapshot.tool_used_bytes()
-    throttled = [c for c in snapshot.tool_calls if c.phase is ToolCallPhase.THROTTLED and c.gone_ns is None]
-    if snapshot.pressure_since_ns is None:
-        return [
-            Step(
-                c,
-                Thaw(c.id),
-                f"tool pool below {memory.pressure_below_ratio:.2f}",
-                used / pool,
-                memory.pressure_below_ratio,
-                "of the pool",
-                f"the pool holds {_mib(used)} of {_mib(pool)}",
-            )
-            for c in throttled
+    """Hold back one call of whoever is furthest above its share by each rule that presses; let go when it is over."""
+    steps = [step for rung in Rung for step in _let_go(rung, snapshot, policy, pool)]
+    for rule, since_ns in snapshot.pressed:
+        about = {step.call.id for step in steps}
+        candidates = [
+            c for c in _can_be_held_back(snapshot, pool) if c.id not in about and has_run_for_it(rule, c, snapshot)
         ]
-    pressed_ns = snapshot.now_ns - snapshot.pressure_since_ns
-    since_last_ns = min((snapshot.now_ns - c.phase_since_ns for c in throttled), default=pressed_ns)
-    if min(pressed_ns, since_last_ns) < memory.pressure_for_ns:
+        candidates.sort(key=lambda c: _pays_first(c, by_tenant))
+        if candidates and _is_due(rule, since_ns, snapshot):
+            steps.append(_hold_back(rule, candidates, by_tenant, snapshot, pool))
+    return steps
+
+
+def _let_go(rung: Rung, snapshot: Snapshot, policy: Policy, pool: int) -> list[Step]:
+    """Calls that no pressing rule of this rung holds back any more."""
+    if any(rule.rung is rung for rule, _ in snapshot.pressed):
         return []
-    running = [
+    rule = next((rule for rule in policy.memory.ladder if rule.rung is rung), None)
+    measured = rule.measure.of(snapshot.tool_used_bytes(), pool, snapshot.host) if rule else None
+    return [
+        Step(
+            call,
+            Thaw(call.id),
+            f"{rule.measure.value} below {rule.below_ratio:.2f}" if rule else f"no rule says {rung.value} any more",
+            measured or 0.0,
+            rule.below_ratio if rule else 0.0,
+            rule.measure.unit if rule else "",
+            _pool_words(snapshot, pool),
+        )
+        for call in snapshot.tool_calls
+        if call.phase is _HELD[rung] and call.gone_ns is None
+    ]
+
+
+def _is_due(rule: LadderRule, since_ns: int, snapshot: Snapshot) -> bool:
+    """Whether it has pressed for long enough, and so long since it last held a call back."""
+    held = [c for c in snapshot.tool_calls if c.phase is _HELD[rule.rung] and c.gone_ns is None]
+    pressed_ns = snapshot.now_ns - since_ns
+    since_last_ns = min((snapshot.now_ns - c.phase_since_ns for c in held), default=pressed_ns)
+    return min(pressed_ns, since_last_ns) >= rule.for_ns
+
+
+def _can_be_held_back(snapshot: Snapshot, pool: int) -> list[ToolCall]:
+    return [
         c
         for c in snapshot.tool_calls
         if c.phase is ToolCallPhase.RUNNING
@@ -319,24 +351,39 @@ def _relieve(snapshot: Snapshot, policy: Policy, by_tenant: dict[TenantId, Share
         and not c.exempt
         and c.used_bytes >= THROTTLE_AT_LEAST_RATIO * pool
     ]
-    running.sort(key=lambda c: _pays_first(c, by_tenant))
-    if not running:
-        return []
-    call = running[0]
+
+
+def has_run_for_it(rule: LadderRule, call: ToolCall, snapshot: Snapshot) -> bool:
+    """What is frozen gets nowhere: it must have run as long before, or it would never end while the pressure lasts."""
+    return rule.rung is not Rung.FREEZE or snapshot.now_ns - call.phase_since_ns >= rule.lasting_ns
+
+
+def _hold_back(
+    rule: LadderRule, candidates: list[ToolCall], by_tenant: dict[TenantId, Share], snapshot: Snapshot, pool: int
+) -> Step:
+    call = candidates[0]
     share = by_tenant[call.tenant]
-    return [
-        Step(
-            call,
-            Throttle(call.id, call.used_bytes, memory.throttle_cpu_ratio, snapshot.now_ns + memory.throttle_ns),
-            f"tool pool above {memory.pressure_above_ratio:.2f} for {memory.pressure_for_ns / NS_PER_S:g}s",
-            used / pool,
-            memory.pressure_above_ratio,
-            "of the pool",
-            f"the pool holds {_mib(used)} of {_mib(pool)}; {call.tenant} is furthest above its share "
-            f"({share.weighted:.2f} weighted {share.resource})",
-            tuple(Candidate(f"throttle {c.kind} of {c.tenant}", -by_tenant[c.tenant].weighted) for c in running),
-        )
-    ]
+    expires_ns = snapshot.now_ns + rule.lasting_ns
+    action: Action = Freeze(call.id, expires_ns)
+    if rule.rung is Rung.THROTTLE:
+        action = Throttle(call.id, call.used_bytes, rule.cpu_ratio, expires_ns)
+    return Step(
+        call,
+        action,
+        rule.words,
+        rule.measure.of(snapshot.tool_used_bytes(), pool, snapshot.host) or 0.0,
+        rule.above_ratio,
+        rule.measure.unit,
+        f"{_pool_words(snapshot, pool)}; {call.tenant} is furthest above its share "
+        f"({share.weighted:.2f} weighted {share.resource})",
+        tuple(
+            Candidate(f"{rule.rung.value} {c.kind} of {c.tenant}", -by_tenant[c.tenant].weighted) for c in candidates
+        ),
+    )
+
+
+def _pool_words(snapshot: Snapshot, pool: int) -> str:
+    return f"the pool holds {_mib(snapshot.tool_used_bytes())} of {_mib(pool)}"
 
 
 def subject(call: ToolCall, sandboxes: tuple[Sandbox, ...]) -> str:

@@ -1,6 +1,6 @@
 """The host and its sandboxes: what is sampled of them, the policy in force, and pressure on the tool-memory pool.
 
-Owns `host`, `sandboxes`, `policy`, the covariance of memory and KV, and since when the pool is under pressure. What is
+Owns `host`, `sandboxes`, `policy`, the covariance of memory and KV, and since when rules of the ladder press. What is
 done about pressure is for the ladder; a sandbox that goes leaves its calls as they are: their ends are told apart.
 """
 
@@ -63,15 +63,16 @@ def _events_lost(picture: Picture, event: EventsLost) -> None:
 
 
 def watch_pressure(picture: Picture, now_ns: int) -> None:
-    """Pressure begins above the upper mark and lasts until use is below the lower one."""
-    pool = picture.policy.memory.pool_bytes(picture.host.memory_total_bytes)
-    mark = picture.policy.memory.pressure_above_ratio
-    if picture._pressure_since_ns is not None:
-        mark = picture.policy.memory.pressure_below_ratio
-    if not pool or _tool_used_bytes(picture) < mark * pool:
-        picture._pressure_since_ns = None
-    elif picture._pressure_since_ns is None:
-        picture._pressure_since_ns = now_ns
+    """A rule of the ladder presses from above its upper mark until its measure is below the lower one."""
+    pool, used = picture.policy.memory.pool_bytes(picture.host.memory_total_bytes), _tool_used_bytes(picture)
+    pressed = {}
+    for rule in picture.policy.memory.ladder:
+        since_ns = picture._pressed.get(rule)
+        mark = rule.above_ratio if since_ns is None else rule.below_ratio
+        measured = rule.measure.of(used, pool, picture.host)
+        if measured is not None and measured >= mark:
+            pressed[rule] = now_ns if since_ns is None else since_ns
+    picture._pressed = pressed
 
 
 def _tool_used_bytes(picture: Picture) -> int:

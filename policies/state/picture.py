@@ -28,7 +28,7 @@ from ..model import (
     ToolCall,
     ToolCallId,
 )
-from ..policy import Policy
+from ..policy import LadderRule, Policy
 
 
 class Picture:
@@ -67,7 +67,7 @@ class Picture:
         """Where sessions' requests come from; of those, too, that their engine has not shown yet."""
         self._last_asked: dict[CgroupId, SessionId] = {}
         """Which of a sandbox's sessions last ended a turn by asking for a tool."""
-        self._pressure_since_ns: int | None = None
+        self._pressed: dict[LadderRule, int] = {}
 
     def resolve(self, tool_call: ToolCallId) -> ToolCallId:
         """The id under which a merged tool call is known now."""

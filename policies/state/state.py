@@ -46,7 +46,7 @@ class State(Picture):
             sessions=tuple(self.sessions[key] for key in sorted(self.sessions)),
             engines=tuple(self.engines[key] for key in sorted(self.engines)),
             estimates=self.estimates,
-            pressure_since_ns=self._pressure_since_ns,
+            pressed=tuple(self._pressed.items()),
             weights_told=frozenset(self._weights),
             left_behind=frozenset(self._left_behind & self.sessions.keys()),
         )

@@ -11,7 +11,7 @@ from equipoise.daemon.loop import COOL_DOWN_NS, Loop, tick
 from equipoise.policies.actions import Decision, Grant, Outcome, OutcomeStatus, Throttle
 from equipoise.policies.events import Event, OutcomeObserved, SandboxRegistered
 from equipoise.policies.model import MIB, ToolCallPhase
-from equipoise.policies.policy import Policy
+from equipoise.policies.policy import Mode, Policy
 from equipoise.policies.state import State
 from equipoise.tests.policies.facts import host_sampled, ns, policy, reached, sandbox, started, stepped, the_call
 
@@ -79,7 +79,7 @@ def test_what_failed_is_tried_again_only_after_the_cool_down(status):
 
 
 def test_observing_notes_decisions_and_does_nothing():
-    bench = Bench(replace(policy(), enforce=False))
+    bench = Bench(replace(policy(), mode=Mode.DRY_RUN))
     bench.call_at_its_budget()
     bench.loop.turn()
     assert not bench.acted

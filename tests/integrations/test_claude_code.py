@@ -90,6 +90,7 @@ def test_its_end_is_told_with_the_exit_code(server):
     run_hook(event("PostToolUse", tool_response={"stdout": "ok"}), server.socket)
     (ended,) = heard(server, END)
     assert ended.external_id == "toolu_01ABC" and ended.HasField("exit_code") and ended.exit_code == 0
+    assert (ended.tenant_id, ended.name) == ("gold", "ada")
 
 
 def test_a_failure_carries_the_exit_code_its_text_names(server):

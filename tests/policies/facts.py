@@ -10,6 +10,7 @@ from typing import Any
 
 from equipoise.policies.accounting import TurnCost
 from equipoise.policies.actions import Action, Decision, Outcome, OutcomeStatus
+from equipoise.policies.estimate import Estimates
 from equipoise.policies.events import (
     BudgetLevel,
     BudgetReached,
@@ -59,6 +60,14 @@ EVERY_DIRECTIVE = frozenset(
 ENGINE = EngineId("e1")
 ADA = SessionId("gold/ada")
 BYTES_PER_TOKEN = 1 << 10
+
+
+def learned(peak_mib: int, kind: str = "pytest", count: int = 20) -> Estimates:
+    """After so many calls of that kind and that peak."""
+    known = Estimates()
+    for _ in range(count):
+        known = known.observe(kind, NS_PER_S, peak_mib * MIB)
+    return known
 
 
 def ns(seconds: float) -> int:
@@ -160,7 +169,12 @@ def host(total_mib: int = 16_384, available_mib: int = 16_384, **more: Any) -> H
 
 
 def snapshot(now_s: float = 0.0, of: Policy | None = None, **more: Any) -> Snapshot:
-    more.setdefault("tenants", (of or policy()).tenants)
+    """`pressure_since_ns`: every rule of the ladder presses since then; None: none does."""
+    of = of or policy()
+    more.setdefault("tenants", of.tenants)
+    since_ns = more.pop("pressure_since_ns", None)
+    if since_ns is not None:
+        more["pressed"] = tuple((rule, since_ns) for rule in of.memory.ladder)
     return Snapshot(now_ns=ns(now_s), host=more.pop("host", host()), **more)
 
 

@@ -102,7 +102,7 @@ def _check_call(action: Throttle | Freeze | Thaw | Grant | Wait | Kill, snapshot
 def _check_debtor(call: ToolCall, snapshot: Snapshot, policy: Policy) -> None:
     """A call that gets on is ended only for one whose wait is over, only where it was granted more than it began with,
     and only where its tenant is further above its share than the one that waited."""
-    assert call.used_bytes > policy.memory.budget_for(call.kind).hard_bytes, f"{call}: it holds no grant"
+    assert call.used_bytes > policy.budget_for(call).hard_bytes, f"{call}: it holds no grant"
     by_tenant = shares(snapshot, policy)
     waited = [
         c

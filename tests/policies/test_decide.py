@@ -74,6 +74,16 @@ def test_kv_of_a_long_call_on_a_crowded_device_is_swapped_out() -> None:
     assert decision.unit == "GiB s"
 
 
+def test_kv_is_moved_only_to_tiers_that_the_policy_allows() -> None:
+    with_disk = replace(CROWDED, disk_capacity_bytes=1 << 40, cost=replace(CROWDED.cost, disk_bytes_per_second=1e9))
+    places = {}
+    for tiers in ((KvTier.HOST, KvTier.DISK), (KvTier.DISK,), ()):
+        of = replace(POLICY, kv=replace(POLICY.kv, tiers=frozenset(tiers)))
+        (made,) = decide(look(1.0, on=with_disk, of=of), of)
+        places[tiers] = made.action.tier if isinstance(made.action, SwapOut) else type(made.action)
+    assert places == {(KvTier.HOST, KvTier.DISK): KvTier.HOST, (KvTier.DISK,): KvTier.DISK, (): Drop}
+
+
 def test_kv_on_a_device_with_room_is_retained() -> None:
     decision = asked(1.0, on=EMPTY)
     assert decision is not None

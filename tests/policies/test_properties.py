@@ -53,7 +53,7 @@ from equipoise.policies.model import (
     ToolCallId,
     ToolCallSource,
 )
-from equipoise.policies.policy import Budget, KvPolicy, MemoryPolicy, Policy
+from equipoise.policies.policy import Budget, KvPolicy, LadderRule, Measure, MemoryPolicy, Policy, Rung
 from equipoise.policies.state import State
 from equipoise.tests.policies.facts import engine, observed, policy, sandbox, session, started, stepped
 from equipoise.tests.policies.laws import decide_lawfully
@@ -94,9 +94,21 @@ def sessions(draw: st.DrawFn) -> Session:
 
 
 @st.composite
+def rules(draw: st.DrawFn) -> LadderRule:
+    above = draw(st.floats(0.01, 1.0))
+    return LadderRule(
+        measure=draw(st.sampled_from(Measure)),
+        above_ratio=above,
+        below_ratio=draw(st.floats(0, above)),
+        for_ns=draw(st.integers(0, 5)) * NS_PER_S,
+        rung=draw(st.sampled_from(Rung)),
+        lasting_ns=draw(st.integers(1, 5)) * NS_PER_S,
+    )
+
+
+@st.composite
 def policies(draw: st.DrawFn) -> Policy:
     hard = draw(st.integers(1, 1024))
-    above = draw(st.floats(0.01, 1.0))
     memory = MemoryPolicy(
         tool_pool_bytes=draw(st.none() | st.integers(1, 4096).map(lambda mib: mib * MIB)),
         tool_pool_ratio=draw(st.floats(0.01, 1.0)),
@@ -104,10 +116,7 @@ def policies(draw: st.DrawFn) -> Policy:
         max_bytes=draw(st.integers(hard, 2048)) * MIB,
         step_bytes=draw(st.integers(1, 512)) * MIB,
         wait_ns=draw(st.integers(0, 30)) * NS_PER_S,
-        pressure_above_ratio=above,
-        pressure_below_ratio=draw(st.floats(0, above)),
-        pressure_for_ns=draw(st.integers(0, 5)) * NS_PER_S,
-        throttle_ns=draw(st.integers(1, 5)) * NS_PER_S,
+        ladder=tuple(draw(st.lists(rules(), max_size=3, unique=True))),
     )
     made = policy(tenants=draw(st.sampled_from(({"gold": 4.0, "silver": 1.0}, {"gold": 1.0}))))
     return replace(made, memory=memory, kv=KvPolicy(door_ratio=draw(st.none() | st.floats(0.01, 1.0))))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from equipoise.policies.actions import Grant, Kill, Retain, SetTenantWeight, SwapIn, SwapOut, Throttle, Wait
 from equipoise.policies.model import MIB, NS_PER_S, KvTier, Verdict
-from equipoise.policies.policy import Budget, Policy
+from equipoise.policies.policy import Budget, LadderRule, Policy
 from equipoise.policies.world.script import Script, Tool, growing
 from equipoise.policies.world.traces import script_of
 from equipoise.tests.policies.facts import policy
@@ -196,7 +196,7 @@ def memory_policies(draw: st.DrawFn) -> Policy:
         max_bytes=draw(st.integers(hard, 1024)) * MIB,
         step_bytes=draw(st.integers(16, 512)) * MIB,
         wait_ns=draw(st.integers(0, 4)) * NS_PER_S,
-        throttle_ns=NS_PER_S,
+        ladder=(LadderRule(lasting_ns=NS_PER_S),),
     )
     return replace(POLICY, memory=memory)
 

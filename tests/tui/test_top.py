@@ -236,6 +236,17 @@ async def test_enter_explains_the_call_under_the_cursor(server):
         assert app.screen is app.dashboard
 
 
+async def test_a_dry_run_is_called_so(server):
+    server.watch = watch([call(1, would_be="ended")])
+    server.decisions = [decision(1, outcome="dry-run")]
+    async with top(server) as (app, pilot):
+        await pilot.press("enter")
+        await until(pilot, lambda: isinstance(app.screen, Detail) and app.screen.decisions is not None)
+        await pilot.pause(0.2)
+        shown = "\n".join(picture(app))
+        assert "would be ended" in shown and "dry-run" in shown
+
+
 async def test_a_call_about_which_nothing_was_decided_says_so(server):
     async with top(server) as (app, pilot):
         await pilot.press("enter")

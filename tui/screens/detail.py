@@ -58,6 +58,8 @@ def _facts(call: ToolCallView, now_ns: int) -> RenderableType:
     table.add_row("agent", text.tenant(call.tenant_id, f"{call.tenant_id}/{call.sandbox}"))
     table.add_row("command", Text(printable(call.command)))
     table.add_row("phase", text.phase(call))
+    if call.would_be:
+        table.add_row("dry run", Text(f"would be {call.would_be}"))
     table.add_row("found by", f"{call.source}, confidence {call.confidence:.0%}, root process {call.pid or 'unknown'}")
     table.add_row("time", text.duration((call.end_ns or now_ns) - call.start_ns))
     if not call.end_ns:

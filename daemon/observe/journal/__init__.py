@@ -2,8 +2,8 @@
 
 Owns: the file, its tables and the facts as they lie there. Must not: undo a hold (enforce/ does).
 
-Seen from outside: `Hold`, `HoldCause`, `HoldKind`, `Needs`, `Journal`, `JournalReader`, `Sample`, `Series`,
-`clear_holds`, `lock_holder`.
+Seen from outside: `Hold`, `HoldCause`, `HoldKind`, `Needs`, `Journal`, `JournalReader`, `Run`, `Sample`,
+`Series`, `clear_holds`, `lock_holder`.
 """
 
 from __future__ import annotations

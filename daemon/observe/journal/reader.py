@@ -152,6 +152,61 @@ class JournalReader:
         came_of = {row[0]: Outcome(row[0], OutcomeStatus(row[1]), *row[2:]) for row in outcomes}
         return tuple((decision, came_of.get(decision.id)) for decision in made)
 
+    # -- of whichever run and boot
+
+    def find_decisions(
+        self,
+        limit: int,
+        *,
+        decision: str = "",
+        tool_call: ToolCallId | None = None,
+        session: str = "",
+        tenant: str = "",
+    ) -> list[tuple[int, Decision, Outcome | None]]:
+        """Run, decision and its newest outcome, newest first; each given argument narrows down."""
+        call = f"{tool_call:016x}" if tool_call is not None else ""
+        asked = {"id": decision, "tool_call": call, "session": session, "tenant": tenant}
+        narrow = [column for column, value in asked.items() if value]
+        where = f"WHERE {' AND '.join(f'{column} = ?' for column in narrow)}" if narrow else ""
+        rows = self._rows(
+            f"SELECT run, body FROM decisions {where} ORDER BY run DESC, at_ns DESC LIMIT ?",
+            *(asked[column] for column in narrow),
+            limit,
+        )
+        made = [(run, self._decode(Decision, body)) for run, body in rows]
+        return [(run, each, self._newest_outcome(run, each.id)) for run, each in made]
+
+    def decisions_while(self, call: ToolCall, limit: int = 1000) -> list[Decision]:
+        """What the runs of its boot decided from its start to its end, newest first."""
+        boot = "SELECT boot_id FROM runs WHERE id = (SELECT max(run) FROM tool_calls WHERE id = ?)"
+        rows = self._rows(
+            f"SELECT body FROM decisions WHERE run IN (SELECT id FROM runs WHERE boot_id = ({boot})) AND at_ns >= ? "
+            "AND at_ns <= ? ORDER BY at_ns DESC LIMIT ?",
+            f"{call.id:016x}",
+            call.start_ns,
+            call.end_ns if call.end_ns is not None else 2**62,
+            limit,
+        )
+        return [self._decode(Decision, body) for (body,) in rows]
+
+    def tool_call_ids(self, text: str) -> list[ToolCallId]:
+        """Those that begin or end with these hex digits."""
+        if not text or text.strip("0123456789abcdefABCDEF"):
+            return []
+        rows = self._rows(
+            "SELECT DISTINCT id FROM tool_calls WHERE id LIKE ? OR id LIKE ?", f"{text.lower()}%", f"%{text.lower()}"
+        )
+        return [ToolCallId(int(key, 16)) for (key,) in rows]
+
+    def _newest_outcome(self, run: int, decision: DecisionId) -> Outcome | None:
+        rows = self._rows(
+            "SELECT decision, status, at_ns, tier, detail, latency_ns FROM outcomes WHERE decision = ? AND run = ? "
+            "ORDER BY at_ns DESC, rowid DESC LIMIT 1",
+            decision,
+            run,
+        )
+        return next((Outcome(row[0], OutcomeStatus(row[1]), *row[2:]) for row in rows), None)
+
     def last_written_ns(self, boot_id: str) -> int:
         """The latest time on record; 0 where nothing is."""
         statement = (

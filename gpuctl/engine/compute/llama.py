@@ -203,7 +203,7 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "llama_sampler_init_top_p": (ptr, [c_float, c_size_t]),
     "llama_sampler_init_min_p": (ptr, [c_float, c_size_t]),
     "llama_sampler_init_temp": (ptr, [c_float]),
-    "llama_sampler_init_penalties": (ptr, [c_int32, c_float, c_float, c_float]),
+    "llama_sampler_init_penalties": (ptr, [c_int32, c_int32, c_float, c_float, c_float]),
     "llama_sampler_init_logit_bias": (ptr, [c_int32, c_int32, POINTER(LogitBias)]),
     "llama_sampler_sample": (c_int32, [ptr, ptr, c_int32]),
     "llama_sampler_accept": (None, [ptr, c_int32]),

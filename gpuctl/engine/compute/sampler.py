@@ -49,8 +49,9 @@ class ChainSampler:
             biases = (llama.LogitBias * len(params.logit_bias))(*(llama.LogitBias(t, b) for t, b in params.logit_bias))
             self._add(lib.llama_sampler_init_logit_bias(lib.llama_vocab_n_tokens(vocab), len(biases), biases))
         if penalized:
-            frequency, presence = params.frequency_penalty, params.presence_penalty
-            self._add(lib.llama_sampler_init_penalties(_PENALTY_WINDOW_TOKENS, 1.0, frequency, presence))
+            wished = (params.frequency_penalty, params.presence_penalty)
+            tokens = lib.llama_vocab_n_tokens(vocab)
+            self._add(lib.llama_sampler_init_penalties(tokens, _PENALTY_WINDOW_TOKENS, 1.0, *wished))
         if params.temperature <= 0:
             self._add(lib.llama_sampler_init_greedy())
             return 0

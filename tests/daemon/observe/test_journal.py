@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from equipoise.daemon.enforce import freeze, stop, throttle
 from equipoise.daemon.errors import JournalError
+from equipoise.daemon.observe import archive
 from equipoise.daemon.observe.journal import Journal, JournalReader, Loss, Sample, Series, Turn, lock_holder, schema
 from equipoise.daemon.observe.journal import writer as writer_module
 from equipoise.daemon.observe.journal.hold import Hold, HoldCause, HoldKind, Needs
@@ -443,3 +444,33 @@ def test_samples_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_hold_that_could_not_be_undone_from_its_record_cannot_be_made(changes: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="a hold of kind"):
         hold(**changes)
+
+
+# -- what was decided under earlier runs and boots
+
+
+def test_decisions_of_every_run_and_boot_are_found_newest_first_with_their_last_outcome(tmp_path):
+    path = tmp_path / "journal.sqlite"
+    for boot, name, at_ns in (("boot-0", "d1", 50), ("boot-1", "d2", 7), ("boot-1", "d3", 9)):
+        with contextlib.closing(opened(path, boot)) as journal:
+            journal.record_decision(replace(decision(Kill(CALL.id, "too large"), name), at_ns=at_ns))
+            for status in (OutcomeStatus.ACCEPTED, OutcomeStatus.COMPLETED):
+                journal.record_outcome(Outcome(DecisionId(name), status, at_ns + 1, "signal"))
+            journal.record_tool_call(CALL)
+    found = archive.find(path, 10)
+    assert [past.decision.id for past in found] == ["d3", "d2", "d1"]
+    assert {past.outcome.status for past in found if past.outcome} == {OutcomeStatus.COMPLETED}
+    assert len(archive.find(path, 2)) == 2
+    assert [past.decision.id for past in archive.find(path, 9, decision="d2")] == ["d2"]
+    assert len(archive.find(path, 9, tool_call=CALL.id, tenant="gold")) == 3
+    assert archive.find(path, 9, tool_call=CALL_3) == archive.find(path, 9, session="x") == []
+    assert archive.calls_ending(path, "fffe") == [CALL.id] and archive.calls_ending(path, "FFFF") == [CALL.id]
+    assert archive.calls_ending(path, "%") == archive.calls_ending(path, "") == []
+
+
+def test_the_wall_clock_of_a_decision_is_that_of_its_own_boot(tmp_path):
+    path = tmp_path / "journal.sqlite"
+    with contextlib.closing(opened(path)) as journal:
+        journal.record_decision(decision(Kill(CALL.id, "too large")))
+    (past,) = archive.find(path, 1)
+    assert past.at_unix_ns == past.run.started_unix_ns + 10, "11 ns into a boot of which the run began at 1"

@@ -83,7 +83,7 @@ Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 class Endpoint:
     def __init__(self) -> None:
-        self.facts = MetricsFacts(SNAPSHOT, Counts(), version="9.9")
+        self.facts = MetricsFacts(SNAPSHOT, Counts(), version="9.9", policy="site", mode="dry-run", policy_refused=True)
         self.server = MetricsServer.start("127.0.0.1:0", lambda: self.facts)
 
     def scrape(self) -> Samples:
@@ -127,6 +127,8 @@ def test_a_scrape_shows_the_snapshot_in_base_units_by_tenant(endpoint: Endpoint)
     assert found["equipoise_host_memory_pressure_ratio", (("kind", "some"),)] == 0.25
     assert ("equipoise_host_memory_pressure_ratio", (("kind", "full"),)) not in found, "unknown is absent, not zero"
     assert found["equipoise_build_info", (("version", "9.9"),)] == 1
+    assert found["equipoise_policy_info", (("mode", "dry-run"), ("name", "site"))] == 1
+    assert found["equipoise_policy_refused", ()] == 1
     assert found["equipoise_sandboxes", (("tenant", "idle"),)] == 0, "an idle tenant's series stays"
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from io import StringIO
+from typing import Any
 
 import pytest
 from equipoise.daemon.api.v1 import policy_pb2 as pb
@@ -40,8 +42,19 @@ from equipoise.policies.events import (
     SandboxRemoved,
     TurnEnded,
 )
-from equipoise.policies.model import MIB, CgroupId, DecisionId, FinishReason, KvTier, TenantId, ToolCallId, Verdict
+from equipoise.policies.model import (
+    MIB,
+    NS_PER_S,
+    CgroupId,
+    DecisionId,
+    FinishReason,
+    KvTier,
+    TenantId,
+    ToolCallId,
+    Verdict,
+)
 from equipoise.policies.state import State
+from equipoise.policies.whynot import Look
 from equipoise.tests.policies.facts import (
     ENGINE,
     call,
@@ -325,3 +338,79 @@ def test_numbers_stay_numbers_in_json():
     plain = printing.as_dict(views.tool_call_view(told.call(), {}, told.history))
     assert plain["peak_bytes"] == 3 * MIB and isinstance(plain["start_ns"], int)
     assert plain["tool_call_id"] == "0000000000000001"
+
+
+# -- explain
+
+AT_NOON = 1_000_000 * NS_PER_S
+"""Of the wall clock, for a decision at 0 of its boot."""
+
+
+def local(second: int) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(AT_NOON // NS_PER_S + second))
+
+
+def explained(*made: pb.DecisionView, **changes: Any) -> list[str]:
+    out = StringIO()
+    console = Console(file=out, width=400, highlight=False)
+    printing.decisions(list(made), console, now_unix_ns=AT_NOON + 90 * NS_PER_S, **changes)
+    return out.getvalue().splitlines()
+
+
+def made_at(at_s: float, id: str = "d1", action: Action = GRANT, **changes: object) -> pb.DecisionView:
+    told = Told(decided(action, at_s, id))
+    view = views.decision_view(told.history.newest(1)[0], AT_NOON)
+    for name, value in changes.items():
+        setattr(view, name, value)
+    return view
+
+
+def test_a_decision_is_five_lines_with_its_figures_clock_times_and_expiry():
+    view = made_at(
+        30.0, action=Throttle(ToolCallId(1), 5, 0.2, ns(95.0)), outcome="completed", tier="cgroup-v2", latency_ms=3.0
+    )
+    view.candidates.extend([pb.CandidateView(name="throttle a", cost=1.5), pb.CandidateView(name="throttle b", cost=2)])
+    assert explained(view) == [
+        f"throttle  gold/ada  at {local(30)}, 1 min ago",
+        "  because  a rule: why",
+        "  measured 1 against 0.5 MiB",
+        "  weighed  throttle a 1.5 (chosen), throttle b 2",
+        f"  outcome  completed after 3.0 ms by cgroup-v2; expires at {local(95)} [d1]",
+    ]
+    bare = explained(made_at(89.0))
+    assert bare[0] == f"grant 640 MiB  gold/ada  at {local(89)}, 1.0 s ago"
+    assert bare[3:] == ["  weighed  nothing else", "  outcome  none yet by - [d1]"]
+
+
+def test_repeats_of_one_subject_are_one_paragraph_and_another_thing_between_them_is_not():
+    kept = [made_at(at, f"d{at}", outcome="completed") for at in (80, 60, 40)]
+    first, *_ = lines = explained(*kept)
+    assert len(lines) == 5 and first.startswith("grant 640 MiB  gold/ada  at ") and "; 3 times since " in first
+    other = made_at(70.0, "d70", action=Kill(ToolCallId(1), "x"), outcome="completed")
+    assert len(explained(kept[0], other, *kept[1:])) == 15
+    elsewhere = made_at(70.0, "d71", subject="gold/bo", outcome="completed")
+    assert len(explained(kept[0], elsewhere, *kept[1:])) == 10, "what happens to others is nothing between"
+    assert len(explained(kept[0], other, limit=1)) == 5
+
+
+def test_what_a_dry_run_would_do_is_called_so():
+    assert explained(made_at(1.0, outcome="dry-run"))[0].startswith("would grant 640 MiB  gold/ada")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(4.24, "4.2 s ago"), (200, "3 min ago"), (7200, "2.0 h ago"), (864_000, "10 days ago"), (-5, "0.0 s ago")],
+)
+def test_how_long_ago_is_said_in_one_unit(seconds: float, words: str):
+    assert printing.ago(AT_NOON, AT_NOON + int(seconds * NS_PER_S)) == words
+    assert ("-" in printing.clock(AT_NOON, AT_NOON + int(seconds * NS_PER_S))) == (seconds == 864_000)
+
+
+def test_why_not_is_a_line_a_rule_with_its_figures():
+    looks = (Look("tool pool above 0.90", "it does not press", 0.1, 0.9, "of the pool"), Look("the door", "[none]"))
+    lines = printed(printing.why_not, views.why_not_response("gold/ada pytest", looks)).splitlines()
+    assert lines == [
+        "gold/ada pytest",
+        "  tool pool above 0.90  0.1 against 0.9 of the pool: it does not press",
+        "  the door              [none]",
+    ]

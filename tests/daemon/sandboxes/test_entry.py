@@ -7,7 +7,7 @@ from dataclasses import replace
 from equipoise.daemon.sandboxes.entry import NOTHING, EntryBudgets
 from equipoise.policies.events import ToolCallEnded, ToolCallStarted
 from equipoise.policies.model import MIB, ToolCallId, ToolCallSource
-from equipoise.policies.policy import Budget
+from equipoise.policies.policy import Budget, Mode
 from equipoise.policies.state import State
 from equipoise.tests.policies.facts import policy, state_with_a_call
 
@@ -34,6 +34,6 @@ def test_the_more_calls_run_the_less_the_next_begins_with_and_a_few_that_end_cha
 
 def test_where_the_policy_only_observes_nothing_has_a_budget() -> None:
     state = state_with_a_call()
-    state.policy = replace(TIGHT, enforce=False)
+    state.policy = replace(TIGHT, mode=Mode.DRY_RUN)
     entry = EntryBudgets(None, state)
     assert not entry.keep_up() and entry.now() == NOTHING

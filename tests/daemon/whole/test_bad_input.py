@@ -66,13 +66,13 @@ def the_line(done: subprocess.CompletedProcess[str], code: int = 1) -> str:
 @pytest.mark.parametrize(
     ("document", "says"),
     [
-        ("spec: {memory: [", ":1: not YAML: "),
+        ("spec: {memory: [", ":1:17: not YAML: "),
         ("apiVersion: equipoise/v1\nkind: Policy\nmetadata: {name: x}\nspec: {memroy: {}}", "did you mean `memory`?"),
         (
             "apiVersion: equipoise/v1\nkind: Policy\nmetadata: {name: x}\nspec: {memory: {budget: {hard: 512}}}",
             "spec.memory.budget.hard: a bare number has no unit; write it as `512MiB`",
         ),
-        ("kind: Policy", "apiVersion: must be `equipoise/v1`, found "),
+        ("kind: Policy\nmetadata: {name: x}", ":1:1: apiVersion: is missing: `equipoise/v1`"),
         ("- a\n- b\n", "document: expected a mapping"),
         ("\x00", "not YAML"),
     ],

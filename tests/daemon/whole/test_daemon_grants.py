@@ -35,9 +35,10 @@ time.sleep(0.3)
 """
 
 
-@pytest.fixture(scope="module")
-def daemon(tmp_path_factory) -> Iterator[RunningDaemon]:
-    with with_probes(tmp_path_factory.mktemp("grants"), policy=POLICY) as running:
+@pytest.fixture
+def daemon(tmp_path) -> Iterator[RunningDaemon]:
+    """A daemon that has learned nothing yet."""
+    with with_probes(tmp_path, policy=POLICY) as running:
         yield running
 
 

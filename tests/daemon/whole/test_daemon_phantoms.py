@@ -6,6 +6,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from urllib.request import urlopen
 
 import grpc
@@ -76,6 +77,27 @@ class TestRealCalls:
         assert call.phase == "ended" and not call.HasField("exit_code")
         with pytest.raises(grpc.RpcError):
             daemon.sandboxes.EndToolCall(sandbox_pb2.EndToolCallRequest(external_id="x2", exit_code=0))
+
+    def test_nobody_ends_another_sandboxs_call(self, daemon):
+        agents = [daemon.agent("gold", name) for name in ("mine", "theirs")]
+        mine, theirs = (begun(daemon, name, "same").tool_call_id for name in ("mine", "theirs"))
+
+        def refused(request: sandbox_pb2.EndToolCallRequest) -> grpc.StatusCode:
+            with pytest.raises(grpc.RpcError) as error:
+                daemon.sandboxes.EndToolCall(request)
+            return error.value.code()
+
+        ask = partial(sandbox_pb2.EndToolCallRequest, tenant_id="gold", name="mine")
+        unnamed = sandbox_pb2.EndToolCallRequest(external_id="same")
+        assert refused(unnamed) == grpc.StatusCode.FAILED_PRECONDITION, "which of the two?"
+        assert refused(ask(tool_call_id=theirs)) == grpc.StatusCode.NOT_FOUND
+        assert refused(ask(external_id="other")) == grpc.StatusCode.NOT_FOUND
+        assert {c.phase for c in daemon.tool_calls("hook ") if c.sandbox in ("mine", "theirs")} == {"running"}
+        assert daemon.sandboxes.EndToolCall(ask(external_id="same", exit_code=3)).tool_call_id == mine
+        assert [(c.tool_call_id, c.exit_code) for c in daemon.tool_calls("hook mine")] == [(mine, 3)]
+        assert [c.phase for c in daemon.tool_calls("hook theirs")] == ["running"]
+        for agent in agents:
+            agent.leave()
 
     def test_a_wrapper_inside_a_call_does_not_end_it(self, daemon):
         agent = daemon.agent("gold", "nested")

@@ -225,16 +225,19 @@ spec:
         daemon.close()
 
 
-def test_observing_decides_and_does_nothing(tmp_path):
+@pytest.mark.parametrize("mode", ["observe", "dry-run"])
+def test_what_does_not_enforce_does_nothing(tmp_path, mode):
     daemon = RunningDaemon(tmp_path)
-    daemon.policy.write_text(daemon.policy.read_text().replace("mode: enforce", "mode: observe"))
+    daemon.policy.write_text(daemon.policy.read_text().replace("mode: enforce", f"mode: {mode}"))
     try:
         daemon.start()
         result = daemon.agent().call(*TOOL, *grow(250, "'just-watched'"))
         assert result.returncode == 0 and result.stderr == ""
         call = only(daemon, "just-watched")
         assert call.peak_bytes > 250 * MIB and call.stalled_ns == 0 and call.hard_bytes == 0
-        assert all(d.outcome == "dry-run" for d in daemon.decisions())
+        decided = [(d.action, d.outcome) for d in reversed(daemon.decisions(call.tool_call_id))]
+        would = ("grant 128 MiB", "grant 192 MiB", "kill the tool call") if mode == "dry-run" else ()
+        assert decided == [(action, "dry-run") for action in would]
     finally:
         daemon.close()
 

@@ -17,7 +17,7 @@ from equipoise.policies.memory.grants import (
 from equipoise.policies.memory.ladder import climb
 from equipoise.policies.model import MIB, NS_PER_S, TenantId, ToolCall, ToolCallId, ToolCallPhase
 from equipoise.policies.policy import Budget, Policy
-from equipoise.tests.policies.facts import call, ns, policy, snapshot, stopped
+from equipoise.tests.policies.facts import call, learned, ns, policy, snapshot, stopped
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -38,7 +38,7 @@ TICK_NS = NS_PER_S // 20
 
 
 def test_a_call_is_predicted_to_reach_what_it_announced_else_what_its_kind_does_beyond_what_it_has() -> None:
-    now = snapshot(1.0, TIGHT)
+    now = snapshot(1.0, TIGHT, estimates=learned(100))
     assert claim_bytes(call(used_mib=100, expected_bytes=300 * MIB), now, TIGHT, 500 * MIB) == 300 * MIB
     assert claim_bytes(call(used_mib=400, expected_bytes=300 * MIB), now, TIGHT, 500 * MIB) == 500 * MIB
     small = claim_bytes(call(used_mib=1), now, TIGHT, 500 * MIB)
@@ -46,8 +46,16 @@ def test_a_call_is_predicted_to_reach_what_it_announced_else_what_its_kind_does_
     assert small < 200 * MIB < 400 * MIB < large <= 500 * MIB
 
 
+def test_of_a_kind_that_is_not_well_known_a_call_may_reach_whatever_it_can_be_granted() -> None:
+    now = snapshot(1.0, TIGHT, estimates=learned(60, count=19))
+    assert claim_bytes(call(used_mib=1), now, TIGHT, 500 * MIB) == 500 * MIB
+    assert claim_bytes(call(used_mib=1, expected_bytes=80 * MIB), now, TIGHT, 500 * MIB) == 80 * MIB
+    known = snapshot(1.0, TIGHT, estimates=learned(60, count=20))
+    assert claim_bytes(call(used_mib=1), known, TIGHT, 500 * MIB) < 200 * MIB
+
+
 def test_beyond_all_that_was_seen_a_call_is_predicted_to_double() -> None:
-    now = snapshot(1.0, TIGHT)
+    now = snapshot(1.0, TIGHT, estimates=learned(100))
     assert claim_bytes(call(used_mib=1024), now, policy(pool_mib=9000, max_bytes=1 << 40), 9000 * MIB) == 2048 * MIB
 
 

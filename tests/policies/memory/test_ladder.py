@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from equipoise.policies.actions import Grant, Kill, Thaw, Throttle, Wait
+from equipoise.policies.actions import Freeze, Grant, Kill, Thaw, Throttle, Wait
 from equipoise.policies.memory.ladder import Step, climb, subject
-from equipoise.policies.model import MIB, Host, KvTier, ToolCall, ToolCallPhase
-from equipoise.policies.policy import Budget, Policy
-from equipoise.tests.policies.facts import call, engine, host, ns, policy, sandbox, session, snapshot, stopped
+from equipoise.policies.model import MIB, NS_PER_S, Host, KvTier, ToolCall, ToolCallId, ToolCallPhase
+from equipoise.policies.policy import Budget, CallClass, LadderRule, Measure, Policy, Rung
+from equipoise.tests.policies.facts import call, engine, host, learned, ns, policy, sandbox, session, snapshot, stopped
 from equipoise.tests.policies.laws import decide_lawfully
 
 
@@ -96,7 +96,9 @@ def test_a_fresh_grant_counts_as_used() -> None:
     lately = call(2, used_mib=300, hard_mib=600, granted_ns=ns(0.5))
     assert done(1.0, stopped(used_mib=400), lately) == {1: "Wait"}
     assert done(1.0, stopped(used_mib=300), lately) == {1: "Wait"}, "300 + 600 are spoken for, 124 of 256 are free"
-    assert done(1.5, stopped(used_mib=400), lately) == {1: "Grant"}, "it has had its second"
+    known = learned(400)
+    assert done(1.0, stopped(used_mib=400), lately, estimates=known) == {1: "Wait"}
+    assert done(1.5, stopped(used_mib=400), lately, estimates=known) == {1: "Grant"}, "it has had its second"
 
 
 def test_a_fresh_grant_is_not_held_for_a_call_that_is_over_or_stands_again() -> None:
@@ -242,6 +244,15 @@ def test_memory_of_a_call_that_ends_at_the_largest_budget_serves_the_others() ->
     assert done(1.0, runaway, modest, of=policy(pool_mib=1524)) == {1: "Kill", 2: "Grant"}
 
 
+def test_an_answer_names_all_that_stand_in_the_order_in_which_they_are_served() -> None:
+    calls = (stopped(1, "gold", used_mib=300), stopped(2, "silver", used_mib=400), call(3, "silver", used_mib=200))
+    made = {int(step.call.id): [(c.name, c.cost) for c in step.candidates] for step in steps(0.0, *calls)}
+    assert made == {
+        1: [("serve pytest of gold", 1), ("serve pytest of silver", 2)],
+        2: [("serve pytest of silver", 2), ("serve pytest of gold", 1)],
+    }
+
+
 # -- lasting pressure
 
 
@@ -283,6 +294,45 @@ def test_throttled_calls_are_let_go_when_the_pressure_has_passed() -> None:
 
 def test_throttled_calls_stay_slow_between_the_marks() -> None:
     assert pressed(1.0, call(1, used_mib=850, phase=ToolCallPhase.THROTTLED)) == {}
+
+
+def test_a_rule_may_freeze_and_holds_back_another_call_than_the_rules_before_it() -> None:
+    rules = (LadderRule(), LadderRule(Measure.HOST_MEMORY, rung=Rung.FREEZE, lasting_ns=3 * NS_PER_S))
+    of = policy(ladder=rules)
+    made = steps(4.0, call(1, used_mib=500), call(2, used_mib=450), of=of, pressure_since_ns=0)
+    assert [step.action for step in made] == [
+        Throttle(ToolCallId(1), 500 * MIB, 0.2, ns(9)),
+        Freeze(ToolCallId(2), ns(7)),
+    ]
+    assert [step.rule for step in made] == ["tool pool above 0.90 for 2s", "host memory above 0.90 for 2s"]
+
+
+def test_a_call_is_frozen_again_only_after_it_has_run_as_long_as_it_stood() -> None:
+    of = policy(ladder=(LadderRule(for_ns=0, rung=Rung.FREEZE, lasting_ns=3 * NS_PER_S),))
+    went_on = call(1, used_mib=950, phase_since_ns=ns(10))
+    assert pressed(12.9, went_on, of=of) == {}
+    assert pressed(13.0, went_on, of=of) == {1: "Freeze"}
+    assert pressed(12.9, went_on, call(2, used_mib=50), of=of) == {2: "Freeze"}, "meanwhile it is another's turn"
+
+
+def test_what_is_frozen_goes_on_when_no_rule_that_freezes_presses() -> None:
+    frozen, slowed = call(1, used_mib=100, phase=ToolCallPhase.FROZEN), call(2, phase=ToolCallPhase.THROTTLED)
+    of = policy(ladder=(LadderRule(),))
+    assert [s.action for s in steps(1.0, frozen, slowed, of=of, pressure_since_ns=0)] == [Thaw(frozen.id)]
+
+
+def test_a_ladder_without_rules_holds_nobody_back() -> None:
+    assert done(9.0, call(used_mib=1000), of=policy(ladder=()), pressure_since_ns=0) == {}
+
+
+def test_a_class_waits_for_memory_as_long_as_it_says() -> None:
+    impatient = CallClass("tests", tool="pytest", wait_ns=NS_PER_S)
+    of = replace(policy(pool_mib=1000), classes=(impatient,))
+    holder, waits = call(1, "gold", used_mib=900, command="make"), stopped(2, "silver", used_mib=100)
+    (asked,) = steps(0.0, holder, waits, of=of)
+    assert isinstance(asked.action, Wait) and asked.action.expires_ns == ns(1)
+    (ended,) = [s for s in steps(1.0, holder, waits, of=of) if isinstance(s.action, Kill)]
+    assert ended.rule == "no memory for a stopped call within its wait"
 
 
 def test_kv_on_the_device_makes_a_tenant_richer_too() -> None:

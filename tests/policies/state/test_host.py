@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import pytest
-from equipoise.policies.events import EventsLost, PolicyApplied, SandboxRegistered, SandboxRemoved, SandboxSampled
-from equipoise.policies.model import CgroupId
+from equipoise.policies.events import (
+    EventsLost,
+    HostSampled,
+    PolicyApplied,
+    SandboxRegistered,
+    SandboxRemoved,
+    SandboxSampled,
+)
+from equipoise.policies.model import MIB, CgroupId
+from equipoise.policies.policy import LadderRule, Measure, Rung
 from equipoise.policies.state import State
 from equipoise.tests.policies.facts import (
     host_sampled,
@@ -65,16 +73,40 @@ def test_pressure_lasts_from_above_the_upper_mark_to_below_the_lower_one() -> No
     state = state_with_a_call()  # pool of 1024 MiB, marks at 0.9 and 0.8
     since = {}
     for at_s, used_mib in ((1, 900), (2, 950), (3, 850), (4, 810), (5, 930)):
-        since[at_s] = state.apply(stepped(at_s, used_mib)).snapshot(ns(at_s)).pressure_since_ns
-    assert since == {1: None, 2: ns(2), 3: ns(2), 4: None, 5: ns(5)}
+        since[at_s] = state.apply(stepped(at_s, used_mib)).snapshot(ns(at_s)).pressed
+    (rule,) = state.policy.memory.ladder
+    assert since == {1: (), 2: ((rule, ns(2)),), 3: ((rule, ns(2)),), 4: (), 5: ((rule, ns(5)),)}
 
 
 def test_pressure_that_begins_at_time_zero_is_pressure() -> None:
     state = state_with_a_call(used_mib=1000)
-    assert state.snapshot(0).pressure_since_ns == 0
-    assert state.snapshot(ns(3)).pressure_since_ns == 0
+    (rule,) = state.policy.memory.ladder
+    assert state.snapshot(0).pressed == ((rule, 0),)
+    assert state.snapshot(ns(3)).pressed == ((rule, 0),)
 
 
 def test_a_host_of_unknown_size_is_not_under_pressure() -> None:
     state = State().apply(SandboxRegistered(0, sandbox())).apply(started()).apply(stepped(0, 1000))
-    assert state.snapshot(1).pressure_since_ns is None
+    assert state.snapshot(1).pressed == ()
+
+
+def test_each_rule_of_the_ladder_has_its_own_measure_marks_and_time() -> None:
+    pool = LadderRule(above_ratio=0.9, below_ratio=0.8)
+    used = LadderRule(Measure.HOST_MEMORY, above_ratio=0.5, below_ratio=0.4, rung=Rung.FREEZE)
+    waits = LadderRule(Measure.MEMORY_PRESSURE, above_ratio=0.2, below_ratio=0.1)
+    state = state_with_a_call(used_mib=950)
+    state.apply(PolicyApplied(0, policy(ladder=(pool, used, waits))))
+    state.apply(HostSampled(0, 1024 * MIB, 400 * MIB, None, None))
+    assert state.snapshot(1).pressed == ((pool, 1), (used, 1)), "what is not measured never presses"
+    state.apply(HostSampled(2, 1024 * MIB, 1000 * MIB, 0.15, None))
+    assert state.snapshot(2).pressed == ((pool, 1),), "0.15 is not above 0.2"
+    state.apply(HostSampled(3, 1024 * MIB, 1000 * MIB, 0.25, None))
+    assert state.snapshot(3).pressed == ((pool, 1), (waits, 3))
+    state.apply(HostSampled(4, 1024 * MIB, 1000 * MIB, 0.15, None))
+    assert state.snapshot(4).pressed == ((pool, 1), (waits, 3)), "until it is below 0.1"
+
+
+def test_a_rule_that_a_new_policy_does_not_have_presses_no_more() -> None:
+    state = state_with_a_call(used_mib=950)
+    assert state.snapshot(1).pressed
+    assert state.apply(PolicyApplied(2, policy(ladder=()))).snapshot(2).pressed == ()
