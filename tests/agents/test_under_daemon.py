@@ -28,10 +28,11 @@ STARTS = [
 ]
 TWICE = [
     *((name, False) for name in ("claude", "codex", "gemini")),
-    *((name, True) for name in ("codex", "gemini")),
-    *([("opencode", False), ("opencode", True), ("mini", False), ("mini", True), ("claude", True)] if FULL else []),
+    ("codex", True),
+    *((name, heard) for name in ("opencode", "mini") for heard in (False, True) if FULL),
+    *((name, True) for name in ("claude", "gemini") if FULL),
 ]
-"""The agent, and whether an engine is heard; two of opencode at once take 25 s."""
+"""The agent, and whether an engine is heard; two of opencode at once take up to 25 s."""
 
 
 @pytest.fixture(scope="module")
