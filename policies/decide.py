@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from .actions import Action, Candidate, Decision, Drop, Hold, Release, Retain, SetTenantWeight, SwapIn, SwapOut
 from .kv.door import watch
 from .kv.economy import UNIT, Books, Prices, Weighed, choose, expected_wait_s, running_bytes, standing, weigh
-from .memory.ladder import climb, subject
+from .memory.ladder import climb
+from .memory.step import subject
 from .model import NS_PER_S, DecisionId, Engine, KvTier, Session, SessionId, SessionPhase, TenantId, ToolCall, Verdict
 from .policy import KvPart, Policy
 from .snapshot import Snapshot

@@ -119,6 +119,8 @@ class MemoryPolicy:
     """Budgets for single kinds of command (`pytest`), instead of `budget`."""
     max_bytes: int = 4096 * MIB
     """The largest hard budget a tool call may be granted; at it a call is ended."""
+    bends: bool = True
+    """It is granted more all the same while nobody else needs the memory."""
     step_bytes: int = 256 * MIB
     """What one grant adds."""
     wait_ns: int = 20 * NS_PER_S

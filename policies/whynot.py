@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from .actions import Decision
 from .fairness import Share, shares
-from .memory.ladder import THROTTLE_AT_LEAST_RATIO, has_run_for_it
+from .memory.relief import THROTTLE_AT_LEAST_RATIO, has_run_for_it
 from .model import MIB, NS_PER_S, KvTier, Session, SessionPhase, TenantId, ToolCall, ToolCallPhase
 from .policy import LadderRule, Mode, Policy
 from .snapshot import Snapshot

@@ -12,7 +12,7 @@ from ...gpuctl.translation import Translation, check_parts
 from ...policies.actions import Candidate
 from ...policies.correlate import held_bytes
 from ...policies.fairness import shares
-from ...policies.memory.ladder import subject
+from ...policies.memory.step import subject
 from ...policies.model import MIB, CgroupId, Engine, EngineTotals, ProcessRole, Sandbox, Session, ToolCall
 from ...policies.policy import Policy
 from ...policies.snapshot import Snapshot

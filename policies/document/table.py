@@ -86,6 +86,13 @@ def _pool(value: object) -> dict[str, Any]:
     return {"tool_pool_bytes": bytes_of(value)}
 
 
+def _yes_or_no(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise Wrong(f"must be true or false, found {kind(value)}")
+    return value
+
+
+_YES_OR_NO = Scalar(_yes_or_no, {"type": "boolean"})
 _BYTES = Scalar(bytes_of, {"type": "string", "pattern": BYTES_PATTERN, "examples": ["512MiB"]})
 _TIME = Scalar(ns_of, {"type": "string", "pattern": TIME_PATTERN, "examples": ["10s"]})
 _LIFE = Scalar(life_of, dict(_TIME.schema))
@@ -138,7 +145,8 @@ def _usual_budget(values: Values, say: Say) -> MemoryPolicy:
     maximum = values.get("max", max(default.max_bytes, budget.hard_bytes))
     if maximum < budget.hard_bytes:
         say(("max",), "must not be below `hard`")
-    return replace(default, budget=budget, max_bytes=maximum, step_bytes=values.get("step", default.step_bytes))
+    rest = {"step_bytes": values.get("step", default.step_bytes), "bends": values.get("bends", default.bends)}
+    return replace(default, budget=budget, max_bytes=maximum, **rest)
 
 
 def _own_budget(values: Values | None, usual: MemoryPolicy, say: Say) -> Budget | None:
@@ -216,6 +224,7 @@ _MEMORY = Group(
                 (
                     *_BUDGET_KEYS,
                     Key("max", _BYTES, "the largest budget that a call may be granted; at it a call is ended"),
+                    Key("bends", _YES_OR_NO, "false: at `max` a call is ended though nobody else needs the memory"),
                     Key("step", _BYTES, "what one grant adds"),
                 ),
                 _usual_budget,

@@ -75,7 +75,7 @@ def _memory(memory: MemoryPolicy) -> dict[str, Any]:
     return {
         "toolPool": written_bytes(amount) if amount is not None else written_ratio(memory.tool_pool_ratio),
         "budget": _budget(memory.budget)
-        | {"max": written_bytes(memory.max_bytes), "step": written_bytes(memory.step_bytes)},
+        | {"max": written_bytes(memory.max_bytes), "step": written_bytes(memory.step_bytes), "bends": memory.bends},
         "budgets": {kind: _budget(budget) for kind, budget in memory.kind_budgets},
         "maxWait": written_ns(memory.wait_ns),
         "ladder": [written_rule(rule) for rule in memory.ladder],

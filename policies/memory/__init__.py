@@ -2,5 +2,5 @@
 
 Owns the ladder and the order of grants. Must not: decide on KV (kv/).
 
-Seen from outside: `grants`, `ladder`.
+Seen from outside: `grants`, `ladder`, `relief`, `step`.
 """

@@ -41,7 +41,7 @@ spec:
   tenants: {gold: {weight: 1}}
   memory:
     toolPool: 4GiB
-    budget: {soft: 64MiB, hard: 128MiB, step: 128MiB, max: 384MiB}
+    budget: {soft: 64MiB, hard: 128MiB, step: 128MiB, max: 384MiB, bends: false}
     maxWait: 20s
 """
 """Room for the call of 300 MiB; none for an agent's runtime with that call on top."""

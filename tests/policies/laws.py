@@ -90,13 +90,23 @@ def _check_call(action: Throttle | Freeze | Thaw | Grant | Wait | Kill, snapshot
         case Thaw():
             assert call.phase in (ToolCallPhase.THROTTLED, ToolCallPhase.FROZEN)
         case Grant():
-            assert call.used_bytes < action.hard_bytes <= policy.memory.max_bytes
+            assert call.used_bytes < action.hard_bytes
+            _check_largest(call, action.hard_bytes, snapshot, policy)
             assert call.hard_bytes <= action.hard_bytes
             assert 0 <= action.soft_bytes <= action.hard_bytes
         case Wait():
             assert call.waiting_until_ns is None, f"{action}: told twice"
         case Kill():
             assert action.message and action.message.isprintable()
+
+
+def _check_largest(call: ToolCall, hard_bytes: int, snapshot: Snapshot, policy: Policy) -> None:
+    """Past the largest budget only where it bends, and where another call could still have as much."""
+    memory = policy.memory
+    if hard_bytes > memory.max_bytes:
+        pool = memory.pool_bytes(snapshot.host.memory_total_bytes)
+        left = pool - snapshot.tool_used_bytes() - (hard_bytes - call.used_bytes)
+        assert memory.bends and left >= memory.max_bytes, f"{call}: granted {hard_bytes}, {left} are left"
 
 
 def _check_debtor(call: ToolCall, snapshot: Snapshot, policy: Policy) -> None:

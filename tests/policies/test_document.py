@@ -448,7 +448,9 @@ def fits(value: Any, schema: dict[str, Any]) -> bool:
         return False
     if "type" in schema:
         types = [schema["type"]] if isinstance(schema["type"], str) else schema["type"]
-        if isinstance(value, bool) or not any(isinstance(value, TYPES[each]) for each in types):
+        if isinstance(value, bool):
+            return "boolean" in types
+        if not any(isinstance(value, TYPES[each]) for each in types):
             return False
     if isinstance(value, str):
         return re.search(schema.get("pattern", ""), value) is not None and len(value) >= schema.get("minLength", 0)

@@ -114,6 +114,7 @@ def policies(draw: st.DrawFn) -> Policy:
         tool_pool_ratio=draw(st.floats(0.01, 1.0)),
         budget=Budget(draw(st.integers(1, hard)) * MIB, hard * MIB),
         max_bytes=draw(st.integers(hard, 2048)) * MIB,
+        bends=draw(st.booleans()),
         step_bytes=draw(st.integers(1, 512)) * MIB,
         wait_ns=draw(st.integers(0, 30)) * NS_PER_S,
         ladder=tuple(draw(st.lists(rules(), max_size=3, unique=True))),

@@ -26,6 +26,7 @@ POLICY = policy(
     max_bytes=512 * MIB,
     step_bytes=96 * MIB,
     wait_ns=8 * NS_PER_S,
+    bends=False,
 )
 
 
@@ -194,6 +195,7 @@ def memory_policies(draw: st.DrawFn) -> Policy:
         tool_pool_bytes=draw(st.integers(64, 1500)) * MIB,
         budget=Budget(hard * MIB // 2, hard * MIB),
         max_bytes=draw(st.integers(hard, 1024)) * MIB,
+        bends=draw(st.booleans()),
         step_bytes=draw(st.integers(16, 512)) * MIB,
         wait_ns=draw(st.integers(0, 4)) * NS_PER_S,
         ladder=(LadderRule(lasting_ns=NS_PER_S),),

@@ -29,7 +29,7 @@ spec:
   tenants: {gold: {weight: 1}}
   memory:
     toolPool: 4GiB
-    budget: {soft: 48MiB, hard: 64MiB, step: 32MiB, max: 96MiB}
+    budget: {soft: 48MiB, hard: 64MiB, step: 32MiB, max: 96MiB, bends: false}
     maxWait: 1s
 """
 _NUMBER = count(1)

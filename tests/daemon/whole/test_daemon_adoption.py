@@ -332,7 +332,7 @@ def test_without_probes_calls_are_found_again_by_their_leaves(tmp_path, gate):
         assert (now.tool_call_id, now.phase, now.start_ns) == (known.tool_call_id, "running", known.start_ns)
         gate.open()
         assert ada.result().returncode == 6
-        eventually(lambda: one(daemon, "# leaf").exit_code == 6)
+        eventually(lambda: one(daemon, "# leaf").exit_code == 6, shown=lambda: daemon.tool_calls())
         ada.leave()
         eventually(lambda: not daemon.watch().sandboxes)
     finally:

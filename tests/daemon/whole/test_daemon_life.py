@@ -31,7 +31,7 @@ spec:
   tenants: {gold: {weight: 2}, silver: {weight: 1}}
   memory:
     toolPool: 128MiB
-    budget: {soft: 48MiB, hard: 64MiB, step: 64MiB, max: 192MiB}
+    budget: {soft: 48MiB, hard: 64MiB, step: 64MiB, max: 192MiB, bends: false}
     maxWait: 60s
     pressure: {above: 60%, below: 30%, for: 300ms}
     throttle: {cpu: 20%, for: 60s}

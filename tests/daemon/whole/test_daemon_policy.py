@@ -21,7 +21,7 @@ metadata: {name: first}
 spec:
   mode: enforce
   tenants: {gold: {weight: 2}}
-  memory: {toolPool: 1GiB, budget: {soft: 48MiB, hard: 64MiB, step: 64MiB, max: 128MiB}, maxWait: 60s}
+  memory: {toolPool: 1GiB, budget: {soft: 48MiB, hard: 64MiB, step: 64MiB, max: 128MiB, bends: false}, maxWait: 60s}
 """
 NARROW = DOCUMENT.replace("toolPool: 1GiB", "toolPool: 96MiB")
 

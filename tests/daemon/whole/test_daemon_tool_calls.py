@@ -200,7 +200,7 @@ spec:
   tenants: {gold: {weight: 2}, silver: {weight: 1}}
   memory:
     toolPool: 160MiB
-    budget: {soft: 48MiB, hard: 64MiB, step: 64MiB, max: 192MiB}
+    budget: {soft: 48MiB, hard: 64MiB, step: 64MiB, max: 192MiB, bends: false}
     maxWait: 20s
 """
     daemon = RunningDaemon(tmp_path, policy)

@@ -141,6 +141,7 @@ class Cgroup:
         if self.process is not None:
             self.process.kill()
             self.process.communicate()
+        self.driver.kill(self.path)  # what it left behind in the background
         self.driver.remove(self.path, patience_s=3.0)
 
     def close(self) -> None:

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 from equipoise.policies.actions import Freeze, Grant, Kill, Thaw, Throttle, Wait
-from equipoise.policies.memory.ladder import Step, climb, subject
+from equipoise.policies.memory.ladder import climb
+from equipoise.policies.memory.step import Step, subject
 from equipoise.policies.model import MIB, NS_PER_S, Host, KvTier, ToolCall, ToolCallId, ToolCallPhase
 from equipoise.policies.policy import Budget, CallClass, LadderRule, Measure, Policy, Rung
 from equipoise.tests.policies.facts import call, engine, host, learned, ns, policy, sandbox, session, snapshot, stopped
@@ -47,7 +48,7 @@ def test_a_grant_never_passes_the_largest_budget() -> None:
 
 @pytest.mark.parametrize("standing", [stopped(used_mib=1024), stopped(used_mib=900, hard_mib=1024)])
 def test_at_the_largest_budget_a_call_ends_and_is_told_why(standing: ToolCall) -> None:
-    (step,) = steps(1.0, standing, of=policy(pool_mib=4096))
+    (step,) = steps(1.0, standing, of=policy(pool_mib=4096, bends=False))
     assert isinstance(step.action, Kill)
     assert "largest budget" in step.rule
     assert f"{standing.peak_bytes // MIB} MiB" in step.action.message and "1024 MiB" in step.action.message
@@ -55,7 +56,29 @@ def test_at_the_largest_budget_a_call_ends_and_is_told_why(standing: ToolCall) -
 
 
 def test_a_call_already_past_the_largest_budget_is_not_granted_less_than_it_has() -> None:
-    assert done(1.0, stopped(used_mib=1500, hard_mib=512), of=policy(pool_mib=4096)) == {1: "Kill"}
+    assert done(1.0, stopped(used_mib=1500, hard_mib=512), of=policy(pool_mib=4096, bends=False)) == {1: "Kill"}
+
+
+def test_the_largest_budget_bends_while_another_call_could_still_have_as_much() -> None:
+    roomy = policy(pool_mib=2304)  # 1024 held, a step of 256, and 1024 for another
+    (step,) = steps(1.0, stopped(used_mib=1024), of=roomy)
+    assert isinstance(step.action, Grant) and step.action.hard_bytes == 1280 * MIB
+    assert step.rule == "tool call at the largest budget, nobody else needs the memory"
+    assert done(1.0, stopped(used_mib=1280), of=roomy) == {1: "Kill"}, "the next step would take the other's"
+    assert done(1.0, stopped(used_mib=1024), call(2, used_mib=1), of=roomy) == {1: "Kill"}
+
+
+def test_it_bends_for_nobody_while_others_that_stand_could_not_have_their_step() -> None:
+    roomy = policy(pool_mib=4096)
+    large, asking = stopped(1, used_mib=1536), stopped(2, "silver", used_mib=512)
+    assert done(1.0, large, asking, of=roomy) == {1: "Grant", 2: "Grant"}, "1536 are left"
+    assert done(1.0, large, asking, call(3, used_mib=600), of=roomy) == {1: "Kill", 2: "Grant"}
+
+
+def test_what_bent_is_spoken_for() -> None:
+    two = stopped(1, used_mib=1024), stopped(2, "silver", used_mib=1024)
+    assert done(1.0, *two, of=policy(pool_mib=3584)) == {1: "Grant", 2: "Grant"}
+    assert sorted(done(1.0, *two, of=policy(pool_mib=3583)).values()) == ["Grant", "Kill"]
 
 
 def test_a_soft_budget_stays_in_proportion() -> None:
