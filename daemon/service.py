@@ -211,7 +211,7 @@ class Core:
         self.sandboxes = SandboxKeeper(driver, probes, self.state, emit, self.settle, now_ns)
         book, entry, find = self.sandboxes.book, self.sandboxes.entry, self.sandboxes.find_by_pid
         self.joins = Joins(self.state, lambda: self.kernel.drain(), emit, sandbox_of=find)  # noqa: PLW0108 - it is below
-        self.roles = RoleKeeper(book, entry, probes, self.state, Witness(self.state, self.joins.sandbox_at), now_ns)
+        self.roles = RoleKeeper(book, entry, probes, self.state, Witness(self.state, self.joins.owner_at), now_ns)
         self.kernel = KernelEvents(probes, self._from_kernel, now_ns, self.roles.sift, self.roles.look_again)
         self.hook = EngineHook(self._from_engine, now_ns, self.joins.who)
         self.calls = ToolCallKeeper(book, entry, driver, probes, self.state, emit, now_ns, find)

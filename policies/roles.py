@@ -49,6 +49,8 @@ _SERVICE = re.compile(
     r"|(^|/| )(\S*language-?server\S*|\S*-ls|\S*langserver|gopls|rust-analyzer|clangd|tsserver(\.js)?|pylsp|jdtls)( |$)"
 )
 """Children that stay and are spoken to: their memory is the sandbox's, they take no part in any wait."""
+CUT = "…"
+"""Ends a command line that the kernel copied no further."""
 _CODE = frozenset(("-c", "-e", "-p", "-m", "--eval", "--print"))
 """Options of interpreters that are followed by code, or by a module, and no script."""
 
@@ -141,6 +143,8 @@ class Asked:
     """When it was asked for."""
     answered_ns: int | None = None
     """When the conversation went on, its result in; None: it has not."""
+    pid: int | None = None
+    """The process whose connection the conversation came by; None: not known."""
 
     def waits_at(self, at_ns: int) -> bool:
         """Whether what began then can be it."""
@@ -206,6 +210,9 @@ def rule(
     """
     if (told := _told(seen, profile, asked, rules)) is not None:
         return told
+    if witnessed and seen.below_runtime and _cut_before_told(seen, profile, asked):
+        why = "cut short before it tells which of the commands that are asked for it is"
+        return Ruling(Role.TOOL_CALL, 0.9, why, seen.command, budgeted=True)
     if not seen.below_runtime:
         return Ruling(Role.START_UP, 0.9, "nobody above it has spoken to a model yet", seen.command)
     if profile is not None and not witnessed and _looks_like_call(seen, profile):
@@ -236,6 +243,10 @@ def _told(seen: Exec, profile: Profile | None, asked: Sequence[Asked], rules: Se
     """What somebody has said of it: ourselves, the conversation, the agent, the policy. None: nobody has."""
     if OWN.search(seen.command):
         return Ruling(Role.WRAPPER, 1.0, "a program of ours", seen.command)
+    wanted = by_its_id(seen.environment, profile, asked)
+    if wanted is not None and profile is not None:
+        why = f"{profile.call_key} in its environment is the id of what the conversation asked for"
+        return Ruling(Role.TOOL_CALL, 0.99, why, wanted.command, wanted.id, wanted.session, budgeted=True)
     wanted = of_line(seen.command, asked) if seen.in_shell else matching(seen.command, asked)
     if wanted is not None and seen.in_shell:
         return by_its_line(wanted)
@@ -251,6 +262,19 @@ def _told(seen: Exec, profile: Profile | None, asked: Sequence[Asked], rules: Se
             called = each.role is Role.TOOL_CALL
             return Ruling(each.role, 0.99, f"the policy's rule {each.match!r}", seen.command, budgeted=called)
     return None
+
+
+def _cut_before_told(seen: Exec, profile: Profile | None, asked: Sequence[Asked]) -> bool:
+    """It may be one of several that are asked for, or looks as calls of its agent do while something is."""
+    if not seen.command.endswith(CUT) or not asked or seen.in_shell:
+        return False
+    return (profile is not None and _looks_like_call(seen, profile)) or len(_cut_within(seen.command, asked)) > 1
+
+
+def by_its_id(environment: Mapping[str, str], profile: Profile | None, asked: Sequence[Asked]) -> Asked | None:
+    """The asked-for call whose id its agent has put into this environment."""
+    said = environment.get(profile.call_key) if profile is not None and profile.call_key else None
+    return next((each for each in asked if each.id == said), None) if said else None
 
 
 def by_its_line(asked: Asked) -> Ruling:
@@ -322,20 +346,28 @@ def matching(command: str, asked: Sequence[Asked]) -> Asked | None:
 
     Blanks, quotes and backslashes are left out on both sides, since every agent quotes in its own way. It must stand
     there whole: `git status --porcelain` is not the `git status` that was asked for. A command line that was cut short
-    must end in the beginning of what was asked for.
+    must end in the beginning of what was asked for, and of nothing else that was.
     """
-    cut = command.endswith("…")
-    command = command.rstrip("…")
-    seen = _QUOTING.sub("", command)
+    whole = command.rstrip(CUT)
+    seen = _QUOTING.sub("", whole)
     best, length = None, 0
     for each in asked:
         wanted = _QUOTING.sub("", each.command)
-        if len(wanted) <= length:
-            continue
-        whole = wanted in seen and _stands_whole(wanted, command)
-        if whole or (cut and len(wanted) >= _SHORTEST and _ends_in_beginning(seen, wanted)):
+        if len(wanted) > length and wanted in seen and _stands_whole(wanted, whole):
             best, length = each, len(wanted)
-    return best
+    begun = _cut_within(command, asked)
+    if all(len(_QUOTING.sub("", each.command)) <= length for each in begun):
+        return best
+    return begun[0] if len({each.command for each in begun}) == 1 else None
+
+
+def _cut_within(command: str, asked: Sequence[Asked]) -> list[Asked]:
+    """Those in whose beginning this command line was cut short."""
+    if not command.endswith(CUT):
+        return []
+    seen = _QUOTING.sub("", command.rstrip(CUT))
+    words = [(each, _QUOTING.sub("", each.command)) for each in asked]
+    return [each for each, wanted in words if len(wanted) >= _SHORTEST and _ends_in_beginning(seen, wanted)]
 
 
 def of_line(command: str, asked: Sequence[Asked]) -> Asked | None:

@@ -21,9 +21,10 @@ from dataclasses import dataclass
 
 from ...gpuctl.peers import local_pid
 from ...policies.events import ConnectionOpened, EngineDetached, Event, SessionJoined, TurnStarted
-from ...policies.model import CgroupId, Engine, EngineId, Sandbox
+from ...policies.model import Engine, EngineId, Sandbox
 from ...policies.state import State
 from ..sandboxes.processes import network_namespace
+from ..sandboxes.witness import Owner
 
 REMEMBERED_COUNT = 16_384
 """Connections, and peers of engines; past it the oldest are forgotten."""
@@ -38,7 +39,7 @@ CLOCK_SLACK_NS = 100_000_000
 @dataclass(frozen=True, slots=True)
 class _Opened:
     at_ns: int
-    sandbox: CgroupId
+    owner: Owner
     remote_address: str
     remote_port: int
 
@@ -62,7 +63,7 @@ class Joins:
         self._namespace_of = namespace_of
         self._opened: OrderedDict[tuple[str, int], dict[int, _Opened]] = OrderedDict()
         """By the local end, then by network namespace. The newest of each."""
-        self._peers: OrderedDict[tuple[EngineId, str, int], CgroupId | None] = OrderedDict()
+        self._peers: OrderedDict[tuple[EngineId, str, int], Owner | None] = OrderedDict()
         """As an engine was last answered; None: nobody we know."""
 
     def opened(self, event: ConnectionOpened) -> None:
@@ -70,7 +71,7 @@ class Joins:
         namesakes = self._opened.setdefault(key, {})
         namesakes.pop(event.network_namespace, None)
         namesakes[event.network_namespace] = _Opened(
-            event.at_ns, event.sandbox, event.remote_address, event.remote_port
+            event.at_ns, Owner(event.sandbox, event.pid), event.remote_address, event.remote_port
         )
         self._opened.move_to_end(key)
         if len(namesakes) > NAMESAKES_COUNT:
@@ -85,18 +86,18 @@ class Joins:
         if pid is not None:
             # A unix socket: the kernel told the engine who connected. Asked at once, so that it is still that process.
             local = self._sandbox_of(pid)
-            found = local.cgroup_id if local is not None else None
+            found = Owner(local.cgroup_id, pid) if local is not None else None
         else:
             found = self._find(engine, address, port, accepted_ns)
         self._peers[engine.id, address, port] = found
         self._peers.move_to_end((engine.id, address, port))
         if len(self._peers) > REMEMBERED_COUNT:
             self._peers.popitem(last=False)
-        return self._state.sandboxes.get(found) if found is not None else None
+        return self._state.sandboxes.get(found.sandbox) if found is not None else None
 
-    def _find(self, engine: Engine, address: str, port: int, accepted_ns: int) -> CgroupId | None:
+    def _find(self, engine: Engine, address: str, port: int, accepted_ns: int) -> Owner | None:
         found = {
-            namespace: opened.sandbox
+            namespace: opened.owner
             for namespace, opened in self._opened.get((address, port), {}).items()
             if -CLOCK_SLACK_NS <= accepted_ns - opened.at_ns <= ACCEPTED_WITHIN_NS and _leads_to(opened, engine)
         }
@@ -107,10 +108,12 @@ class Joins:
             return found[home]
         if home is not None and _is_loopback(address):
             return None
-        sandboxes = set(found.values())
-        return sandboxes.pop() if len(sandboxes) == 1 else None
+        if len({owner.sandbox for owner in found.values()}) > 1:
+            return None
+        owners = set(found.values())
+        return owners.pop() if len(owners) == 1 else Owner(owners.pop().sandbox, None)
 
-    def sandbox_at(self, turn: TurnStarted) -> CgroupId | None:
+    def owner_at(self, turn: TurnStarted) -> Owner | None:
         """Whose connection the turn came by; None: nobody's we know."""
         engine = self._state.engines.get(turn.engine)
         if engine is None or turn.peer_address is None or turn.peer_port is None:
@@ -132,7 +135,8 @@ class Joins:
                 pass
 
     def _turn_started(self, event: TurnStarted, state: State) -> None:
-        sandbox = self.sandbox_at(event)
+        owner = self.owner_at(event)
+        sandbox = owner.sandbox if owner is not None else None
         known = state.sessions.get(event.session)
         if sandbox in state.sandboxes and sandbox is not None and (known is None or known.sandbox != sandbox):
             self._emit(SessionJoined(event.at_ns, event.engine, event.session, sandbox))

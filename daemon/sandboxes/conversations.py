@@ -2,6 +2,10 @@
 
 Owns what each runtime has named. A call whose environment could not be read (it was over, or is set only by a later
 exec) is of the one conversation that its runtime has; of a runtime with several it stays unnamed.
+
+Agents that name none (Gemini CLI, opencode, most of one's own) are told apart by their processes: the first of a
+sandbox has the sandbox's own session, each other one a session called by its process, "gold/ada:1234". A process that
+holds several such conversations has one session: nothing tells them apart.
 """
 
 from __future__ import annotations
@@ -23,19 +27,27 @@ class _Runtime:
 
 
 class Conversations:
-    """Of one sandbox, by the record of the runtime."""
+    """Of one sandbox, by the process of the runtime: calls from before and after it first spoke name other parents."""
 
     def __init__(self) -> None:
-        self._runtimes: dict[ToolCallId, _Runtime] = {}
+        self._runtimes: dict[int, _Runtime] = {}
+        self._first_pid: int | None = None
+        """The runtime whose calls have the sandbox's own session; kept past its end, for the next is another one."""
 
-    def forget(self, runtime: ToolCallId) -> None:
-        self._runtimes.pop(runtime, None)
+    def forget(self, pid: int) -> None:
+        self._runtimes.pop(pid, None)
+
+    def of_process(self, pid: int, sandbox: Sandbox, state: State) -> SessionId | None:
+        """The session of a runtime that names none; None: the sandbox's own, or what an engine tells."""
+        if self._first_pid is None:
+            self._first_pid = pid
+        return None if pid == self._first_pid else session_named(f"{sandbox.name}:{pid}", sandbox, state)
 
     def heard(
-        self, at_ns: int, call: ToolCallId, runtime: ToolCallId, name: str | None, sandbox: Sandbox, state: State
+        self, at_ns: int, call: ToolCallId, pid: int, name: str | None, sandbox: Sandbox, state: State
     ) -> Iterator[ToolCallAttributed]:
         """A call has begun, or become another program, and is of the conversation `name`; None: it does not say."""
-        kept = self._runtimes.setdefault(runtime, _Runtime())
+        kept = self._runtimes.setdefault(pid, _Runtime())
         if name:
             kept.names.add(name)
         elif call not in kept.unnamed:

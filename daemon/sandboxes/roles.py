@@ -40,7 +40,7 @@ from .kept import Book, Kept
 from .who.helpers import Helpers
 from .who.lines import Line, Lines
 from .who.records import Records
-from .who.rulings import Ruled, Unwitnessed, as_call, fact_of
+from .who.rulings import LATER_COUNT, Later, Ruled, Unwitnessed, as_call, fact_of
 from .who.runtimes import Runtimes
 from .who.sub_agents import SubAgents
 from .witness import Witness
@@ -225,7 +225,7 @@ class RoleKeeper:
             self._sub_agents.ended(tag, kept)
             kept.runtimes.pop(tag, None)
             kept.shells.pop(tag, None)
-            kept.conversations.forget(tag)
+            kept.conversations.forget(fact.pid)
         yield RoleObserved(self._now_ns(), replace(fact, gone=True))
 
     def look_again(self) -> None:
@@ -273,8 +273,8 @@ class RoleKeeper:
             yield as_call(event, ruling)
         if not is_call:
             yield from self._no_call(event, fact_of(event, seen, ruling), kept)
-        elif ruling.session is None and profile is not None and profile.session_key:
-            yield from self._of_conversation(event.at_ns, event, ruling.conversation, kept)
+        elif ruling.session is None:
+            yield from self._of_conversation(event.at_ns, event, ruling.conversation, kept, profile)
 
     def _no_call(self, event: ToolCallStarted, fact: ProcessRole, kept: Kept) -> Iterator[Event]:
         if fact.role is Role.SHELL:
@@ -290,16 +290,31 @@ class RoleKeeper:
                 return
         yield self._helpers.observe(event.id, fact, event.agent)
 
-    def _of_conversation(self, at_ns: int, call: ToolCallStarted, name: str | None, kept: Kept) -> Iterator[Event]:
+    def _of_conversation(
+        self, at_ns: int, call: ToolCallStarted, name: str | None, kept: Kept, profile: Profile | None
+    ) -> Iterator[Event]:
         sandbox = self._state.sandboxes.get(kept.cgroup.cgroup_id)
-        if sandbox is not None and call.agent is not None:
-            yield from kept.conversations.heard(at_ns, call.id, call.agent, name, sandbox, self._state)
+        pid = self._runtime_of(call)
+        if sandbox is None or pid is None:
+            return
+        if profile is not None and profile.session_key:
+            yield from kept.conversations.heard(at_ns, call.id, pid, name, sandbox, self._state)
+        elif not self._witness.hears(call.sandbox):
+            session = kept.conversations.of_process(pid, sandbox, self._state)
+            if session is not None:
+                yield ToolCallAttributed(at_ns, call.id, call.source, 0.0, session=session)
+
+    def _runtime_of(self, event: ToolCallStarted) -> int | None:
+        kept = self._book.get(event.sandbox)
+        if kept is None or event.agent is None:
+            return None
+        return self._runtimes.above(self._state.resolve(event.agent), kept)
 
     def _rule(
         self, event: ToolCallStarted, seen: Exec, profile: Profile | None, runtime: str, *, witnessed: bool
     ) -> Ruling:
-        asked, rules = self._witness.asked(event.sandbox, event.at_ns), self._state.policy.roles
-        return roles.rule(seen, profile, runtime, asked, rules, witnessed=witnessed)
+        asked = self._witness.asked(event.sandbox, event.at_ns, self._runtime_of(event))
+        return roles.rule(seen, profile, runtime, asked, self._state.policy.roles, witnessed=witnessed)
 
     def _ruled_anew(self, sandbox: CgroupId, asked_ns: int) -> Iterator[Event]:
         """The conversation's word of `asked_ns` came after execs that followed it."""
@@ -308,6 +323,8 @@ class RoleKeeper:
             if event.at_ns < asked_ns or self._is_held(event.id):
                 continue
             ruling = self._rule(event, ruled.seen, ruled.profile, ruled.runtime, witnessed=True)
+            if ruling.call_id is None:
+                ruling = next(filter(None, (self._told_since(ruled, later) for later in ruled.later)), ruling)
             stays = ruling.role is ruled.ruling.role
             of_line = ruled.seen.in_shell and ruling.role is Role.HOUSEKEEPING  # the word on it may still be on its way
             if ruling.call_id is not None or not (stays or of_line):
@@ -398,8 +415,29 @@ class RoleKeeper:
             self._records.exempt(event.id)
         yield from ()
 
+    def _command(self, event: ProcessExeced) -> str:
+        cut = event.command.endswith(roles.CUT)
+        return (evidence.command_line(event.pid) if cut else "") or event.command
+
+    def _told_since(self, ruled: Ruled, later: Later) -> Ruling | None:
+        """What a call is of which the first exec was cut short before it told, and a later one does; None: neither."""
+        event = ruled.event
+        asked = self._witness.asked(event.sandbox, event.at_ns, self._runtime_of(event))
+        wanted = roles.by_its_id(later.environment, ruled.profile, asked) or roles.matching(later.command, asked)
+        if wanted is None or ruled.seen.in_shell:
+            return None
+        why = "a later exec of it tells what the conversation asked for"
+        return Ruling(Role.TOOL_CALL, 0.99, why, wanted.command, wanted.id, wanted.session, budgeted=True)
+
     def _execed(self, event: ProcessExeced) -> Iterator[Event]:
         """A call's first process became another program: some agents say only then what was asked for."""
+        ruled = self._unwitnessed.get(event.id)
+        if ruled is not None and ruled.cut and ruled.event.pid == event.pid:
+            later = Later(self._command(event), evidence.environment(event.pid))
+            if (ruling := self._told_since(ruled, later)) is not None:
+                yield from self._becomes(ruled, ruling)
+                return
+            ruled.later = [*ruled.later[1 - LATER_COUNT :], later]
         call = self._calls.get(event.id)
         kept = self._book.get(call.sandbox) if call is not None else None
         if call is None or kept is None or call.pid != event.pid:
@@ -408,14 +446,11 @@ class RoleKeeper:
         profile = sub_agent.profile if sub_agent is not None else kept.profile
         if profile is None:
             return
-        command = event.command
-        if event.command.endswith("…"):
-            command = evidence.command_line(event.pid) or command
+        command, environment = self._command(event), evidence.environment(event.pid)
         text = roles.asked_text(command, profile)
-        environment = evidence.environment(event.pid)
         named = environment.get(profile.call_key) if profile.call_key else None
         if text != command or named:
             told = text if text != command else None
             yield ToolCallAttributed(event.at_ns, call.id, call.source, call.confidence, told, call_id=named)
         if profile.session_key and (conversation := environment.get(profile.session_key)):
-            yield from self._of_conversation(event.at_ns, call, conversation, kept)
+            yield from self._of_conversation(event.at_ns, call, conversation, kept, profile)

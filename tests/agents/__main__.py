@@ -25,6 +25,7 @@ def main() -> int:
     parser.add_argument("--launcher", action="append", choices=LAUNCHERS, help="may be repeated (default: plain)")
     parser.add_argument("--script", choices=SCRIPTS, default="ten")
     parser.add_argument("--twice", action="store_true", help="two conversations of each at once, in one sandbox")
+    parser.add_argument("--heard", action="store_true", help="the model is an engine that the daemon hears")
     parser.add_argument("--policy", type=Path, help="a policy file, with a tenant gold (default: one of our own)")
     parser.add_argument("--rows", action="store_true", help="print every row of the daemon, and what it is")
     options = parser.parse_args()
@@ -46,15 +47,19 @@ def main() -> int:
                 print(f"{name}: {error}", file=sys.stderr)
                 return 2
             if options.twice:
-                two = run_two(daemon, client, folder / f"{name}-twice", SCRIPTS[options.script])
+                script = SCRIPTS[options.script]
+                two = run_two(daemon, client, folder / f"{name}-twice", script, heard=options.heard)
                 (folder / f"{name}-twice.out").write_text(two.ended.output)
-                print(line(two), "  apart" if two.apart else f"  NOT APART: {two.sessions} for {two.wire}", flush=True)
+                how = "apart" if two.apart else f"NOT APART: {two.sessions} for {two.expected}"
+                print(line(two), f"  {how}", flush=True)
+                print("".join(f"    {why}\n" for why in two.score.wrong), end="")
                 perfect = perfect and two.score.perfect and two.apart
                 continue
             for launcher in options.launcher or ["plain"]:
                 if launcher not in launchers_of(client):
                     continue
-                trial = run(daemon, client, folder / f"{name}-{launcher}", launcher, SCRIPTS[options.script])
+                script = SCRIPTS[options.script]
+                trial = run(daemon, client, folder / f"{name}-{launcher}", launcher, script, heard=options.heard)
                 (folder / f"{name}-{launcher}.out").write_text(trial.ended.output)
                 print(line(trial), flush=True)
                 print(details(trial, rows=options.rows), end="", flush=True)
@@ -64,15 +69,16 @@ def main() -> int:
     return 0 if perfect else 1
 
 
-HEADING = f"{'agent':24} {'survived':>8} {'shown':>6} {'right':>6} {'precision':>9} {'recall':>7}   took"
+HEADING = f"{'agent':24} {'survived':>8} {'shown':>6} {'right':>6} {'precision':>9} {'recall':>7} {'ids':>6}   took"
 
 
 def line(trial: Trial | Apart) -> str:
     score = trial.score
     right = sum(row.truth is Truth.CALL for row in score.rows)
+    ids = sum(bool(row.said.call_id) for row in score.rows)
     return (
         f"{trial.name:24} {'yes' if score.survived else 'NO':>8} {len(score.rows):6} {right:3}/{score.asked_count:<2} "
-        f"{score.precision:9.2f} {score.recall:7.2f} {trial.ended.took_s:5.1f} s"
+        f"{score.precision:9.2f} {score.recall:7.2f} {ids:6} {trial.ended.took_s:5.1f} s"
     )
 
 

@@ -47,6 +47,8 @@ class Client:
     """It asks its user: what it prints, as a regular expression, and what is typed then. () asks nobody."""
     screen: bool = False
     """It draws a screen and stays until its terminal is closed."""
+    names_session: bool = False
+    """It puts its conversation's id into the environment of its tool calls."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,12 +145,14 @@ CLAUDE = Client(
     lambda prompt: ["claude", "-p", prompt, "--dangerously-skip-permissions", "--model", "m"],
     _claude_environment,
     lambda url, workspace: {},
+    names_session=True,
 )
 CODEX = Client(
     "codex",
     lambda prompt: ["codex", "exec", "--dangerously-bypass-approvals-and-sandbox", prompt],
     lambda url: {"SCRIPTED_KEY": "none"},
     _codex_settings,
+    names_session=True,
 )
 OPENCODE = Client("opencode", lambda prompt: ["opencode", "run", prompt], lambda url: {}, _opencode_settings)
 GEMINI = Client(

@@ -75,7 +75,7 @@ def drive(
         os.close(terminal)
         _end(process)
     took_s = time.monotonic() - began
-    return Ended(process.pid, returncode, output, took_s, _end_what_is_left(launch.environment["HOME"]))
+    return Ended(process.pid, returncode, output, took_s, end_what_is_left(launch.environment["HOME"]))
 
 
 def _start(argv: list[str], environment: Mapping[str, str], launch: Launch) -> tuple[subprocess.Popen[bytes], int]:
@@ -111,7 +111,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _end_what_is_left(home: str) -> tuple[str, ...]:
+def end_what_is_left(home: str) -> tuple[str, ...]:
     """Known by the home that was made for this run alone; whatever session or parent they have by now."""
     ended = []
     for process in psutil.process_iter():

@@ -112,6 +112,8 @@ class Book:
     def __init__(self, script: Script, note: Callable[[Json], None]) -> None:
         self.script = script
         self.conversations: list[Conversation] = []
+        self.on_turn: Callable[[Conversation, Answer, int], None] = lambda conversation, answer, peer_port: None
+        """Told of each turn of a client that has tools, before its answer leaves."""
         self._note = note
         self._lock = threading.Lock()
         self._scripts: dict[str, Script] = {}
@@ -149,7 +151,10 @@ class Book:
                 conversation = self._open(request, dialect, session)
             for name, value in wire.items():
                 conversation.wire.setdefault(name, set()).add(value)
-            return self._next(conversation, request, peer)
+            answer = self._next(conversation, request, peer)
+            if not any(label in conversation.opening for label in self._in_words):
+                self.on_turn(conversation, answer, peer.port)
+            return answer
 
     def _find(self, request: Request, session: str) -> Conversation | None:
         for result in request.results:

@@ -49,6 +49,14 @@ class Asked:
     peak_bytes: int = 0
     """The least it held; 0: no claim."""
     leaves_behind: bool = False
+    call_id: str = ""
+    """By which the conversation knows it; "": no claim."""
+    id_known: bool = False
+    """The daemon must have it; else it may be without one, but not have another's."""
+    session: str = ""
+    """Of its conversation; "": no claim."""
+    pid: int | None = None
+    """Its process, where its result tells; None: not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +74,8 @@ class Said:
     peak_bytes: int = 0
     escaped_count: int = 0
     actions: tuple[str, ...] = ()
+    call_id: str = ""
+    session: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +163,7 @@ def _call_of(said: Said, asked: Sequence[Asked], found: dict[int, Row]) -> Asked
     fitting = [call for call in around if _has_text(said.command, call.text)]
     if not fitting and any(mark in said.command for mark in _WRAPPERS):
         fitting = around
+    fitting = [call for call in fitting if call.pid in (None, said.pid)]
     return next((call for call in fitting if call.number not in found), fitting[0] if fitting else None)
 
 
@@ -175,3 +186,7 @@ def _wrong(call: Asked, said: Said) -> Iterable[str]:
         yield f"call {call.number}: peak {said.peak_bytes // MIB} MiB, not {call.peak_bytes // MIB}"
     if call.leaves_behind and not said.escaped_count:
         yield f"call {call.number}: nothing left behind"
+    if call.call_id and said.call_id != call.call_id and (said.call_id or call.id_known):
+        yield f"call {call.number}: id {said.call_id!r}, not {call.call_id!r}"
+    if call.session and said.session != call.session:
+        yield f"call {call.number}: session {said.session!r}, not {call.session!r}"

@@ -41,9 +41,9 @@ class Script:
         """The same with one more turn."""
         return replace(self, turns=(*self.turns, (command,)))
 
-    def marked(self, word: str) -> Script:
-        """The same, with a word at the end of every command that tells it from the same command of another script."""
-        turns = tuple(tuple(replace(c, text=f"{c.text} ; : {word}") for c in turn) for turn in self.turns)
+    def telling(self) -> Script:
+        """The same, with every command's own process in its result: "shell 1234"."""
+        turns = tuple(tuple(replace(c, text=f"echo shell $$; {c.text}") for c in turn) for turn in self.turns)
         return replace(self, turns=turns)
 
     def of_lines(self) -> Script:
@@ -81,4 +81,7 @@ TEN = Script(tuple((c,) for c in (ECHO, PIPELINE, ALLOCATE, BACKGROUND, FAILING,
 SIDE_BY_SIDE = Script(((ECHO,), (SLOW, ALLOCATE, GIT_STATUS), (PYTHON,)))
 """Three of its five in one answer."""
 
-SCRIPTS = {"ten": TEN, "side-by-side": SIDE_BY_SIDE}
+FEW = Script(((ECHO,), (ALLOCATE,), (GIT_STATUS,)))
+"""The least that shows whether a launcher is looked through: a call, one above its budget, one that follows it."""
+
+SCRIPTS = {"few": FEW, "ten": TEN, "side-by-side": SIDE_BY_SIDE}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from equipoise.tests.agents.score import Asked, Said, Truth, score
 
@@ -46,6 +48,19 @@ def test_other_rows_are_told_apart(row, truth):
     result = score(CALLS, (*RIGHT, row), {7}, survived=True)
     assert [r.truth for r in result.rows if r.said is row] == [truth]
     assert result.recall == 1.0 and result.precision < 1.0
+
+
+def test_ids_count_where_somebody_can_tell_them():
+    calls = tuple(replace(c, call_id=f"c{c.number}", id_known=not c.number, session="gold/s") for c in CALLS)
+    rows = tuple(replace(row, call_id=f"c{number}", session="gold/s") for number, row in enumerate(RIGHT))
+    assert score(calls, rows, (), survived=True).perfect
+    assert score(calls, (rows[0], replace(rows[1], call_id="")), (), survived=True).perfect
+    assert score(calls, (replace(rows[0], call_id=""), rows[1]), (), survived=True).wrong == ["call 0: id '', not 'c0'"]
+    wrong = (replace(rows[0], call_id="c1"), replace(rows[1], session="gold/other"))
+    assert score(calls, wrong, (), survived=True).wrong == [
+        "call 0: id 'c1', not 'c0'",
+        "call 1: session 'gold/other', not 'gold/s'",
+    ]
 
 
 def test_a_call_that_no_row_shows_is_missed():

@@ -1,27 +1,38 @@
-"""Real agents under a real daemon: their tool calls, all of them and nothing else, and the agents live.
+"""Real agents under a real daemon: their tool calls, all of them and nothing else, with their ids, and the agents live.
 
-What is started here is a part of what can be: every launcher, and the screens of two. aider is left out: typed to
-over a terminal, it now and then runs a command twice, which is then two calls in truth. All of it, with the figures:
-`python -m equipoise.tests.agents`.
+Every agent makes ten calls plain, and three behind each launcher; EQUIPOISE_FULL=1 has ten everywhere, two more
+launchers and all screens. aider is left out: typed to over a terminal, it now and then runs a command twice, which is
+then two calls in truth. With the figures: `python -m equipoise.tests.agents`.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
-from equipoise.tests.agents.clients import CLIENTS
+from equipoise.tests.agents.clients import CLIENTS, LAUNCHERS, SCREENS, Client, launchers_of
 from equipoise.tests.agents.install import CannotInstall
-from equipoise.tests.agents.script import SIDE_BY_SIDE, TEN
+from equipoise.tests.agents.script import FEW, SIDE_BY_SIDE, TEN
 from equipoise.tests.agents.trial import POLICY, run, run_two
 from equipoise.tests.fixtures.running_daemon import RunningDaemon, with_probes
 
 pytestmark = [pytest.mark.agents, pytest.mark.kernel, pytest.mark.slow]
+FULL = "EQUIPOISE_FULL" in os.environ
+AGENTS = ("claude", "codex", "gemini", "opencode", "mini")
+WAYS = list(LAUNCHERS) if FULL else ["plain", "timeout", "env", "sh", "npx"]
+SEEN = [client.name for client in SCREENS] if FULL else ["claude-screen", "codex-screen"]
 STARTS = [
-    *((name, launcher) for name in ("claude", "codex") for launcher in ("plain", "timeout", "env", "sh", "npx")),
-    *(("gemini", launcher) for launcher in ("plain", "timeout", "npx")),
-    *((name, "plain") for name in ("opencode", "mini", "claude-screen", "codex-screen")),
+    *((name, way) for name in AGENTS for way in WAYS if way in launchers_of(CLIENTS[name])),
+    *((name, "plain") for name in SEEN),
 ]
+TWICE = [
+    *((name, False) for name in ("claude", "codex", "gemini")),
+    ("codex", True),
+    *((name, heard) for name in ("opencode", "mini") for heard in (False, True) if FULL),
+    *((name, True) for name in ("claude", "gemini") if FULL),
+]
+"""The agent, and whether an engine is heard; two of opencode at once take up to 25 s."""
 
 
 @pytest.fixture(scope="module")
@@ -30,27 +41,27 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningDaemon]:
         yield running
 
 
-@pytest.mark.parametrize(("name", "launcher"), STARTS)
-def test_every_tool_call_is_found_and_nothing_else(name, launcher, daemon, tmp_path):
+def installed(name: str) -> Client:
     client = CLIENTS[name]
     try:
         client.install()
     except CannotInstall as error:
         pytest.skip(str(error))
-    trial = run(daemon, client, tmp_path / "run", launcher, TEN)
+    return client
+
+
+@pytest.mark.parametrize(("name", "launcher"), STARTS)
+def test_every_tool_call_is_found_and_nothing_else(name, launcher, daemon, tmp_path):
+    script = TEN if FULL or launcher == "plain" else FEW
+    trial = run(daemon, installed(name), tmp_path / "run", launcher, script)
     score = trial.score
     assert score.survived, trial.ended.output[-2000:]
     assert not score.missed and score.precision == 1.0, score.confusion()
     assert not score.wrong
 
 
-@pytest.mark.parametrize("name", ["claude", "codex"])
-def test_two_conversations_of_one_agent_at_once_stay_apart(name, daemon, tmp_path):
-    client = CLIENTS[name]
-    try:
-        client.install()
-    except CannotInstall as error:
-        pytest.skip(str(error))
-    two = run_two(daemon, client, tmp_path / "run", SIDE_BY_SIDE)
+@pytest.mark.parametrize(("name", "heard"), TWICE)
+def test_two_conversations_of_one_agent_at_once_stay_apart_with_the_same_words(name, heard, daemon, tmp_path):
+    two = run_two(daemon, installed(name), tmp_path / "run", SIDE_BY_SIDE, heard=heard)
     assert two.score.perfect, (two.score.confusion(), two.score.wrong, two.ended.output[-2000:])
-    assert two.apart, (two.sessions, two.wire)
+    assert two.apart, (two.sessions, two.expected)

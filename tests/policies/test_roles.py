@@ -100,6 +100,34 @@ def test_a_command_line_that_was_cut_short_ends_in_the_beginning_of_what_was_ask
     assert matching("/bin/bash -c python3 -c 'print(mi…", asked) is None
 
 
+ALIKE = [Asked("a", SESSION, "cd /w/project && make lint"), Asked("b", SESSION, "cd /w/project && make test")]
+CODEX = next(p for p in PROFILES if p.name == "codex")
+
+
+def test_cut_short_where_two_that_were_asked_for_are_alike_it_is_a_call_and_neither_of_them_yet():
+    cut = "/bin/bash -c cd /w/project && mak…"
+    assert matching(cut, ALIKE) is None and matching(cut, [ALIKE[0], ALIKE[0]]) is ALIKE[0]
+    ruling = rule(Exec(cut, below_runtime=True), None, "agent.py", ALIKE, witnessed=True)
+    assert (ruling.role, ruling.call_id, ruling.budgeted) == (Role.TOOL_CALL, None, True)
+    assert 0.8 < ruling.confidence < 0.95
+
+
+def test_cut_short_before_the_command_begins_what_looks_as_a_call_is_one_while_something_is_asked_for():
+    cut = "/proc/self/exe --codex-run-as-process-setup 55 17544 pipe  /tmp/home/.codex/snapsh…"
+    for asked, role in ((ALIKE, Role.TOOL_CALL), ([], Role.HOUSEKEEPING)):
+        assert rule(Exec(cut, below_runtime=True), CODEX, "codex exec x", asked, witnessed=True).role is role
+    whole = cut.rstrip("…") + " ls"
+    ruling = rule(Exec(whole, below_runtime=True), CODEX, "codex exec x", ALIKE, witnessed=True)
+    assert ruling.role is Role.HOUSEKEEPING, "its words are there, and are others"
+
+
+def test_the_calls_id_in_the_environment_goes_before_words_that_two_conversations_share():
+    same = [Asked("l", SESSION, "git status"), Asked("r", SessionId("gold/bo"), "git status")]
+    seen = Exec("bash -c git status", below_runtime=True, environment={"CODEX_TOOL_CALL_ID": "r"})
+    ruling = rule(seen, CODEX, "codex exec x", same, witnessed=True)
+    assert (ruling.call_id, ruling.session) == ("r", SessionId("gold/bo"))
+
+
 def test_a_very_short_command_is_matched_whole_or_not_at_all():
     asked = [Asked("a", SESSION, "ls")]
     assert matching("/bin/bash -c ls", asked) is asked[0]

@@ -6,7 +6,9 @@ Owns how long an exec waits for its witness, and which one a conversation can me
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from ....policies import roles
 from ....policies.events import Event, ProcessesGone, ToolCallEnded, ToolCallStarted
@@ -16,8 +18,17 @@ from ....policies.roles import Asked, Exec, Profile, Ruling
 _LATE_NS = 5 * NS_PER_S
 """An exec that is so long ago waits for no witness any more."""
 _LATE_COUNT = 256
+LATER_COUNT = 4
+"""Execs of one process that are kept."""
 _BEHIND_NS = NS_PER_S // 4
 """So long after its line was answered a program may begin that the line put in the background."""
+
+
+class Later(NamedTuple):
+    """One more exec of a process."""
+
+    command: str
+    environment: Mapping[str, str]
 
 
 @dataclass(slots=True)
@@ -31,6 +42,12 @@ class Ruled:
     ruling: Ruling
     since: list[Event]
     """Its end and its last process's, once they are known."""
+    later: list[Later] = field(default_factory=list)
+    """What it became since, where its own command line was cut short."""
+
+    @property
+    def cut(self) -> bool:
+        return self.seen.command.endswith(roles.CUT)
 
 
 class Unwitnessed:

@@ -48,6 +48,14 @@ class Runtimes:
             return helper.fact.pid
         return kept.runtimes.get(parent)
 
+    def above(self, parent: ToolCallId | None, kept: Kept) -> int | None:
+        """The process that is the runtime of what this record forks: also through its persistent shell, and also the
+        sandbox's first program before it has spoken to a model."""
+        if parent in kept.shells and (shell := self._helpers.get(parent)) is not None:
+            parent = shell.agent
+        found = self.of(parent, kept)
+        return kept.agent_pid if found is None and parent is not None and parent == kept.agent_tag else found
+
     def connected(
         self, pid: int, tag: ToolCallId, is_agent: bool, kept: Kept, *, to_engine: bool = False
     ) -> Iterator[Event]:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from equipoise.daemon.observe import joins as joins_module
 from equipoise.daemon.observe.joins import ACCEPTED_WITHIN_NS, Joins
+from equipoise.daemon.sandboxes.witness import Owner
 from equipoise.policies.events import (
     ConnectionOpened,
     EngineAttached,
@@ -48,9 +49,10 @@ class Host:
         local: tuple[str, int] = ("127.0.0.1", 40_000),
         remote: tuple[str, int] = ("127.0.0.1", 8800),
         namespace: int = HOME,
+        pid: int = 7,
     ) -> None:
         self.unseen.append(
-            ConnectionOpened(ns(at_s), CgroupId(cgroup), ToolCallId(1), 7, True, *local, *remote, namespace)
+            ConnectionOpened(ns(at_s), CgroupId(cgroup), ToolCallId(1), pid, True, *local, *remote, namespace)
         )
 
     def who(self, at_s: float, of: Any = OURS, peer: tuple[str, int] = ("127.0.0.1", 40_000)) -> str | None:
@@ -168,6 +170,16 @@ def test_each_turn_on_a_known_peers_connection_joins_its_session(host):
     assert host.joined(500.0, of=SessionId("other")) == [(SessionId("other"), CgroupId(1))], (
         "a connection may live long"
     )
+
+
+def test_a_turn_is_of_the_process_that_opened_its_connection_unless_two_could_be_meant(host):
+    turn = turn_started(1.1, peer_address="10.0.0.2", peer_port=9)
+    host.opened(1.0, local=("10.0.0.2", 9), namespace=AWAY, pid=7)
+    host.who(1.0, peer=("10.0.0.2", 9))
+    assert host.joins.owner_at(turn) == Owner(CgroupId(1), 7)
+    host.opened(1.0, local=("10.0.0.2", 9), namespace=FURTHER, pid=8)
+    host.who(1.0, peer=("10.0.0.2", 9))
+    assert host.joins.owner_at(turn) == Owner(CgroupId(1), None)
 
 
 def test_a_session_is_joined_once(host):

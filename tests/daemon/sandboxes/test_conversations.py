@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from equipoise.daemon.sandboxes.conversations import Conversations
-from equipoise.policies.events import SandboxRegistered
-from equipoise.policies.model import ToolCallId
+from equipoise.policies.events import EngineAttached, SandboxRegistered, SessionJoined
+from equipoise.policies.model import SessionId, ToolCallId
 from equipoise.policies.state import State
-from equipoise.tests.policies.facts import policy, sandbox
+from equipoise.tests.policies.facts import ENGINE, engine, observed, policy, sandbox, session
 
-ONE, OTHER = ToolCallId(1), ToolCallId(2)
-"""Runtimes."""
+ONE, OTHER = 41, 42
+"""Processes of runtimes."""
 
 
 class Bench:
@@ -18,7 +18,7 @@ class Bench:
         self.box = sandbox()
         self.conversations = Conversations()
 
-    def heard(self, call: int, runtime: ToolCallId, name: str | None) -> dict[int, str | None]:
+    def heard(self, call: int, runtime: int, name: str | None) -> dict[int, str | None]:
         found = self.conversations.heard(5, ToolCallId(call), runtime, name, self.box, self.state)
         return {event.id: event.session for event in found}
 
@@ -53,3 +53,18 @@ def test_a_call_that_says_so_only_after_its_second_exec_is_told_once() -> None:
     assert bench.heard(11, ONE, None) == {}
     assert bench.heard(11, ONE, "left") == {11: bench.of("left")}
     assert bench.heard(12, ONE, "left") == {12: bench.of("left")}
+
+
+def test_of_runtimes_that_name_none_the_first_has_the_sandboxes_own_session_and_each_other_one_of_its_process() -> None:
+    bench = Bench()
+    told = [bench.conversations.of_process(pid, bench.box, bench.state) for pid in (41, 42, 41, 43, 42)]
+    ours = [bench.of(f"{bench.box.name}:{pid}") for pid in (42, 43)]
+    assert told == [None, ours[0], None, ours[1], ours[0]]
+
+
+def test_where_an_engine_has_sessions_of_the_sandbox_no_process_stands_for_one() -> None:
+    bench = Bench()
+    bench.conversations.of_process(41, bench.box, bench.state)
+    bench.state.apply(EngineAttached(1, engine())).apply(observed(1, session("gold/talk")))
+    bench.state.apply(SessionJoined(1, ENGINE, SessionId("gold/talk"), bench.box.cgroup_id))
+    assert bench.conversations.of_process(42, bench.box, bench.state) is None
