@@ -431,16 +431,20 @@ class Adoption:
         return found is None or not found.execed or self._probes.tag_of(pid) != tag
 
     def _wrapped(self, groups: Mapping[ToolCallId, _Group], earlier: Earlier) -> dict[ToolCallId, ToolCallId]:
-        """Wrappers, by the journal, or because the root of another call is their child: calls do not nest."""
+        """Wrappers, by the journal, or because the root of another call is below them: calls do not nest, but where an
+        agent in a call has calls of its own. Such a call has no budget, or the agent has left it and is in no group."""
         wrapped = {}
-        by_root = {group.root: call for call, group in groups.items()}
+        by_pid = {pid: call for call, group in groups.items() for pid in group.pids}
         for call in groups:
             if call in earlier.merged:
                 wrapped[call] = earlier.call_of(call)
         for call, group in groups.items():
             for above in processes.ancestors(group.root, self._proc):
-                outer = by_root.get(above)
-                if outer is not None and outer != call and outer not in wrapped:
+                outer = by_pid.get(above)
+                if outer is None:
+                    break
+                known = groups[outer].known
+                if outer != call and outer not in wrapped and not (known is not None and known.exempt):
                     wrapped[outer] = call
         return wrapped
 

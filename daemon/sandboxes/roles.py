@@ -179,7 +179,11 @@ class RoleKeeper:
             yield event
 
     def __call__(self, event: Event, state: State) -> None:
-        """As a sink: forget what goes with its sandbox."""
+        """As a sink: forget what goes with its sandbox, and know calls that an earlier run of the daemon knew."""
+        if isinstance(event, ToolCallStarted) and event.earlier is not None and event.pid is not None:
+            self._calls[event.id] = event
+            if event.earlier.exempt:
+                self._runtimes.take_up_call(event)
         if isinstance(event, SandboxRemoved):
             for forgets in (self._helpers, self._witness, self._unwitnessed):
                 forgets.forget(event.cgroup_id)
@@ -202,9 +206,12 @@ class RoleKeeper:
             kept.survey_due_ns = now_ns + kept.survey_pause_ns
             kept.survey_pause_ns = min(_SURVEY_PAUSE_MAX_NS, 2 * kept.survey_pause_ns)
             found += self.survey(kept)
+        found += self._runtimes.in_calls(self._book, self._witness.hears)
         if now_ns - self._looked_ns < _SURVEY_NS:
             return tuple(found)
         self._looked_ns = now_ns
+        for told in self._runtimes.below_runtimes():
+            found += self._of_earlier(*told)
         for tag, helper in self._helpers.all():
             fact = helper.fact
             if fact.role in (Role.RUNTIME, Role.SHELL) and self._probes.usage(tag) is None:
@@ -289,6 +296,23 @@ class RoleKeeper:
                 yield self._helpers.observe(tag, replace(fact, id=tag), event.agent)
                 return
         yield self._helpers.observe(event.id, fact, event.agent)
+
+    def _of_earlier(self, event: ToolCallStarted, runtime: int, kept: Kept) -> Iterator[Event]:
+        """What ran below a runtime before anybody followed it. What was asked for then is lost: its shape tells."""
+        if roles.is_agent(event.command):
+            yield from self._runtimes.connected(event.pid or 0, event.id, False, kept)
+            return
+        seen = evidence.of_exec(event, event.pid or 0, kept.agent_pid, below_runtime=True, in_shell=False)
+        runtime_command = evidence.command_line(runtime)
+        ruling = self._rule(event, seen, kept.profile, runtime_command, witnessed=False)
+        log.debug("role_of_earlier", pid=event.pid, role=ruling.role.value, why=ruling.why, command=seen.command[:80])
+        self._records.settled(event.id)
+        if ruling.role is Role.TOOL_CALL:
+            was = Ruling(Role.START_UP, 0.9, "it ran before", seen.command)
+            ruled = Ruled(event, seen, kept.profile, runtime_command, was, [])
+            yield from self._changed(ruled, replace(ruling, confidence=min(ruling.confidence, event.confidence)))
+        else:
+            yield from self._no_call(event, fact_of(event, seen, ruling), kept)
 
     def _of_conversation(
         self, at_ns: int, call: ToolCallStarted, name: str | None, kept: Kept, profile: Profile | None

@@ -336,7 +336,9 @@ class ToolCallKeeper:
                 self._set_kind_budget(call)
 
     def budget_of(self, call: ToolCall) -> tuple[int, int]:
-        """Soft and hard: what it begins with by the policy, and what it was granted."""
+        """Soft and hard: what it begins with by the policy, and what it was granted; 0 where no budget may stop it."""
+        if call.exempt:
+            return 0, 0
         budget = self._entry.of_call(call)
         if call.granted_ns is not None and call.hard_bytes > budget.hard_bytes:
             return call.soft_bytes, self._hard(call.hard_bytes)

@@ -6,13 +6,14 @@ still be the agent.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from ....ebpf.errors import EbpfError
 from ....ebpf.tool_memory import ToolMemory
 from ....policies import roles
 from ....policies.events import Event, RoleObserved, ToolCallStarted
-from ....policies.model import ProcessRole, Role, ToolCallId
+from ....policies.model import CgroupId, ProcessRole, Role, ToolCallId, ToolCallSource
 from ... import log
 from .. import evidence, processes
 from ..kept import Kept
@@ -38,6 +39,10 @@ class Runtimes:
         self._sub_agents = sub_agents
         self._calls = calls
         self._now_ns = now_ns
+        self._taken_up: dict[ToolCallId, Kept] = {}
+        """What ran before anybody followed it, by record, until a runtime is known above it."""
+        self._calls_of_earlier: list[ToolCallStarted] = []
+        """Calls that had no budget under an earlier run of the daemon: one may be an agent's."""
 
     def of(self, parent: ToolCallId | None, kept: Kept) -> int | None:
         """The runtime's process, where the record that forked is a runtime's, or was before it spoke to a model."""
@@ -84,7 +89,8 @@ class Runtimes:
             return
         else:
             return  # a tool call, a service: they may speak to whom they like
-        launched = [h.fact.command for h in self._helpers.of(kept.cgroup.cgroup_id)]
+        others = (h.fact for h in self._helpers.of(kept.cgroup.cgroup_id))
+        launched = [fact.command for fact in others if fact.id not in self._taken_up]  # those it may run itself
         first = evidence.command_line(kept.agent_pid) if kept.agent_pid else ""
         profile = roles.profile_of([command, first, *self._ancestry(pid, kept), *launched])
         if len(kept.runtimes) == 1:
@@ -139,4 +145,40 @@ class Runtimes:
         why = "it ran before the daemon did, and may be the agent"
         command = evidence.command_line(root)
         fact = ProcessRole(tag, sandbox, root, command, Role.START_UP, 0.9, why, self._now_ns())
+        self._taken_up[tag] = kept
         yield self._helpers.observe(tag, fact)
+
+    def take_up_call(self, call: ToolCallStarted) -> None:
+        """It had no budget under an earlier run of the daemon."""
+        self._calls_of_earlier.append(call)
+
+    def in_calls(self, book: Mapping[CgroupId, Kept], hears: Callable[[CgroupId], bool]) -> Iterator[Event]:
+        """Agents that were found in calls by an earlier run of the daemon: found again."""
+        calls, self._calls_of_earlier = self._calls_of_earlier, []
+        for call in calls:
+            kept, pid = book.get(call.sandbox), call.pid or 0
+            command = evidence.command_line(pid)
+            if kept is None or not roles.may_be_agent(command):
+                continue
+            if roles.is_agent(command) or evidence.has_connection(pid):
+                yield from self.at_sub_agents(self._sub_agents.found(pid, call, kept, heard=hears(call.sandbox)))
+
+    def below_runtimes(self) -> Iterator[tuple[ToolCallStarted, int, Kept]]:
+        """Of what was taken up: who has a runtime above it, as the kernel would have told of its exec; that runtime."""
+        for tag, kept in list(self._taken_up.items()):
+            helper = self._helpers.get(tag)
+            if helper is None or helper.fact.role is not Role.START_UP:
+                del self._taken_up[tag]
+                continue
+            fact, found = helper.fact, processes.stat(helper.fact.pid)
+            above = set(processes.ancestors(fact.pid))
+            runtime = next((record for record, pid in kept.runtimes.items() if pid in above), None)
+            if runtime is None or found is None:
+                continue
+            named, speaks = roles.is_agent(fact.command), evidence.has_connection(fact.pid)
+            if speaks and not named and roles.may_be_agent(fact.command):
+                continue  # it may be an agent as long as it does
+            del self._taken_up[tag]
+            source, leads = ToolCallSource.LINEAGE, os.getsid(fact.pid) == fact.pid
+            said = (fact.since_ns, tag, fact.sandbox, fact.command, source, 0.5, fact.pid)
+            yield ToolCallStarted(*said, agent=runtime, session_leader=leads), kept.runtimes[runtime], kept

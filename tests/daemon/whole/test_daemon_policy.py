@@ -43,7 +43,7 @@ def test_an_edited_file_is_in_force_by_itself_and_a_broken_one_is_not(daemon: Ru
     eventually(lambda: daemon.status().policy_refused)
     assert named(daemon, "second")
     (said,) = daemon.status().policy_refused
-    assert said == f"{daemon.policy}:7:99: spec.memory.maxWait: a bare number has no unit; write it as `10s`"
+    assert said == f"{daemon.policy}:7:113: spec.memory.maxWait: a bare number has no unit; write it as `10s`"
     assert "policy_refused" in daemon.said() and said in daemon.said()
     assert "the policy's files" in daemon.cli("doctor").stdout
     shown = daemon.cli("policy", "show", "--running", "--socket", str(daemon.socket))
