@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -27,6 +28,23 @@ def feed(text):
         assert got, said
         said.append(got)
     return ''.join(said)
+"""
+
+TERMINAL = """
+def terminal(*argv):
+    global pid, screen
+    import pty
+    pid, screen = pty.fork()
+    if pid == 0:
+        os.environ.update(TERM='dumb', PS1='$ ')
+        os.execvp(argv[0], argv)
+def enter(text, answer):
+    import select
+    os.write(screen, (text + '\\r').encode())
+    said = b''
+    while answer.encode() not in said:
+        assert select.select([screen], [], [], 20)[0], said
+        said += os.read(screen, 4096)
 """
 
 
@@ -115,6 +133,23 @@ def test_a_line_of_builtins_is_a_call_where_its_conversation_asked_for_it(spoken
     time.sleep(0.8)
     assert len(ada.calls()) == 4, "nobody asked for that"
     ada.do("sh.stdin.close(); sh.wait()")
+
+
+@pytest.mark.parametrize("shell", [("bash", "--norc", "-i"), ("zsh", "-f", "-i")], ids=lambda argv: argv[0])
+def test_each_line_typed_into_a_terminal_is_a_call(agent, shell):
+    if shutil.which(shell[0]) is None:
+        pytest.skip(f"{shell[0]} is not installed")
+    ada = agent()
+    ada.do("speak()")
+    ada.do(f"exec({TERMINAL!r}, globals()); terminal(*{shell!r})")
+    eventually(lambda: "shell" in ada.roles().values(), shown=ada.roles)
+    for number in (1, 2):
+        ada.do(f"enter('expr {number}00 + 5', '{number}05')")
+    ada.do("enter('sh -c \"exit 4\"; echo $((40 + 2))', '42')")
+    calls = eventually(lambda: len(ada.calls()) == 3 and all(c.end_ns for c in ada.calls()) and ada.calls())
+    said = [(c.command, c.exit_code) for c in calls]
+    assert said == [("expr 100 + 5", 0), ("expr 200 + 5", 0), ("sh -c exit 4", 4)]
+    ada.do("os.kill(pid, 9)")
 
 
 def test_a_script_on_standard_input_is_one_call_and_no_shell(agent, tmp_path):
