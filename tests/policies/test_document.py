@@ -1,4 +1,7 @@
-"""Policy documents: what is read, and what is refused with which words."""
+"""Policy documents: what is read, and what is refused with which words.
+
+Long for holding the whole grammar, key after key, with what each refuses.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What people and programs read: words, the recent history, and the messages of PolicyService."""
+"""What people and programs read: words, the recent history, and the messages of PolicyService.
+
+Long for telling each message from the same few facts, field by field.
+"""
 
 from __future__ import annotations
 
