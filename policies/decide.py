@@ -155,13 +155,15 @@ def _judge(snapshot: Snapshot, policy: Policy, engine: Engine, in_call: list[_In
     books = Books.of(snapshot, policy, engine)
     busy = running_bytes(snapshot, engine)
     copies = KvPart.COPIES not in policy.kv.without
+    raises = KvPart.RAISE not in policy.kv.without
     price = books.prices()
 
     def options_for(each: _InCall) -> list[Weighed]:
         held = each.session.held_tokens * engine.bytes_per_token
         host = KvTier.HOST in policy.kv.tiers and books.host_free_bytes >= held
         disk = KvTier.DISK in policy.kv.tiers and books.disk_free_bytes >= held
-        return weigh(each.session, engine, each.wait_s, price, busy, host, disk, copies)
+        device = raises and books.takes_up(each.session)
+        return weigh(each.session, engine, each.wait_s, price, busy, host, disk, copies, device)
 
     def saving(each: _InCall) -> float:
         """Of the cheapest option over staying as it is, by token; the more, the sooner it is decided on."""
@@ -179,7 +181,8 @@ def _judge(snapshot: Snapshot, policy: Policy, engine: Engine, in_call: list[_In
         chosen = choose(options, standing(each.session), policy.kv.hysteresis_ratio)
         if not _says_something_new(chosen.verdict, each.session, snapshot.now_ns):
             continue
-        if chosen.verdict is Verdict.KEEP and "retain" not in engine.supported_directives:
+        stays = chosen.verdict is Verdict.KEEP and each.session.tier is KvTier.DEVICE
+        if stays and "retain" not in engine.supported_directives:
             continue  # it stays where it is, as long as the engine likes
         books.enter(chosen.verdict, each.session)
         decisions.add(
@@ -223,6 +226,8 @@ def _says_something_new(verdict: Verdict, session: Session, now_ns: int) -> bool
 def _kv_action(verdict: Verdict, session: Session, engine: Engine, now_ns: int, policy: Policy) -> Action:
     expires_ns = now_ns + policy.kv.directive_ns
     match verdict:
+        case Verdict.KEEP if session.tier is not KvTier.DEVICE:
+            return SwapIn(engine.id, session.id, expires_ns)
         case Verdict.KEEP:
             return Retain(engine.id, session.id, policy.kv.retain_ns, expires_ns)
         case Verdict.SWAP_HOST:

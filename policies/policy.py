@@ -146,6 +146,8 @@ class KvPart(Enum):
     """A byte that nobody asks for costs nothing; without it rent rises from an empty tier on."""
     COPIES = "copies"
     """What a lower tier holds already is not counted as to be written again."""
+    RAISE = "raise"
+    """What waits in a lower tier may wait on the device instead, where that has room and RAM is dear."""
 
 
 @dataclass(frozen=True, slots=True)

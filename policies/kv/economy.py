@@ -122,6 +122,11 @@ class Books:
             need_only=KvPart.NEED not in policy.kv.without,
         )
 
+    def takes_up(self, session: Session) -> bool:
+        """Whether the device could hold it and still have what nobody asks for."""
+        used = self.device_used_tokens + session.held_tokens
+        return used <= SCARCE_RATIO * self.device_capacity_tokens and not self.waiting_count
+
     def prices(self) -> Prices:
         """What a byte costs now. Turns that wait for the device make it dearer; PSI makes host RAM dearer."""
         used = self.device_used_tokens / self.device_capacity_tokens if self.device_capacity_tokens else 0.0
@@ -139,7 +144,9 @@ class Books:
         held = session.held_tokens * self.bytes_per_token
         if session.tier is KvTier.DEVICE and verdict is not Verdict.KEEP:
             self.device_used_tokens -= session.held_tokens
-        if session.tier is KvTier.HOST and verdict in (Verdict.SWAP_DISK, Verdict.DROP):
+        if session.tier is not KvTier.DEVICE and verdict is Verdict.KEEP:
+            self.device_used_tokens += session.held_tokens
+        if session.tier is KvTier.HOST and verdict in (Verdict.SWAP_DISK, Verdict.DROP, Verdict.KEEP):
             self.host_free_bytes += held
             self.ram_used_bytes -= held
         if verdict is Verdict.SWAP_HOST and session.tier is not KvTier.HOST:
@@ -185,6 +192,7 @@ def weigh(
     host_room: bool,
     disk_room: bool | None = None,
     copies: bool = True,
+    device_room: bool = False,
 ) -> list[Weighed]:
     """Every option for an idle session's KV, the cheapest first. Empty where it holds none.
 
@@ -196,6 +204,7 @@ def weigh(
         host_room: whether the host tier can take it.
         disk_room: whether the disk can; None: as the engine was last seen.
         copies: what the tier holds of the session already need not be written.
+        device_room: whether what stands below may be brought back at once and wait on the device.
     """
     held = session.held_tokens * engine.bytes_per_token
     if held <= 0 or session.tier is KvTier.NONE:
@@ -211,6 +220,9 @@ def weigh(
         options.append(Weighed(Verdict.DROP, recompute_s * (held + running_bytes) / GIB))
     if in_device:
         options.append(Weighed(Verdict.KEEP, price.device * held * wait_s / GIB))
+    elif device_room and "swap_in" in engine.supported_directives:
+        in_s = STEP_BORDER_S + (host_s if in_host else disk_s)
+        options.append(Weighed(Verdict.KEEP, (price.device * held * wait_s + in_s * (held + running_bytes)) / GIB))
     if disk_room is None:
         disk_room = engine.disk_used_bytes + held <= engine.disk_capacity_bytes
     if in_host or (in_device and host_room and can_swap):

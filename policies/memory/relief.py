@@ -44,7 +44,7 @@ def _let_go(rung: Rung, snapshot: Snapshot, policy: Policy, pool: int) -> list[S
             f"{rule.measure.value} below {rule.below_ratio:.2f}" if rule else f"no rule says {rung.value} any more",
             measured or 0.0,
             rule.below_ratio if rule else 0.0,
-            rule.measure.unit if rule else "",
+            rule.measure.unit if rule else "rules of that kind",
             _pool_words(snapshot, pool),
         )
         for call in snapshot.tool_calls

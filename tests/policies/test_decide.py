@@ -231,11 +231,14 @@ def idle_on_the_host_tier(tools_mib: int) -> Snapshot:
 
 @pytest.mark.parametrize("tools_mib", [60_000, 100_000, 120_000, 130_000])
 def test_a_step_of_pressure_moves_what_is_needed_and_little_more(tools_mib: int) -> None:
-    of = policy(pool_mib=240_000)
+    whole = policy(pool_mib=240_000)
+    raised = [type(d.action) for d in decide(idle_on_the_host_tier(tools_mib), whole)]
+    of = replace(whole, kv=replace(whole.kv, without=frozenset({KvPart.RAISE})))
     moved = [d for d in decide(idle_on_the_host_tier(tools_mib), of) if isinstance(d.action, Drop)]
     need = max(0, tools_mib + 120_000 - int(SCARCE_RATIO * 240_000))
     assert need <= 5_000 * len(moved) <= need + 5_000
-    herd = replace(of, kv=replace(of.kv, without=frozenset({KvPart.MARGINAL, KvPart.NEED})))
+    assert raised == [SwapIn] * len(moved), "the device is empty: nothing needs to be dropped"
+    herd = replace(of, kv=replace(of.kv, without=frozenset(KvPart) - {KvPart.COPIES}))
     dropped = [d for d in decide(idle_on_the_host_tier(tools_mib), herd) if isinstance(d.action, Drop)]
     assert len(dropped) == 24, "at one set of prices all would go"
 

@@ -320,3 +320,22 @@ def test_only_turns_that_are_computed_are_delayed() -> None:
         session("c", held_tokens=40, phase=SessionPhase.RUNNING, engine="e2"),
     )
     assert running_bytes(snapshot(sessions=sessions), engine()) == 10 * 1024
+
+
+def test_what_waits_on_the_host_tier_while_ram_is_dear_goes_back_to_a_device_that_has_room_and_is_not_dropped() -> None:
+    waits = session(tier=KvTier.HOST, held_tokens=1000)
+    roomy, dear = engine(used_tokens=0), Prices(device=0.0, host=100.0)
+    best, *_ = weigh(waits, roomy, 10.0, dear, 0, True, device_room=True)
+    assert best.verdict is Verdict.KEEP
+    assert {o.verdict for o in weigh(waits, roomy, 10.0, dear, 0, True)} == {Verdict.DROP, Verdict.SWAP_HOST}
+    cheap = {o.verdict: o.cost for o in weigh(waits, roomy, 10.0, Prices(0.0, 0.0), 0, True, device_room=True)}
+    assert cheap[Verdict.KEEP] == cheap[Verdict.SWAP_HOST], "where RAM costs nothing there is nothing to gain"
+
+
+def test_a_device_takes_up_only_what_leaves_it_with_what_nobody_asks_for() -> None:
+    books = Books.of(snapshot(), policy(), engine(used_tokens=800, capacity_tokens=1000))
+    assert books.takes_up(session(held_tokens=100)) and not books.takes_up(session(held_tokens=101))
+    books.enter(Verdict.KEEP, session(held_tokens=100, tier=KvTier.HOST))
+    assert books.device_used_tokens == 900 and not books.takes_up(session(held_tokens=1))
+    books.waiting_count = 1
+    assert not books.takes_up(session(held_tokens=0))
