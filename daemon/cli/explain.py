@@ -16,7 +16,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "explain",
         help="say what was decided, why, and what came of it",
         description="Say what was decided, why, and what came of it: five lines a decision, newest first, repeats "
-        "folded; of earlier runs of the daemon too. `equipoise why-not` says why nothing was done.",
+        "folded; of earlier runs of the daemon too. Of a tool call first what else is known of it: who sent the signal "
+        "that ended it, by which id its agent's own log has it. `equipoise why-not` says why nothing was done.",
         epilog="examples:\n"
         "  equipoise explain                     the newest decisions\n"
         "  equipoise explain 8000000a            one tool call (ids from `equipoise ps`; the end will do)\n"
@@ -49,6 +50,10 @@ def _run(arguments: argparse.Namespace) -> int:
     found = client.explain(arguments.socket, call, session, arguments.tenant, limit, decision)
     if arguments.json:
         print(json.dumps([printing.as_dict(d) for d in found], indent=1))
-    else:
-        printing.decisions(found, limit=arguments.limit)
+        return 0
+    if call:
+        for known in client.list_tool_calls(arguments.socket):
+            if known.tool_call_id.endswith(call):
+                printing.facts(known)
+    printing.decisions(found, limit=arguments.limit)
     return 0

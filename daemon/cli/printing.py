@@ -142,6 +142,14 @@ def decisions(
         _decision(alike, now_ns, console)
 
 
+def facts(call: pb.ToolCallView, console: Console | None = None) -> None:
+    """What the kernel and its conversation have told of a call besides its life and memory, a line each."""
+    console = console or _console()
+    named = [f"its agent knows it as {call.agent_call_id}"] if call.agent_call_id else []
+    for said in (*call.facts, *named):
+        console.print(_one_line(f"{call.tenant_id}/{call.sandbox} {call.kind}: {said}"), markup=False, highlight=False)
+
+
 def folded(found: Sequence[pb.DecisionView]) -> list[list[pb.DecisionView]]:
     """Decisions in the order given, each with the like ones of its subject that follow with nothing else between."""
     groups: list[list[pb.DecisionView]] = []

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
+from equipoise.daemon.api.v1 import sandbox_pb2
 from equipoise.tests.fixtures.running_daemon import RunningDaemon, eventually, grow, with_probes
 
 pytestmark = [pytest.mark.kernel, pytest.mark.slow]
@@ -39,6 +42,22 @@ def test_a_call_is_explained_in_five_lines_a_decision_by_call_decision_and_sessi
     assert decision["at_unix_ns"] > decision["at_ns"] and decision["unit"] == "MiB"
     assert said(daemon, "explain", decision["decision_id"]).splitlines()[1:] == lines[1:]
     assert said(daemon, "explain", "gold/nobody").startswith("nothing was decided: `equipoise why-not`")
+
+
+def test_who_ended_a_call_and_what_its_agent_calls_it_is_said_of_the_call(daemon: RunningDaemon) -> None:
+    agent = daemon.agent()
+    request = sandbox_pb2.BeginToolCallRequest(
+        tenant_id="gold", name="ada", command="Bash: sleep", external_id="toolu_7"
+    )
+    daemon.sandboxes.BeginToolCall(request)
+    agent.begin("sleep", "30")
+    (call,) = eventually(lambda: [c for c in daemon.tool_calls("Bash: sleep") if c.pid])
+    os.kill(call.pid, signal.SIGTERM)
+    agent.result()
+    eventually(lambda: daemon.tool_calls("Bash: sleep")[0].facts)
+    ended, named = said(daemon, "explain", call.tool_call_id).splitlines()[:2]
+    assert f"SIGTERM to pid {call.pid} from " in ended and f"(pid {os.getpid()})" in ended
+    assert named.endswith(": its agent knows it as toolu_7")
 
 
 def test_what_was_decided_before_a_reboot_is_read_from_the_journal(daemon: RunningDaemon) -> None:
