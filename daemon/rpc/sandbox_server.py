@@ -118,8 +118,7 @@ class SandboxServer(sandbox_pb2_grpc.SandboxServiceServicer):
         exit_code = request.exit_code if request.HasField("exit_code") and not request.signal else None
         self._calls.end(call, exit_code, request.signal or None)
         self._settle()
-        resolved = self._calls.resolve(call)
-        known = self._state.tool_calls.get(resolved) or self._history.ended_call(resolved)
+        known = self._known(self._calls.resolve(call))
         if known is None:
             await _refuse(context, grpc.StatusCode.NOT_FOUND, f"unknown tool call {tool_call_hex(call)}")
         return pb.EndToolCallResponse(
@@ -174,6 +173,10 @@ class SandboxServer(sandbox_pb2_grpc.SandboxServiceServicer):
         shown = self._state.sessions.get(SessionId(named))
         return SessionId(named) if shown and shown.tenant == sandbox.tenant else tenants_session(sandbox.tenant, named)
 
+    def _known(self, call: ToolCallId) -> ToolCall | None:
+        """One that runs, or that has ended lately."""
+        return self._state.tool_calls.get(call) or self._history.ended_call(call)
+
     async def _call_id(self, request: pb.EndToolCallRequest, context: Context) -> ToolCallId:
         """The call that is meant: of the sandbox that the request names, where it names one."""
         named = request.tenant_id or request.name
@@ -185,7 +188,7 @@ class SandboxServer(sandbox_pb2_grpc.SandboxServiceServicer):
         except ValueError:
             what = f"tool call id {request.tool_call_id!r} is not 16 hex digits"
             await _refuse(context, grpc.StatusCode.INVALID_ARGUMENT, what)
-        known = self._state.tool_calls.get(self._calls.resolve(call))
+        known = self._known(self._calls.resolve(call))
         if sandbox is not None and known is not None and known.sandbox != sandbox.cgroup_id:
             what = f"{sandbox.label} has no tool call {request.tool_call_id}"
             await _refuse(context, grpc.StatusCode.NOT_FOUND, what)
