@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -235,8 +236,16 @@ def _wait_and_exec(fd: int) -> str:
 
 
 def _pass_signals_on(child: subprocess.Popen[bytes]) -> None:
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda received, _: child.send_signal(received))
+    """By a thread that waits for them. A handler runs between two instructions of Python: of a signal that comes just
+    before `wait()` has begun to wait it would hear when the child has ended."""
+    passed = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+    signal.pthread_sigmask(signal.SIG_BLOCK, passed)
+
+    def pass_on() -> None:
+        while True:
+            child.send_signal(signal.sigwait(passed))
+
+    threading.Thread(target=pass_on, name="signals", daemon=True).start()
 
 
 def _report_end(socket: str, call: str, code: int) -> None:
