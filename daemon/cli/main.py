@@ -12,9 +12,8 @@ import json
 import mmap
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeAlias
 
 from ... import __version__
 from ..errors import DaemonError
@@ -30,10 +29,7 @@ if sys.argv[1:2] == ["daemon"]:
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 from ..rpc import client
-
-# The type of what add_subparsers() answers has no public name.
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-Command = Callable[[argparse.Namespace], int]
+from .adding import Command, Commands, add
 
 # (module, what it needs). Each offers add_parser(subparsers), which sets `run`; imported when asked for, so that
 # `equipoise version` does not pay for the dashboard.
@@ -103,14 +99,7 @@ def _add_elsewhere(commands: Commands, name: str, module: str, needs: str) -> No
 
 
 def _add(commands: Commands, name: str, run: Command, text: str, *examples: str) -> argparse.ArgumentParser:
-    parser = commands.add_parser(
-        name,
-        help=text,
-        description=text[0].upper() + text[1:] + ".",
-        epilog="examples:\n" + "\n".join(f"  {line}" for line in examples) if examples else None,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run=run)
+    parser = add(commands, name, run, text, *examples)
     if name not in ("version", "daemon"):
         client.add_socket_argument(parser)
     return parser

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from ...policies.document import changes, json_schema, written
@@ -13,12 +13,13 @@ from ...policies.policy import Policy
 from ..errors import CommandError
 from ..policy import BUILTINS, PolicyError, Sources, Text, builtin_text, dump, policy_of
 from ..rpc import client
+from .adding import Command, Commands, add
 
 _WORDS = f"""POLICY is a file (with the policies.d/*.yaml beside it), a folder of files, or a built-in name:
 {", ".join(BUILTINS)}. Of several, the last is said over the others."""
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
         "policy",
         help="check, show, compare and apply policy documents",
@@ -92,22 +93,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         client.add_socket_argument(each)
 
 
-def _add(
-    actions: argparse._SubParsersAction[argparse.ArgumentParser],
-    name: str,
-    run: Callable[[argparse.Namespace], int],
-    text: str,
-    *examples: str,
-) -> argparse.ArgumentParser:
-    parser = actions.add_parser(
-        name,
-        help=text,
-        description=f"{text[0].upper()}{text[1:]}.\n\n{_WORDS}",
-        epilog="examples:\n" + "\n".join(f"  {line}" for line in examples),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run=run)
-    return parser
+def _add(actions: Commands, name: str, run: Command, text: str, *examples: str) -> argparse.ArgumentParser:
+    return add(actions, name, run, text, *examples, more=_WORDS)
 
 
 def _check(arguments: argparse.Namespace) -> int:
