@@ -1,8 +1,9 @@
 """Who is granted memory next, so that no two calls stand half-grown in a pool that either alone would fit.
 
-The banker's algorithm (Dijkstra, EWD 623), with predictions in place of claims: a budget is raised only where an order
-is left in which every call reaches the peak that is predicted of it, each giving back what it holds as it ends. Else it
-waits at the budget it has. One call, the leader, is served whatever is predicted: so there is always one that goes on.
+The banker's algorithm (Dijkstra, EWD 623), with predictions in place of claims where a kind is well known: a budget is
+raised only where an order is left in which every call reaches the peak to be ready for, each giving back what it holds
+as it ends. Else it waits at the budget it has. One call, the leader, is served whatever is predicted: so one always
+goes on.
 """
 
 from __future__ import annotations

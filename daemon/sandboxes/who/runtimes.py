@@ -179,6 +179,10 @@ class Runtimes:
             if speaks and not named and roles.may_be_agent(fact.command):
                 continue  # it may be an agent as long as it does
             del self._taken_up[tag]
-            source, leads = ToolCallSource.LINEAGE, os.getsid(fact.pid) == fact.pid
+            try:
+                leads = os.getsid(fact.pid) == fact.pid
+            except ProcessLookupError:
+                continue  # it has ended meanwhile
+            source = ToolCallSource.LINEAGE
             said = (fact.since_ns, tag, fact.sandbox, fact.command, source, 0.5, fact.pid)
             yield ToolCallStarted(*said, agent=runtime, session_leader=leads), kept.runtimes[runtime], kept
