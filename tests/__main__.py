@@ -24,7 +24,8 @@ FAILED = 1
 
 
 def main(arguments: list[str]) -> int:
-    code = _pytest("-n", str(WORKERS), "-p", "equipoise.tests.side_by_side", *arguments)
+    # What failed in a run before this one is not this one's.
+    code = _pytest("--cache-clear", "-n", str(WORKERS), "-p", "equipoise.tests.side_by_side", *arguments)
     failed = _failed()
     if code != FAILED or not 0 < len(failed) <= AGAIN_AT_MOST:
         return code

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from equipoise.daemon.observe.journal import JournalReader
+from equipoise.daemon.sandboxes.processes import boot_id
 from equipoise.tests.daemon.sandboxes.test_lines import SHELL
 from equipoise.tests.fixtures.running_daemon import RunningDaemon, eventually, with_probes
 from equipoise.tests.fixtures.scripted_agent import GROW, POLICY, Model, Scripted
@@ -79,7 +80,8 @@ def test_an_agent_in_a_call_is_one_again_and_its_calls_are_calls(daemon, ada, tm
     ada.do(f"call = subprocess.Popen(['bash', '-c', {line.format(inner)!r}], stdout=-1)")
     eventually(lambda: len(ada.calls()) == 2, shown=ada.calls)
     before = [(c.tool_call_id, c.command) for c in ada.calls()]
-    time.sleep(1.2)  # the journal writes what has begun once a second
+    with JournalReader(daemon.state / "journal.sqlite") as journal:
+        eventually(lambda: len(journal.open_calls(boot_id())) == 2)
     restart(daemon)
     eventually(lambda: list(ada.roles().values()).count("runtime") + sum(c.exempt for c in ada.calls()) >= 2)
     assert [(c.tool_call_id, c.command) for c in ada.calls()] == before
