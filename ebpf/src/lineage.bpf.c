@@ -299,6 +299,9 @@ int retag_process(struct bpf_iter__task *ctx)
 	tgid = task->tgid;
 	if (tgid != request->tgid)
 		return 0;
+	/* Dead, and nobody has waited for it yet: its exit has been counted, and no other would take it out of the books. */
+	if (last_thread_of_process(task))
+		return 0;
 	tool = tool_of(request->tag, request->slot);
 	if (!tool)
 		return 0;

@@ -167,6 +167,22 @@ def test_tagging_a_process_that_is_gone_says_so(bench):
     assert bench.tools.tags() == ()
 
 
+def test_a_process_that_is_dead_and_not_yet_waited_for_is_taken_into_no_call(bench):
+    """Its exit has been counted: it would be in the call for ever."""
+    agent, _ = bench.agent("tool('import time; time.sleep(30)').wait()")
+    bench.wait(bench.started, "the tool call")
+    call, dead = bench.started()[0].id, bench.waiting("pass")
+    bench.release(dead)
+    os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)
+    with pytest.raises(ProcessLookupError, match=str(dead.pid)):
+        bench.tools.adopt(dead.pid, call)
+    dead.wait()
+    assert bench.tools.usage(call).process_count == 1
+    bench.tools.kill(call)
+    bench.finish(agent)
+    bench.wait(lambda: bench.gone(call), "the call's last process")
+
+
 def test_a_killed_tool_call_reports_its_signal(bench):
     agent, _ = bench.agent("tool('import time; time.sleep(30)').wait(); print('agent lives')")
     bench.wait(bench.started, "the tool call")
