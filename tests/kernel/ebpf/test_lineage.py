@@ -205,11 +205,14 @@ def test_without_a_free_record_the_tool_call_is_counted_and_known_as_soon_as_the
     bench = make_bench(tool_slots=2)
     child = "import subprocess, sys; subprocess.call([sys.executable, '-S', '-c', 'import time; time.sleep(60)'])"
     agent, tag = bench.agent(
-        f"a, b = tool('import time; time.sleep(60)'), tool({child!r}, 'second'); print(a.pid, b.pid, flush=True)\n"
-        "b.wait()",
+        "a = tool('import time; time.sleep(60)'); print(a.pid, flush=True); os.read(0, 1)\n"
+        f"b = tool({child!r}, 'second'); print(b.pid, flush=True); b.wait()",
         hard_bytes=100 * MIB,
     )
-    first, second = (int(pid) for pid in agent.stdout.readline().split())
+    first = int(agent.stdout.readline())
+    bench.wait(bench.started, "the record's taker")  # a parent may go on before its child's exec is told
+    bench.release(agent)
+    second = int(agent.stdout.readline())
     bench.wait(lambda: bench.tools.unrecorded_count == 1, "that there is none is known")
     assert dict(bench.tools.losses().untracked)["no_slot"] == 1, "its child's exec is no call of its own"
     assert [call.pid for call in bench.started()] == [first]
